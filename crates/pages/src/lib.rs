@@ -1,1 +1,12 @@
-//! pages
+//! Which pages of a target must be saved, and where saved pages lie in the pages file.
+//!
+//! `scan` asks the kernel about a target's memory, `runs` is plain arithmetic on ranges, `probe` tries the kernel's features.
+//! The unsafe code of host-side page handling is fenced in here.
+
+pub mod probe;
+pub mod runs;
+pub mod scan;
+
+pub use probe::ProbeFeatures;
+pub use runs::{PageRead, PageRun, PagemapRecord, PagesReader, RunsError};
+pub use scan::{PageScanner, Want, category};

@@ -1,1 +1,129 @@
-//! restore
+//! Waking a tree up: read and check the images, plan every task's operations, fork, hand over.
+//!
+//! The host opens every file description once, makes every shared object, and writes for each process and thread a
+//! list of operations into one shared mapping. It forks the root, which runs its list in the restorer blob and forks
+//! its children from there; at the end all of them park, the host gives them the registers of the image through
+//! ptrace, and lets them go together. Until then every task dies with the host.
+
+mod files;
+mod fpu;
+mod handover;
+mod layout;
+mod load;
+mod memory;
+mod plan;
+mod shared;
+mod special;
+mod task;
+mod tree;
+
+use std::path::PathBuf;
+
+pub use load::{TaskImage, TreeImage};
+
+/// Called at the stages of a restore: the action's name and, once it exists, the root task's pid.
+pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
+
+/// What to restore and how.
+pub struct Request<'a> {
+    /// Directory of the images.
+    pub images_dir: PathBuf,
+    /// The tree had a terminal and a session of its caller's: take ours.
+    pub shell_job: bool,
+    /// Leave every task stopped (SIGSTOP) instead of running.
+    pub leave_stopped: bool,
+    /// Make the root task our sibling instead of our child.
+    pub restore_sibling: bool,
+    /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others.
+    pub hooks: Hook<'a>,
+    /// Descriptors to use in place of files: (our descriptor, key such as `tty[8801:4]`, `pipe[123]` or a path).
+    pub inherit_fd: Vec<(i32, String)>,
+}
+
+/// What was restored.
+#[derive(Debug, Clone, Copy)]
+pub struct Report {
+    /// The root task.
+    pub root_pid: i32,
+    /// Processes, zombies included.
+    pub tasks: usize,
+    /// Threads, leaders included.
+    pub threads: usize,
+    /// Pages read from the images.
+    pub pages: u64,
+    /// Microseconds spent forking and running the plan.
+    pub forking_us: u64,
+    /// Microseconds in all.
+    pub total_us: u64,
+}
+
+/// Why a restore failed. Nothing of the tree is left when it is returned.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// An image cannot be read.
+    #[error(transparent)]
+    Image(#[from] dormouse_images::ImageError),
+    /// The images contradict each other or ask for something that is not there.
+    #[error("{0}")]
+    Invalid(String),
+    /// A kernel call of the host failed.
+    #[error("{what}: {source}")]
+    Call {
+        /// Operation and subject.
+        what: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// An operation inside a task failed.
+    #[error("pid {pid}: {what}: {source}{hint}")]
+    Task {
+        /// The task, as numbered in the image.
+        pid: i32,
+        /// Operation and subject.
+        what: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+        /// The next step, if one is known.
+        hint: &'static str,
+    },
+    /// A task ended before it was handed over.
+    #[error("pid {pid} ended with wait status {status:#x} while it was being restored")]
+    Died {
+        /// The task.
+        pid: i32,
+        /// As wait(2) gives it.
+        status: i32,
+    },
+    /// A thread could not be handed over.
+    #[error(transparent)]
+    Infect(#[from] dormouse_infect::InfectError),
+    /// A hook failed.
+    #[error("{0:#}")]
+    Hook(anyhow::Error),
+}
+
+/// `RestoreError::Invalid` from format arguments.
+macro_rules! invalid {
+    ($($t:tt)*) => { $crate::RestoreError::Invalid(format!($($t)*)) };
+}
+pub(crate) use invalid;
+
+pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RestoreError {
+    let what = what.into();
+    move |source| RestoreError::Call { what, source }
+}
+
+/// Restores the tree of `request.images_dir`.
+///
+/// # Errors
+/// Any step failed; then no process of the tree is left.
+pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
+    let start = std::time::Instant::now();
+    let image = load::load(request)?;
+    (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
+    let plan = plan::plan(request, &image)?;
+    tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
+    let mut report = handover::execute(request, &image, plan)?;
+    report.total_us = start.elapsed().as_micros() as u64;
+    Ok(report)
+}

@@ -1,1 +1,74 @@
-fn main() {}
+//! End-to-end tests: real processes are put to sleep and woken up by the real binary, and asked what they remember.
+//!
+//! `dormouse-e2e --bin target/debug/dormouse` runs everything; `--group programs` only the C programs, which need no
+//! tool of the machine. Any CRIU-compatible binary can be tested: the tests themselves are validated against CRIU.
+
+mod args;
+mod case;
+mod damage;
+mod exchange;
+mod kill;
+mod proc;
+mod programs;
+mod real;
+mod real_cases;
+mod refuse;
+mod report;
+mod rng;
+mod tty;
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+
+use crate::args::{Args, Group};
+use crate::report::Report;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if words.first().is_some_and(|word| word == tty::LEADER) {
+        return tty::lead(&words[1..]);
+    }
+    match run(&words) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("dormouse-e2e: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Runs the chosen groups; true when nothing failed and the skips are the expected ones.
+fn run(words: &[String]) -> Result<bool> {
+    let args = Args::parse(words)?;
+    let tests = collect(&args);
+    if args.list {
+        for test in &tests {
+            println!("{}", test.name);
+        }
+        return Ok(true);
+    }
+    proc::close_stray_descriptors();
+    nix::sys::prctl::set_child_subreaper(true).context("become a child subreaper")?;
+    let args = args.ready()?;
+    let report = Report::run(&args, tests);
+    report.finish(&args)
+}
+
+/// Every test of the chosen groups whose name matches the filter.
+fn collect(args: &Args) -> Vec<report::Test> {
+    let mut tests = Vec::new();
+    for group in &args.groups {
+        match group {
+            Group::Programs => tests.extend(programs::tests()),
+            Group::Real => tests.extend(real::tests()),
+            Group::Refuse => tests.extend(refuse::tests()),
+            Group::Kill => tests.extend(kill::tests()),
+            Group::Damage => tests.extend(damage::tests()),
+            Group::Exchange => tests.extend(exchange::tests()),
+        }
+    }
+    tests.retain(|test| args.filter.is_empty() || args.filter.iter().any(|part| test.name.contains(part.as_str())));
+    tests
+}

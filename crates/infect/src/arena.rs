@@ -1,0 +1,240 @@
+//! Memory that the host and a blob share, and the operation lists that are written into it.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use dormouse_blob_abi::{Op, OpKind, Policy};
+
+/// A shared mapping, handed out from the front. Addresses that it returns are those of the *target*.
+#[derive(Debug)]
+pub struct Arena {
+    host: *mut u8,
+    target: u64,
+    len: usize,
+    next: usize,
+}
+
+impl Arena {
+    /// Maps `len` bytes of `file` (shared); the target has, or will have, the same bytes at `target`.
+    ///
+    /// # Errors
+    /// mmap(2)'s.
+    pub fn map(file: impl AsFd, len: usize, target: u64) -> std::io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let host = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if host == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(Self { host: host.cast(), target, len, next: 0 })
+    }
+
+    /// First address as the target sees it.
+    pub fn base(&self) -> u64 {
+        self.target
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing was handed out yet.
+    pub fn is_empty(&self) -> bool {
+        self.next == 0
+    }
+
+    /// Bytes that are left.
+    pub fn left(&self) -> usize {
+        self.len - self.next
+    }
+
+    /// Where the next allocation will start; give it to [`Arena::reset`] to take back all that came after.
+    pub fn mark(&self) -> usize {
+        self.next
+    }
+
+    /// Takes back everything handed out since `mark`.
+    pub fn reset(&mut self, mark: usize) {
+        self.next = mark;
+    }
+
+    /// `len` zeroed bytes, aligned to `align` (a power of two); the target's address.
+    ///
+    /// # Panics
+    /// If the arena is too small: its owner sizes it from what will be put in.
+    pub fn alloc(&mut self, len: usize, align: usize) -> u64 {
+        let at = self.next.next_multiple_of(align);
+        assert!(at + len <= self.len, "arena of {} bytes is too small for {len} more", self.len);
+        self.next = at + len;
+        let addr = self.target + at as u64;
+        self.slice_mut(addr, len).fill(0);
+        addr
+    }
+
+    /// A copy of `bytes`, 16-byte aligned; the target's address.
+    pub fn put(&mut self, bytes: &[u8]) -> u64 {
+        let addr = self.alloc(bytes.len(), 16);
+        self.write(addr, bytes);
+        addr
+    }
+
+    /// A copy of words; the target's address.
+    pub fn put_words(&mut self, words: &[u64]) -> u64 {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        self.put(&bytes)
+    }
+
+    /// The bytes at a target address.
+    pub fn bytes(&self, addr: u64, len: usize) -> &[u8] {
+        let at = self.offset(addr, len);
+        // SAFETY: `offset` checked the range; the blob writes only while the host waits for it.
+        unsafe { std::slice::from_raw_parts(self.host.add(at), len) }
+    }
+
+    /// The 8-byte word at a target address.
+    pub fn word(&self, addr: u64) -> u64 {
+        u64::from_ne_bytes(self.bytes(addr, 8).try_into().expect("eight bytes"))
+    }
+
+    /// The 4-byte word at a target address.
+    pub fn word32(&self, addr: u64) -> u32 {
+        u32::from_ne_bytes(self.bytes(addr, 4).try_into().expect("four bytes"))
+    }
+
+    /// Overwrites the bytes at a target address.
+    pub fn write(&mut self, addr: u64, bytes: &[u8]) {
+        self.slice_mut(addr, bytes.len()).copy_from_slice(bytes);
+    }
+
+    /// Copies a plain record to a target address.
+    pub fn write_record<T: Copy>(&mut self, addr: u64, record: &T) {
+        // SAFETY: any Copy record may be read as bytes; padding does not occur in the pinned layouts.
+        let bytes = unsafe { std::slice::from_raw_parts((record as *const T).cast::<u8>(), size_of::<T>()) };
+        self.write(addr, bytes);
+    }
+
+    /// The host's pointer for a target address: for atomics that both sides use.
+    pub fn host_ptr(&self, addr: u64, len: usize) -> *mut u8 {
+        let at = self.offset(addr, len);
+        // SAFETY: `offset` checked the range.
+        unsafe { self.host.add(at) }
+    }
+
+    fn slice_mut(&mut self, addr: u64, len: usize) -> &mut [u8] {
+        let at = self.offset(addr, len);
+        // SAFETY: `offset` checked the range; the blob runs only while the host waits for it.
+        unsafe { std::slice::from_raw_parts_mut(self.host.add(at), len) }
+    }
+
+    fn offset(&self, addr: u64, len: usize) -> usize {
+        let at = addr.wrapping_sub(self.target) as usize;
+        assert!(at <= self.len && len <= self.len - at, "address {addr:#x} is outside the arena");
+        at
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the host's own mapping, made in `map`; nothing borrows from it any more.
+        unsafe { libc::munmap(self.host.cast(), self.len) };
+    }
+}
+
+/// An operation list under construction; results are read from it after it ran.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    ops: Vec<Op>,
+    names: Vec<String>,
+}
+
+/// Index of an operation in its [`Batch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpId(pub usize);
+
+impl Batch {
+    /// An empty list.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends any operation; `what` names it in errors ("mapping of /usr/bin/x at 0x400000").
+    pub fn push(&mut self, what: impl Into<String>, kind: OpKind, policy: Policy, nr: u64, args: [u64; 6]) -> OpId {
+        self.ops.push(Op { kind: kind as u32, policy: policy as u32, nr, args, ret: 0 });
+        self.names.push(what.into());
+        OpId(self.ops.len() - 1)
+    }
+
+    /// Appends a system call that must succeed; missing arguments are 0.
+    pub fn must(&mut self, what: impl Into<String>, nr: u64, args: &[u64]) -> OpId {
+        self.push(what, OpKind::Syscall, Policy::Must, nr, six(args))
+    }
+
+    /// Appends a system call whose failure is a result like any other.
+    pub fn attempt(&mut self, what: impl Into<String>, nr: u64, args: &[u64]) -> OpId {
+        self.push(what, OpKind::Syscall, Policy::Try, nr, six(args))
+    }
+
+    /// Number of operations.
+    pub fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Whether there is nothing to run.
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// What operation `i` was named.
+    pub fn name(&self, i: usize) -> &str {
+        self.names.get(i).map_or("an unknown operation", String::as_str)
+    }
+
+    /// Bytes that [`Batch::place`] will take.
+    pub fn placed_len(&self) -> usize {
+        self.ops.len() * size_of::<Op>()
+    }
+
+    /// Writes the list into the arena; its address there.
+    pub fn place(&self, arena: &mut Arena) -> u64 {
+        let addr = arena.alloc(self.placed_len(), 16);
+        for (i, op) in self.ops.iter().enumerate() {
+            arena.write_record(addr + (i * size_of::<Op>()) as u64, op);
+        }
+        addr
+    }
+
+    /// Reads the results back from where [`Batch::place`] put the list.
+    pub fn fetch(&mut self, arena: &Arena, addr: u64) {
+        for (i, op) in self.ops.iter_mut().enumerate() {
+            op.ret = arena.word(addr + (i * size_of::<Op>()) as u64 + 64) as i64;
+        }
+    }
+
+    /// Raw result of an operation: negative is an errno.
+    pub fn ret(&self, id: OpId) -> i64 {
+        self.ops[id.0].ret
+    }
+
+    /// Result of an operation as an `io::Result`.
+    ///
+    /// # Errors
+    /// The errno that the kernel gave.
+    pub fn result(&self, id: OpId) -> std::io::Result<u64> {
+        let r = self.ret(id);
+        if r < 0 && r > -4096 { Err(std::io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as u64) }
+    }
+}
+
+fn six(args: &[u64]) -> [u64; 6] {
+    let mut all = [0; 6];
+    all[..args.len()].copy_from_slice(args);
+    all
+}

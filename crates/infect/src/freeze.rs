@@ -1,0 +1,220 @@
+//! Stopping a whole tree: every thread of every process, until a full pass finds nothing new.
+
+use std::collections::BTreeMap;
+
+use dormouse_kernel::ids::HostPid;
+use dormouse_kernel::proc::{stat, status, tree};
+
+use crate::ptrace::Tracee;
+use crate::{InfectError, cancel};
+
+const PF_KTHREAD: u64 = 0x0020_0000;
+
+/// A process of a frozen tree.
+#[derive(Debug)]
+pub struct Task {
+    /// Process id.
+    pub pid: HostPid,
+    /// Parent's process id (of the root: outside the tree).
+    pub ppid: HostPid,
+    /// A dead process that nobody has waited for; it has no threads.
+    pub zombie: bool,
+    /// The job-control signal by which it is stopped.
+    pub stopped: Option<i32>,
+    /// Its stopped threads, leader first.
+    pub threads: Vec<Tracee>,
+}
+
+/// A tree of stopped processes, parents before children. Dropping it lets all of them go on.
+#[derive(Debug)]
+pub struct Tree {
+    /// The processes.
+    pub tasks: Vec<Task>,
+}
+
+/// Why a process cannot be part of a dump.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Obstacle {
+    /// Traced by this process already.
+    Traced(HostPid, HostPid),
+    /// A thread of the kernel.
+    KernelThread(HostPid),
+}
+
+impl std::fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Traced(pid, tracer) => {
+                write!(f, "pid {pid} is being traced by pid {tracer}; detach the debugger or strace and retry")
+            }
+            Self::KernelThread(pid) => write!(f, "pid {pid} is a kernel thread; only user processes can be dumped"),
+        }
+    }
+}
+
+/// What stands against tracing any process of the tree below `root`, without touching it.
+pub fn obstacles(root: HostPid) -> Vec<Obstacle> {
+    let mut found = Vec::new();
+    let mut todo = vec![root];
+    while let Some(pid) = todo.pop() {
+        if stat::read(pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0) {
+            found.push(Obstacle::KernelThread(pid));
+            continue;
+        }
+        for tid in tree::threads(pid).unwrap_or_default() {
+            if let Ok(s) = status::read_thread(pid, tid)
+                && let Some(tracer) = s.tracer_pid
+                && tracer.0 != std::process::id() as i32
+            {
+                found.push(Obstacle::Traced(tid, tracer));
+            }
+        }
+        todo.extend(tree::children(pid).unwrap_or_default());
+    }
+    found
+}
+
+impl Tree {
+    /// Stops the tree below and including `root`.
+    ///
+    /// # Errors
+    /// The root is gone or may not be traced. Whatever was stopped by then goes on again.
+    pub fn freeze(root: HostPid) -> Result<Self, InfectError> {
+        let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
+        let mut order = Vec::new();
+        loop {
+            let mut grown = false;
+            let mut todo = vec![(root, HostPid(0))];
+            while let Some((pid, parent)) = todo.pop() {
+                cancel::check()?;
+                if !tasks.contains_key(&pid) {
+                    let Some(task) = open_task(pid, parent, pid == root)? else { continue };
+                    tasks.insert(pid, task);
+                    order.push(pid);
+                    grown = true;
+                }
+                let task = tasks.get_mut(&pid).expect("inserted above");
+                if task.zombie {
+                    continue;
+                }
+                grown |= seize_threads(task)?;
+                let mut children = tree::children(pid).unwrap_or_default();
+                children.sort();
+                todo.extend(children.into_iter().rev().map(|c| (c, pid)));
+            }
+            // Processes that ended and were reaped by their parents meanwhile are no longer part of the tree.
+            if !grown {
+                break;
+            }
+        }
+        let mut this = Self { tasks: Vec::new() };
+        for pid in order {
+            let task = tasks.remove(&pid).expect("every pid was inserted once");
+            if task.zombie || !task.threads.is_empty() {
+                this.tasks.push(task);
+            }
+        }
+        this.sort_preorder(root);
+        match this.tasks.first() {
+            Some(t) if t.pid == root => Ok(this),
+            _ => Err(InfectError::Gone(root)),
+        }
+    }
+
+    fn sort_preorder(&mut self, root: HostPid) {
+        let mut children: BTreeMap<HostPid, Vec<Task>> = BTreeMap::new();
+        let mut first = None;
+        for t in self.tasks.drain(..) {
+            if t.pid == root { first = Some(t) } else { children.entry(t.ppid).or_default().push(t) }
+        }
+        let mut stack: Vec<Task> = first.into_iter().collect();
+        while let Some(t) = stack.pop() {
+            if let Some(mut c) = children.remove(&t.pid) {
+                c.sort_by_key(|t| std::cmp::Reverse(t.pid));
+                stack.append(&mut c);
+            }
+            self.tasks.push(t);
+        }
+    }
+
+    /// Lets every process go on.
+    pub fn thaw(self) {
+        drop(self);
+    }
+
+    /// Ends every process of the tree; used once a dump is complete.
+    pub fn kill(mut self) {
+        for task in &self.tasks {
+            if !task.zombie {
+                // SAFETY: sends a signal.
+                unsafe { libc::kill(task.pid.0, libc::SIGKILL) };
+            }
+        }
+        for task in self.tasks.drain(..) {
+            for t in task.threads.into_iter().rev() {
+                let mut status = 0;
+                // SAFETY: reaps a tracee that has just been killed.
+                unsafe { libc::waitpid(t.tid().0, &mut status, libc::__WALL) };
+                t.forget();
+            }
+        }
+    }
+}
+
+/// Looks at a process that is new to the freeze; `None` if it has gone.
+fn open_task(pid: HostPid, parent: HostPid, is_root: bool) -> Result<Option<Task>, InfectError> {
+    let Ok(s) = stat::read(pid) else {
+        return if is_root { Err(InfectError::Gone(pid)) } else { Ok(None) };
+    };
+    if s.state == b'X' {
+        return if is_root { Err(InfectError::Gone(pid)) } else { Ok(None) };
+    }
+    let ppid = if is_root { s.ppid } else { parent };
+    Ok(Some(Task { pid, ppid, zombie: s.state == b'Z' && s.num_threads <= 1, stopped: None, threads: Vec::new() }))
+}
+
+fn seize_threads(task: &mut Task) -> Result<bool, InfectError> {
+    let mut grown = false;
+    loop {
+        let Ok(mut tids) = tree::threads(task.pid) else { return Ok(grown) };
+        let known: std::collections::HashSet<HostPid> = task.threads.iter().map(Tracee::tid).collect();
+        tids.retain(|t| !known.contains(t));
+        if tids.is_empty() {
+            break;
+        }
+        // All are asked first and waited for afterwards, so that they stop side by side.
+        let mut seized = Vec::new();
+        let before = task.threads.len();
+        for tid in tids {
+            let suspend = status::read_thread(task.pid, tid).is_ok_and(|s| s.seccomp.unwrap_or(0) != 0);
+            match Tracee::seize(tid, suspend, false) {
+                Ok(t) => seized.push(t),
+                Err(InfectError::Gone(_)) => {}
+                Err(e) => {
+                    if stat::read_thread(task.pid, tid).is_ok_and(|s| !matches!(s.state, b'Z' | b'X')) {
+                        return Err(e);
+                    }
+                    if tid == task.pid {
+                        task.zombie = stat::read(task.pid).is_ok_and(|s| s.state == b'Z');
+                    }
+                }
+            }
+        }
+        for mut t in seized {
+            match t.wait_first() {
+                Ok(()) => {
+                    task.stopped = task.stopped.or(t.group_stop);
+                    task.threads.push(t);
+                    grown = true;
+                }
+                Err(InfectError::Gone(_)) => t.forget(),
+                Err(e) => return Err(e),
+            }
+        }
+        if task.threads.len() == before {
+            break;
+        }
+    }
+    task.threads.sort_by_key(|t| (t.tid() != task.pid, t.tid()));
+    Ok(grown)
+}

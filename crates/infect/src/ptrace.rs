@@ -1,0 +1,384 @@
+//! A stopped thread: what ptrace(2) can read and set in it, and system calls made through it.
+
+use std::io;
+use std::ptr::null_mut;
+
+use dormouse_kernel::ids::HostPid;
+
+use crate::arch::{self, GpRegs};
+use crate::{InfectError, failed, last};
+
+const NT_PRSTATUS: i32 = 1;
+const PTRACE_EVENT_STOP: i32 = 128;
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
+const PTRACE_PEEKSIGINFO: libc::c_uint = 0x4209;
+const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const PTRACE_O_SUSPEND_SECCOMP: usize = 1 << 21;
+
+/// What a wait on a seized thread ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Stopped by PTRACE_INTERRUPT.
+    Interrupted,
+    /// Stopped, and its process is stopped by this job-control signal.
+    Group(i32),
+    /// At a system call's entry or exit (PTRACE_SYSCALL).
+    Syscall,
+    /// Ended with this wait status.
+    Ended(i32),
+}
+
+/// A thread that is seized and in ptrace-stop. Dropping it lets the thread go on.
+#[derive(Debug)]
+pub struct Tracee {
+    tid: HostPid,
+    attached: bool,
+    /// The job-control signal by which its process was stopped when it was seized.
+    pub group_stop: Option<i32>,
+}
+
+/// The kernel's record of a thread's restartable sequence (PTRACE_GET_RSEQ_CONFIGURATION, Linux 5.13).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RseqConfig {
+    /// Address of the thread's `struct rseq`, 0 if none is registered.
+    pub pointer: u64,
+    /// Its size in bytes.
+    pub size: u32,
+    /// Signature that precedes abort handlers.
+    pub signature: u32,
+    /// Flags (0).
+    pub flags: u32,
+    /// Padding.
+    pub pad: u32,
+}
+
+/// Everything ptrace changes in a thread while it is worked with, to be put back.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// General registers.
+    pub regs: GpRegs,
+    /// Extended state: the XSAVE area, or FP/SIMD registers.
+    pub xstate: Vec<u8>,
+    /// Other register sets, by note type.
+    pub more: Vec<(i32, Vec<u8>)>,
+    /// Blocked signals.
+    pub sigmask: u64,
+}
+
+impl Tracee {
+    /// Seizes a thread and asks it to stop; [`Tracee::wait_first`] waits for that.
+    ///
+    /// # Errors
+    /// EPERM if it is a zombie, a kernel thread, traced by another, or not ours to trace; gone.
+    pub fn seize(tid: HostPid, suspend_seccomp: bool, exit_kill: bool) -> Result<Self, InfectError> {
+        let mut options = libc::PTRACE_O_TRACESYSGOOD as usize;
+        if suspend_seccomp {
+            options |= PTRACE_O_SUSPEND_SECCOMP;
+        }
+        if exit_kill {
+            options |= libc::PTRACE_O_EXITKILL as usize;
+        }
+        // SAFETY: seizing changes no memory of ours.
+        if unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid.0, null_mut::<u8>(), options as *mut u8) } < 0 {
+            return Err(last("PTRACE_SEIZE", tid));
+        }
+        let this = Self { tid, attached: true, group_stop: None };
+        this.interrupt()?;
+        Ok(this)
+    }
+
+    /// The thread's id.
+    pub fn tid(&self) -> HostPid {
+        self.tid
+    }
+
+    /// Asks the thread to stop (or, while it is stopped, to stop again before it runs any instruction).
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn interrupt(&self) -> Result<(), InfectError> {
+        self.request(libc::PTRACE_INTERRUPT, 0, "PTRACE_INTERRUPT")
+    }
+
+    /// Lets it run, delivering `signal` (0: none).
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn cont(&self, signal: i32) -> Result<(), InfectError> {
+        self.request(libc::PTRACE_CONT, signal, "PTRACE_CONT")
+    }
+
+    fn request(&self, request: libc::c_uint, data: i32, name: &'static str) -> Result<(), InfectError> {
+        // SAFETY: these requests touch no memory of ours.
+        if unsafe { libc::ptrace(request as _, self.tid.0, null_mut::<u8>(), data as usize as *mut u8) } < 0 {
+            return Err(last(name, self.tid));
+        }
+        Ok(())
+    }
+
+    /// Waits for the first stop after [`Tracee::seize`]. Signals that arrive before it are passed on.
+    ///
+    /// # Errors
+    /// The thread ended.
+    pub fn wait_first(&mut self) -> Result<(), InfectError> {
+        self.group_stop = self.wait_interrupted()?;
+        Ok(())
+    }
+
+    /// Waits until an interruption has stopped the thread; the job-control signal if its process is stopped.
+    ///
+    /// # Errors
+    /// The thread ended.
+    pub fn wait_interrupted(&mut self) -> Result<Option<i32>, InfectError> {
+        loop {
+            match self.wait()? {
+                (Stop::Interrupted, _) => return Ok(None),
+                (Stop::Group(signal), _) => return Ok(Some(signal)),
+                (Stop::Syscall, status) => self.cont(if status == 0 { 0 } else { status })?,
+                (Stop::Ended(_), _) => {
+                    self.attached = false;
+                    return Err(InfectError::Gone(self.tid));
+                }
+            }
+        }
+    }
+
+    /// Waits for any stop. The second value is the signal to pass on when the stop was a signal's delivery.
+    fn wait(&self) -> Result<(Stop, i32), InfectError> {
+        let mut status = 0;
+        loop {
+            // SAFETY: waits on one thread; `status` is ours.
+            let r = unsafe { libc::waitpid(self.tid.0, &mut status, libc::__WALL) };
+            if r == self.tid.0 {
+                break;
+            }
+            let e = io::Error::last_os_error();
+            if e.raw_os_error() != Some(libc::EINTR) {
+                return Err(failed("waitpid", self.tid, e));
+            }
+        }
+        if !libc::WIFSTOPPED(status) {
+            return Ok((Stop::Ended(status), 0));
+        }
+        let signal = libc::WSTOPSIG(status);
+        Ok(match status >> 16 {
+            PTRACE_EVENT_STOP if signal == libc::SIGTRAP => (Stop::Interrupted, 0),
+            PTRACE_EVENT_STOP => (Stop::Group(signal), 0),
+            _ if signal == libc::SIGTRAP | 0x80 => (Stop::Syscall, 0),
+            _ => (Stop::Syscall, signal),
+        })
+    }
+
+    /// General registers.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn regs(&self) -> Result<GpRegs, InfectError> {
+        // SAFETY: a register block is plain integers.
+        let mut regs: GpRegs = unsafe { std::mem::zeroed() };
+        let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<GpRegs>() };
+        self.regset(libc::PTRACE_GETREGSET, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_GETREGSET", self.tid, e))?;
+        Ok(regs)
+    }
+
+    /// Sets the general registers.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn set_regs(&self, regs: &GpRegs) -> Result<(), InfectError> {
+        let mut regs = *regs;
+        let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<GpRegs>() };
+        self.regset(libc::PTRACE_SETREGSET, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_SETREGSET", self.tid, e))
+    }
+
+    fn regset(&self, request: libc::c_uint, note: i32, iov: &mut libc::iovec) -> io::Result<()> {
+        // SAFETY: `iov` names memory of ours that is as long as it says.
+        if unsafe { libc::ptrace(request as _, self.tid.0, note as usize as *mut u8, iov as *mut libc::iovec) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// A register set by note type, however long it is; `None` where the kernel or the CPU has none.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn get_set(&self, note: i32) -> Result<Option<Vec<u8>>, InfectError> {
+        let mut bytes = vec![0u8; 20 * 1024];
+        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        match self.regset(libc::PTRACE_GETREGSET, note, &mut iov) {
+            Ok(()) => {
+                bytes.truncate(iov.iov_len);
+                Ok(Some(bytes))
+            }
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(InfectError::Gone(self.tid)),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Sets a register set by note type.
+    ///
+    /// # Errors
+    /// The bytes are not what this CPU's set looks like (EINVAL, EFAULT), or the thread is gone.
+    pub fn set_set(&self, note: i32, bytes: &[u8]) -> Result<(), InfectError> {
+        let mut bytes = bytes.to_vec();
+        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        self.regset(libc::PTRACE_SETREGSET, note, &mut iov)
+            .map_err(|e| failed("PTRACE_SETREGSET of the extended state", self.tid, e))
+    }
+
+    /// Blocked signals.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn sigmask(&self) -> Result<u64, InfectError> {
+        let mut mask = 0u64;
+        // SAFETY: the kernel writes eight bytes to `mask`.
+        if unsafe { libc::ptrace(PTRACE_GETSIGMASK as _, self.tid.0, 8usize as *mut u8, &raw mut mask) } < 0 {
+            return Err(last("PTRACE_GETSIGMASK", self.tid));
+        }
+        Ok(mask)
+    }
+
+    /// Sets the blocked signals.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn set_sigmask(&self, mask: u64) -> Result<(), InfectError> {
+        let mut mask = mask;
+        // SAFETY: the kernel reads eight bytes from `mask`.
+        if unsafe { libc::ptrace(PTRACE_SETSIGMASK as _, self.tid.0, 8usize as *mut u8, &raw mut mask) } < 0 {
+            return Err(last("PTRACE_SETSIGMASK", self.tid));
+        }
+        Ok(())
+    }
+
+    /// Pending signals as raw 128-byte siginfo records, in queue order: the process's (`shared`) or the thread's.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn pending(&self, shared: bool) -> Result<Vec<[u8; 128]>, InfectError> {
+        #[repr(C)]
+        struct Args {
+            off: u64,
+            flags: u32,
+            nr: i32,
+        }
+        let mut all = Vec::new();
+        loop {
+            let mut args = Args { off: all.len() as u64, flags: u32::from(shared), nr: 32 };
+            let mut buf = [[0u8; 128]; 32];
+            // SAFETY: the kernel writes at most `nr` records of 128 bytes.
+            let n = unsafe { libc::ptrace(PTRACE_PEEKSIGINFO as _, self.tid.0, &raw mut args, buf.as_mut_ptr()) };
+            if n < 0 {
+                return Err(last("PTRACE_PEEKSIGINFO", self.tid));
+            }
+            all.extend_from_slice(&buf[..n as usize]);
+            if n < 32 {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// The thread's restartable sequence; `None` where the kernel cannot tell.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn rseq(&self) -> Result<Option<RseqConfig>, InfectError> {
+        let mut c = RseqConfig::default();
+        let size = size_of::<RseqConfig>();
+        // SAFETY: the kernel writes at most `size` bytes to `c`.
+        if unsafe { libc::ptrace(PTRACE_GET_RSEQ_CONFIGURATION as _, self.tid.0, size as *mut u8, &raw mut c) } < 0 {
+            let e = io::Error::last_os_error();
+            if e.raw_os_error() == Some(libc::ESRCH) {
+                return Err(InfectError::Gone(self.tid));
+            }
+            return Ok(None);
+        }
+        Ok(Some(c))
+    }
+
+    /// Reads all that will be changed in the thread.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn state(&self) -> Result<State, InfectError> {
+        let mut more = Vec::new();
+        for note in arch::MORE_SETS {
+            if let Some(bytes) = self.get_set(*note)? {
+                more.push((*note, bytes));
+            }
+        }
+        Ok(State {
+            regs: self.regs()?,
+            xstate: self.get_set(arch::NT_XSTATE)?.unwrap_or_default(),
+            more,
+            sigmask: self.sigmask()?,
+        })
+    }
+
+    /// Makes one system call through the thread, from the instruction at `insn`, and leaves it stopped at the exit.
+    ///
+    /// # Errors
+    /// The thread ended, or did not run the call. The outer result is about the thread, the inner one the call's.
+    pub fn syscall(&mut self, insn: u64, nr: u64, args: [u64; 6]) -> Result<io::Result<u64>, InfectError> {
+        let regs = arch::for_syscall(&self.regs()?, insn, nr, args);
+        self.set_regs(&regs)?;
+        for _ in 0..2 {
+            loop {
+                self.request(libc::PTRACE_SYSCALL as _, 0, "PTRACE_SYSCALL")?;
+                match self.wait()? {
+                    (Stop::Syscall, 0) => break,
+                    (Stop::Ended(_), _) => {
+                        self.attached = false;
+                        return Err(InfectError::Gone(self.tid));
+                    }
+                    (Stop::Syscall, signal) => {
+                        return Err(InfectError::Unexpected {
+                            pid: self.tid,
+                            what: format!("signal {signal} during an injected system call"),
+                        });
+                    }
+                    (Stop::Interrupted | Stop::Group(_), _) => {}
+                }
+            }
+        }
+        let r = arch::ret(&self.regs()?);
+        Ok(if r < 0 && r > -4096 { Err(io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as u64) })
+    }
+
+    /// Moves from a system call's exit to a stop from which the kernel restarts interrupted calls.
+    ///
+    /// # Errors
+    /// The thread ended.
+    pub fn settle(&mut self) -> Result<(), InfectError> {
+        self.interrupt()?;
+        self.cont(0)?;
+        self.wait_interrupted()?;
+        Ok(())
+    }
+
+    /// Lets the thread go on as it is.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn detach(mut self) -> Result<(), InfectError> {
+        self.attached = false;
+        self.request(libc::PTRACE_DETACH, 0, "PTRACE_DETACH")
+    }
+
+    /// The thread was killed or handed on: nothing is to be undone.
+    pub fn forget(mut self) {
+        self.attached = false;
+    }
+}
+
+impl Drop for Tracee {
+    fn drop(&mut self) {
+        if self.attached {
+            let _ = self.request(libc::PTRACE_DETACH, 0, "PTRACE_DETACH");
+        }
+    }
+}

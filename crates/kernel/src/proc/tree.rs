@@ -1,0 +1,57 @@
+//! The process tree: threads of a process and children of all its threads.
+
+use std::path::Path;
+
+use super::{Result, numeric_names, read_bytes, stat, text};
+use crate::ids::HostPid;
+
+/// The threads of process `pid` in ascending order; see proc_pid_task(5). A thread may appear or vanish meanwhile unless
+/// the process is stopped.
+pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
+    Ok(numeric_names(&pid.proc_path("task"))?.into_iter().map(HostPid).collect())
+}
+
+/// The children of process `pid` over all its threads, in ascending order, zombies included.
+///
+/// Reads `task/TID/children` (since Linux 3.5, with `CONFIG_PROC_CHILDREN`; exact only while the children are stopped), and
+/// where the kernel has no such file, every process's parent.
+pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
+    let mut found = Vec::new();
+    for tid in threads(pid)? {
+        let path = pid.task_path(tid, "children");
+        match read_bytes(&path) {
+            Ok(bytes) => found.extend(parse_children(&path, &bytes)?),
+            Err(error) if error.is_gone() && pid.task_path(tid, "stat").exists() => return children_by_scan(pid),
+            Err(error) if error.is_gone() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+/// The children of process `pid` by the parent field of every process in `/proc`, in ascending order.
+pub fn children_by_scan(pid: HostPid) -> Result<Vec<HostPid>> {
+    let mut found = Vec::new();
+    for candidate in numeric_names(Path::new("/proc"))?.into_iter().map(HostPid) {
+        match stat::read(candidate) {
+            Ok(stat) if stat.ppid == pid => found.push(candidate),
+            Ok(_) => {}
+            Err(error) if error.is_gone() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// Parses a children file: process ids, a blank after each.
+pub fn parse_children(path: &Path, bytes: &[u8]) -> Result<Vec<HostPid>> {
+    let mut pids = Vec::new();
+    for (at, line) in text::lines(path, bytes) {
+        for word in text::words(line) {
+            pids.push(HostPid(at.dec(word, "bad child pid")?));
+        }
+    }
+    Ok(pids)
+}

@@ -1,0 +1,239 @@
+//! Scans of memory that the test itself maps and touches, with the ioctl and with pagemap entries.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::fd::FromRawFd;
+use std::time::{Duration, Instant};
+
+use dormouse_kernel::{CapSet, Features, HostPid, Support};
+use dormouse_pages::{PageRun, PageScanner, ProbeFeatures, Want, category};
+
+const PAGE: usize = 4096;
+const NO_FILE: i32 = -1;
+const MADV_GUARD_INSTALL: i32 = 102;
+
+/// A mapping of this process, private unless said otherwise, without huge pages.
+struct Map {
+    base: *mut u8,
+    len: usize,
+}
+
+impl Map {
+    fn new(pages: usize, flags: i32, fd: i32) -> Map {
+        let len = pages * PAGE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE, fd, 0)
+        };
+        assert_ne!(base, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+        let map = Map { base: base.cast(), len };
+        map.advise(0, pages, libc::MADV_NOHUGEPAGE);
+        map
+    }
+
+    fn anonymous(pages: usize) -> Map {
+        Map::new(pages, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, NO_FILE)
+    }
+
+    fn advise(&self, page: usize, pages: usize, advice: i32) -> bool {
+        assert!((page + pages) * PAGE <= self.len);
+        // SAFETY: inside of the mapping, into which no reference exists.
+        unsafe { libc::madvise(self.base.add(page * PAGE).cast(), pages * PAGE, advice) == 0 }
+    }
+
+    fn write(&self, page: usize) {
+        assert!(page * PAGE < self.len);
+        // SAFETY: just checked to be inside of the mapping.
+        unsafe { self.base.add(page * PAGE).write_volatile(7) }
+    }
+
+    fn read(&self, page: usize) -> u8 {
+        assert!(page * PAGE < self.len);
+        // SAFETY: just checked to be inside of the mapping.
+        unsafe { self.base.add(page * PAGE).read_volatile() }
+    }
+
+    fn start(&self) -> u64 {
+        self.base as u64
+    }
+
+    fn end(&self) -> u64 {
+        self.start() + self.len as u64
+    }
+
+    /// Runs as (first page, pages).
+    fn pages(&self, runs: &[PageRun]) -> Vec<(u64, u64)> {
+        runs.iter().map(|run| ((run.start - self.start()) / PAGE as u64, run.len() / PAGE as u64)).collect()
+    }
+
+    fn scan(&self, scanner: &PageScanner, want: Want) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        scanner.scan(self.start(), self.end(), want, &mut runs).expect("scan");
+        self.pages(&runs)
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`; no reference into it exists.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+fn scanners() -> Vec<PageScanner> {
+    let me = HostPid::current();
+    vec![PageScanner::open(me).expect("pagemap"), PageScanner::open_entries(me).expect("pagemap")]
+}
+
+fn memfd(pages: usize) -> File {
+    // SAFETY: the name is a C string; the descriptor is fresh and ours.
+    let mut file = unsafe { File::from_raw_fd(libc::memfd_create(c"scan-test".as_ptr(), libc::MFD_CLOEXEC)) };
+    file.write_all(&vec![1; pages * PAGE]).expect("write");
+    file
+}
+
+/// Whether frame numbers, and so the zero page, are visible to the fallback.
+fn sees_frames() -> bool {
+    CapSet::effective(HostPid::current()).is_ok_and(|caps| caps.has("CAP_SYS_ADMIN")) && File::open("/proc/kpageflags").is_ok()
+}
+
+#[test]
+fn only_written_anonymous_pages_are_wanted() {
+    let map = Map::anonymous(64);
+    for page in [0, 1, 2, 10, 63] {
+        map.write(page);
+    }
+    assert_eq!(map.read(20), 0);
+    for scanner in scanners() {
+        let mut expected = vec![(0, 3), (10, 1), (63, 1)];
+        if !scanner.uses_ioctl() && !sees_frames() {
+            expected.insert(2, (20, 1));
+        }
+        assert_eq!(map.scan(&scanner, Want::PrivateAnon), expected, "ioctl: {}", scanner.uses_ioctl());
+    }
+}
+
+#[test]
+fn runs_are_cut_to_the_range_and_tell_present() {
+    let map = Map::anonymous(16);
+    (0..16).for_each(|page| map.write(page));
+    for scanner in scanners() {
+        let mut runs = Vec::new();
+        let start = map.start() + 4 * PAGE as u64;
+        scanner.scan(start + 1, start + PAGE as u64 + 1, Want::PrivateAnon, &mut runs).expect("scan");
+        assert_eq!(runs, [PageRun { start, end: start + 2 * PAGE as u64, categories: category::PRESENT }]);
+        runs.clear();
+        scanner.scan(start, start, Want::PrivateAnon, &mut runs).expect("an empty range");
+        assert!(runs.is_empty());
+        assert!(scanner.scan(start + PAGE as u64, start, Want::PrivateAnon, &mut runs).is_err());
+        assert!(scanner.scan(0, u64::MAX, Want::PrivateAnon, &mut runs).is_err());
+    }
+}
+
+#[test]
+fn only_copied_pages_of_a_private_file_are_wanted() {
+    let file = memfd(32);
+    let map = Map::new(32, libc::MAP_PRIVATE, file.as_raw_fd());
+    (0..32).for_each(|page| assert_eq!(map.read(page), 1));
+    for page in [3, 4, 31] {
+        map.write(page);
+    }
+    for scanner in scanners() {
+        assert_eq!(map.scan(&scanner, Want::PrivateFile), [(3, 2), (31, 1)], "ioctl: {}", scanner.uses_ioctl());
+    }
+}
+
+#[test]
+fn more_runs_than_one_call_returns() {
+    let map = Map::anonymous(20_000);
+    (0..20_000).step_by(2).for_each(|page| map.write(page));
+    for scanner in scanners() {
+        let runs = map.scan(&scanner, Want::PrivateAnon);
+        let wrong = runs.iter().enumerate().find(|(i, run)| **run != (2 * *i as u64, 1));
+        assert_eq!((wrong, runs.len()), (None, 10_000), "ioctl: {} around {:?}", scanner.uses_ioctl(), wrong.map(|(i, _)| &runs[i.saturating_sub(3)..i + 3]));
+    }
+}
+
+#[test]
+fn many_pages_in_one_run_stay_one_run() {
+    let map = Map::anonymous(70_000);
+    (0..70_000).for_each(|page| map.write(page));
+    for scanner in scanners() {
+        assert_eq!(map.scan(&scanner, Want::PrivateAnon), [(0, 70_000)]);
+    }
+}
+
+#[test]
+fn sparse_ranges_cost_by_what_is_populated() {
+    const GIB: usize = (1 << 30) / PAGE;
+    let map = Map::anonymous(4096 * GIB);
+    for page in [0, 1000 * GIB, 4096 * GIB - 1] {
+        map.write(page);
+    }
+    let scanner = PageScanner::open(HostPid::current()).expect("pagemap");
+    if scanner.uses_ioctl() {
+        let began = Instant::now();
+        let expected = [(0, 1), (1000 * GIB as u64, 1), (4096 * GIB as u64 - 1, 1)];
+        assert_eq!(map.scan(&scanner, Want::PrivateAnon), expected);
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?} for three pages in 4 TiB", began.elapsed());
+    }
+    // The fallback has to skip an empty mapping, and find the only page of a large one.
+    let empty = Map::anonymous(4096 * GIB);
+    let sparse = Map::anonymous(8 * GIB);
+    sparse.write(5 * GIB);
+    let scanner = PageScanner::open_entries(HostPid::current()).expect("pagemap");
+    let began = Instant::now();
+    assert_eq!(empty.scan(&scanner, Want::PrivateAnon), []);
+    assert_eq!(sparse.scan(&scanner, Want::PrivateAnon), [(5 * GIB as u64, 1)]);
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?} in the fallback", began.elapsed());
+}
+
+#[test]
+fn guard_pages_are_found_and_not_saved() {
+    let map = Map::anonymous(16);
+    (0..16).for_each(|page| map.write(page));
+    if !map.advise(4, 2, MADV_GUARD_INSTALL) {
+        eprintln!("skipped: MADV_GUARD_INSTALL needs Linux 6.13");
+        return;
+    }
+    if Features::probe().pagemap_scan_guard != Support::Yes {
+        eprintln!("skipped: PAGE_IS_GUARD needs Linux 6.15");
+        return;
+    }
+    for scanner in scanners() {
+        assert_eq!(map.scan(&scanner, Want::PrivateAnon), [(0, 4), (6, 10)], "ioctl: {}", scanner.uses_ioctl());
+        let mut runs = Vec::new();
+        scanner.scan_guard(map.start(), map.end(), &mut runs).expect("scan");
+        assert_eq!(map.pages(&runs), [(4, 2)], "ioctl: {}", scanner.uses_ioctl());
+    }
+}
+
+#[test]
+fn a_fresh_page_is_soft_dirty_where_tracked() {
+    let map = Map::anonymous(1);
+    map.write(0);
+    let tracked = Features::probe().mem_dirty_track == Support::Yes;
+    for scanner in scanners() {
+        let scanner = scanner.reporting_soft_dirty();
+        let mut runs = Vec::new();
+        scanner.scan(map.start(), map.end(), Want::PrivateAnon, &mut runs).expect("scan");
+        assert_eq!(runs[0].categories & category::SOFT_DIRTY != 0, tracked);
+    }
+}
+
+#[test]
+fn another_process_can_be_scanned() {
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+    let pid = HostPid(child.id() as i32);
+    std::thread::sleep(Duration::from_millis(50));
+    let result = PageScanner::open(pid).map(|scanner| {
+        let vmas = dormouse_kernel::proc::maps::read_maps(pid).expect("maps");
+        let stack = vmas.iter().find(|vma| vma.name == b"[stack]").expect("stack");
+        let mut runs = Vec::new();
+        scanner.scan(stack.start, stack.end, Want::PrivateAnon, &mut runs).map(|()| runs)
+    });
+    child.kill().expect("kill");
+    child.wait().expect("wait");
+    assert!(!result.expect("pagemap").expect("scan").is_empty());
+}

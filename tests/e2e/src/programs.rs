@@ -1,0 +1,116 @@
+//! The C programs: each sets something up, sleeps through a dump and a restore, and checks itself.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::case::{Case, pid_of};
+use crate::report::{Outcome, Test};
+use crate::tty;
+
+include!(concat!(env!("OUT_DIR"), "/sources.rs"));
+
+/// What a program's `// options: dump=… restore=… harness=…` line asks for.
+#[derive(Default)]
+pub struct Options {
+    /// More words for the dump.
+    pub dump: Vec<String>,
+    /// More words for the restore.
+    pub restore: Vec<String>,
+    /// More words for the harness: `tty` runs the program as a job on a terminal.
+    pub harness: Vec<String>,
+}
+
+impl Options {
+    /// Reads the options line of a program text. `%` in a value stands for the test's directory.
+    pub fn parse(text: &str, dir: &Path) -> Self {
+        let mut options = Self::default();
+        let lines = text.lines().filter_map(|line| line.strip_prefix("// options:"));
+        for (key, value) in lines.flat_map(str::split_whitespace).filter_map(|word| word.split_once('=')) {
+            let value = value.replace('%', &dir.display().to_string());
+            let words = value.split(',').map(str::to_owned);
+            match key {
+                "dump" => options.dump.extend(words),
+                "restore" => options.restore.extend(words),
+                "harness" => options.harness.extend(words),
+                _ => {}
+            }
+        }
+        options
+    }
+}
+
+/// One test for each program.
+pub fn tests() -> Vec<Test> {
+    SOURCES
+        .iter()
+        .map(|(name, text)| Test::new(format!("programs/{name}"), move |case| run(case, name, text)))
+        .collect()
+}
+
+/// Where the program `name` is, built first when there are no prebuilt ones.
+pub fn find(case: &Case<'_>, name: &str) -> Result<PathBuf> {
+    if let Some(dir) = &case.args.programs {
+        return Ok(dir.join(name));
+    }
+    let dir = case.args.work.join("programs");
+    fs::create_dir_all(&dir)?;
+    let (built, source) = (dir.join(name), format!("{}/../programs/{name}.c", env!("CARGO_MANIFEST_DIR")));
+    if built.exists() {
+        return Ok(built);
+    }
+    let part = dir.join(format!("{name}.{}", case.dir.file_name().context("a test has a name")?.display()));
+    let output = Command::new(&case.args.cc)
+        .args(["-O1", "-Wall", "-static", "-pthread", "-o"])
+        .arg(&part)
+        .arg(&source)
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("run {}; --programs names prebuilt programs", case.args.cc))?;
+    ensure!(output.status.success(), "build {source}: {}", String::from_utf8_lossy(&output.stderr));
+    fs::rename(&part, &built)?;
+    Ok(built)
+}
+
+fn run(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
+    let program = find(case, name)?;
+    if !program.exists() {
+        return Ok(Outcome::needs(format!("the built program {name}")));
+    }
+    let options = Options::parse(text, &case.dir);
+    if options.harness.iter().any(|word| word == "tty") {
+        return tty::run(case, &program, &options);
+    }
+    let mut command = case.command(&program);
+    command.arg(&case.dir);
+    let child = case.start(command)?;
+    if let Some(needs) = await_ready(case)? {
+        return Ok(Outcome::needs(needs));
+    }
+    for round in 1..=case.args.iters {
+        case.sleep_and_wake(pid_of(&child), round, &options.dump, &options.restore)?;
+        ask(case, round)?;
+    }
+    Ok(Outcome::PASSED)
+}
+
+/// Waits until the program has set itself up; what it needs when it cannot.
+pub fn await_ready(case: &Case<'_>) -> Result<Option<String>> {
+    let ready = case.await_file("ready", Duration::from_secs(60))?;
+    match ready.split_once(": ") {
+        Some(("skip", needs)) => Ok(Some(needs.to_owned())),
+        None if ready == "ready" => Ok(None),
+        _ => bail!("during setup: {ready}"),
+    }
+}
+
+/// Has the program check itself.
+pub fn ask(case: &Case<'_>, round: usize) -> Result<()> {
+    fs::write(case.path(&format!("check.{round}")), "")?;
+    let verdict = case.await_file(&format!("verdict.{round}"), Duration::from_secs(60))?;
+    ensure!(verdict == "ok", "round {round}: the program says: {verdict}");
+    Ok(())
+}

@@ -1,0 +1,2 @@
+//! x
+pub fn tests() -> Vec<crate::report::Test> { vec![] }

@@ -1,0 +1,247 @@
+// What every program expects to find again, whatever else it tests: descriptors, maps, status, limits, threads.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+#ifndef BASELINE_H
+#define BASELINE_H
+
+struct baseline_text {
+	size_t len;
+	char text[1 << 20];
+};
+static struct baseline_text baseline_before, baseline_after;
+static char baseline_buf[1 << 20];
+
+__attribute__((format(printf, 2, 3))) static void baseline_add(struct baseline_text *b, const char *fmt, ...)
+{
+	va_list ap;
+	va_start(ap, fmt);
+	int n = vsnprintf(b->text + b->len, sizeof b->text - b->len, fmt, ap);
+	va_end(ap);
+	if (n > 0 && b->len + n < sizeof b->text - 1)
+		b->len += n;
+}
+
+// Reads a whole file into `baseline_buf`; its length, or -1.
+static ssize_t baseline_read(const char *path)
+{
+	size_t len = 0;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	for (;;) {
+		ssize_t n = read(fd, baseline_buf + len, sizeof baseline_buf - 1 - len);
+		if (n <= 0)
+			break;
+		len += n;
+	}
+	close(fd);
+	baseline_buf[len] = 0;
+	return len;
+}
+
+// The numeric names in a /proc directory, sorted, without the descriptor that reads it.
+static int baseline_numbers(const char *dir, int *out, int max)
+{
+	static char entries[32768];
+	int n = 0, fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	for (;;) {
+		long got = syscall(SYS_getdents64, fd, entries, sizeof entries);
+		if (got <= 0)
+			break;
+		for (char *p = entries; p < entries + got; p += *(unsigned short *)(p + 16)) {
+			char *name = p + 19;
+			if (*name < '0' || *name > '9')
+				continue;
+			int v = atoi(name), i = n;
+			if (v == fd && strstr(dir, "/fd"))
+				continue;
+			if (n == max)
+				break;
+			for (; i > 0 && out[i - 1] > v; i--)
+				out[i] = out[i - 1];
+			out[i] = v;
+			n++;
+		}
+	}
+	close(fd);
+	return n;
+}
+
+static void baseline_file(struct baseline_text *b, const char *path, const char *const *wanted)
+{
+	if (baseline_read(path) < 0)
+		return;
+	char *save = NULL;
+	for (char *line = strtok_r(baseline_buf, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+		if (!wanted) {
+			baseline_add(b, "%s: %s\n", path, line);
+			continue;
+		}
+		for (const char *const *w = wanted; *w; w++)
+			if (!strncmp(line, *w, strlen(*w)))
+				baseline_add(b, "%s: %s\n", path, line);
+	}
+}
+
+static void baseline_hash(struct baseline_text *b, const char *path)
+{
+	uint64_t h = 14695981039346656037ull;
+	ssize_t n = baseline_read(path);
+	for (ssize_t i = 0; i < n; i++)
+		h = (h ^ (unsigned char)baseline_buf[i]) * 1099511628211ull;
+	baseline_add(b, "%s: %zd bytes, hash %llx\n", path, n, (unsigned long long)h);
+}
+
+static void baseline_link(struct baseline_text *b, const char *path)
+{
+	char to[PATH_MAX];
+	ssize_t n = readlink(path, to, sizeof to - 1);
+	to[n < 0 ? 0 : n] = 0;
+	baseline_add(b, "%s -> %s\n", path, to);
+}
+
+// Fields of /proc/self/stat, numbered as in proc_pid_stat(5).
+static void baseline_stat(struct baseline_text *b)
+{
+	static const int wanted[] = { 5, 6, 7, 18, 19, 20, 26, 27, 28, 38, 40, 41, 45, 46, 47, 48, 49, 50, 51 };
+	if (baseline_read("/proc/self/stat") < 0)
+		return;
+	char *p = strrchr(baseline_buf, ')'), *save = NULL;
+	if (!p)
+		return;
+	int field = 3;
+	for (char *f = strtok_r(p + 1, " \n", &save); f; f = strtok_r(NULL, " \n", &save), field++)
+		for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+			if (wanted[i] == field)
+				baseline_add(b, "stat field %d: %s\n", field, f);
+}
+
+static void baseline_fds(struct baseline_text *b)
+{
+	static int fds[4096];
+	static char inodes[64][64];
+	int ninodes = 0, n = baseline_numbers("/proc/self/fd", fds, 4096);
+	for (int i = 0; i < n; i++) {
+		char path[64], to[PATH_MAX];
+		snprintf(path, sizeof path, "/proc/self/fd/%d", fds[i]);
+		ssize_t len = readlink(path, to, sizeof to - 1);
+		to[len < 0 ? 0 : len] = 0;
+		if (!strncmp(to, "pipe:[", 6)) { // another inode after the restore; who shares it is what counts
+			int k = 0;
+			while (k < ninodes && strcmp(inodes[k], to))
+				k++;
+			if (k == ninodes && ninodes < 64)
+				snprintf(inodes[ninodes++], 64, "%.63s", to);
+			snprintf(to, sizeof to, "pipe no. %d", k);
+		}
+		baseline_add(b, "fd %d -> %s\n", fds[i], to);
+		snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fds[i]);
+		// What a terminal or a log gets is written by others; where an appended file stands is the file's end.
+		baseline_file(b, path, (const char *const[]){ "pos:", "flags:", NULL });
+	}
+}
+
+static void baseline_maps(struct baseline_text *b)
+{
+	if (baseline_read("/proc/self/smaps") < 0 && baseline_read("/proc/self/maps") < 0)
+		return;
+	char *save = NULL;
+	for (char *line = strtok_r(baseline_buf, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+		unsigned long start, end, offset, inode;
+		char perms[8], dev[16];
+		int at = 0;
+		if (!strncmp(line, "VmFlags:", 8)) {
+			baseline_add(b, "  flags");
+			for (char *p = line + 8; *p; p++) // sd: soft-dirty, a matter of the last writes
+				if (*p != ' ' && p[1] && p[1] != ' ') {
+					if (p[0] != 's' || p[1] != 'd')
+						baseline_add(b, " %c%c", p[0], p[1]);
+					p++;
+				}
+			baseline_add(b, "\n");
+			continue;
+		}
+		if (sscanf(line, "%lx-%lx %7s %lx %15s %lu %n", &start, &end, perms, &offset, dev, &inode, &at) < 6)
+			continue;
+		char *name = line + at;
+		if (strstr(name, "(deleted)") || !strncmp(name, "/memfd:", 7) || !strncmp(name, "/dev/zero", 9))
+			inode = 0, strcpy(dev, "-");
+		if (!strcmp(name, "[stack]"))
+			start = 0; // grows as it likes
+		baseline_add(b, "map %lx-%lx %s %lx %s %lu %s\n", start, end, perms, offset, dev, inode, name);
+	}
+}
+
+static void baseline_tasks(struct baseline_text *b)
+{
+	static int tids[4096];
+	int n = baseline_numbers("/proc/self/task", tids, 4096);
+	for (int i = 0; i < n; i++) {
+		char path[64];
+		snprintf(path, sizeof path, "/proc/self/task/%d/status", tids[i]);
+		baseline_file(b, path, (const char *const[]){ "Name:", "SigBlk:", "Uid:", "CapEff:", "Seccomp:", NULL });
+	}
+}
+
+static void baseline_collect(struct baseline_text *b)
+{
+	static const char *const status[] = { "Name:", "Umask:", "Tgid:", "Pid:", "TracerPid:", "Uid:", "Gid:", "Groups:",
+		"NStgid:", "NSpid:", "NSpgid:", "NSsid:", "VmLck:", "VmPin:", "HugetlbPages:", "Threads:", "SigPnd:", "ShdPnd:",
+		"SigBlk:", "SigIgn:", "SigCgt:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:",
+		"Seccomp:", "THP_enabled:", NULL };
+	b->len = 0;
+	b->text[0] = 0;
+	if (test_loose == LOOSE_ALL)
+		return;
+	if (!(test_loose & LOOSE_STATUS)) {
+		baseline_file(b, "/proc/self/status", status);
+		baseline_stat(b);
+		baseline_file(b, "/proc/self/limits", NULL);
+		baseline_file(b, "/proc/self/oom_score_adj", NULL);
+		baseline_file(b, "/proc/self/timerslack_ns", NULL);
+		baseline_file(b, "/proc/self/personality", NULL);
+		baseline_file(b, "/proc/self/cgroup", NULL);
+		baseline_hash(b, "/proc/self/cmdline");
+		baseline_hash(b, "/proc/self/environ");
+		baseline_hash(b, "/proc/self/auxv");
+		baseline_link(b, "/proc/self/exe");
+		baseline_link(b, "/proc/self/cwd");
+		baseline_link(b, "/proc/self/root");
+	}
+	if (!(test_loose & LOOSE_FDS))
+		baseline_fds(b);
+	if (!(test_loose & LOOSE_MAPS))
+		baseline_maps(b);
+	if (!(test_loose & LOOSE_TASKS))
+		baseline_tasks(b);
+}
+
+static void baseline_take(void)
+{
+	baseline_collect(&baseline_after); // once for nothing: what reading itself touches is touched
+	baseline_collect(&baseline_before);
+}
+
+// Fails with the first line that is not as it was.
+static void baseline_compare(void)
+{
+	baseline_collect(&baseline_after);
+	const char *was = baseline_before.text, *is = baseline_after.text, *map_was = "", *map_is = "";
+	while (*was || *is) {
+		size_t nw = strcspn(was, "\n"), ni = strcspn(is, "\n");
+		if (!strncmp(was, "map ", 4))
+			map_was = was;
+		if (!strncmp(is, "map ", 4))
+			map_is = is;
+		if (nw != ni || memcmp(was, is, nw)) {
+			const char *flags = !strncmp(was, "  flags", 7) ? map_was : "";
+			(void)map_is;
+			test_fail("baseline: was `%.*s`, is `%.*s` %.*s", (int)nw, was, (int)ni, is, (int)strcspn(flags, "\n"), flags);
+		}
+		was += nw + (was[nw] == '\n');
+		is += ni + (is[ni] == '\n');
+	}
+}
+
+#endif
