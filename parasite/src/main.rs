@@ -3,11 +3,14 @@
 #![no_main]
 
 use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicU32, Ordering};
 
-use dormouse_blob_abi::parasite::{Entry, Reply, Request};
+use dormouse_blob_abi::parasite::{
+    Entry, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_LEAVING, THREAD_NONE,
+};
 use dormouse_blob_abi::run::{Special, UNKNOWN, run};
-use dormouse_blob_abi::{DONE, Op};
-use dormouse_sys::{nr, syscall};
+use dormouse_blob_abi::Op;
+use dormouse_sys::{futex, nr, syscall};
 
 struct Nothing;
 
@@ -18,6 +21,8 @@ impl Special for Nothing {
 }
 
 const EINTR: i64 = -4;
+const AF_UNIX: u64 = 1;
+const SOCK_SEQPACKET_CLOEXEC: u64 = 5 | 0x80000;
 const MSG_NOSIGNAL: u64 = 0x4000;
 
 /// Entered by the host through ptrace, with every signal blocked and `entry` in the first argument register.
@@ -28,25 +33,89 @@ const MSG_NOSIGNAL: u64 = 0x4000;
 pub unsafe extern "C" fn dormouse_entry(entry: *mut Entry) -> ! {
     // SAFETY: the host wrote the entry record before it set the registers.
     let e = unsafe { &mut *entry };
-    let sock = e.sock as u64;
-    if e.ops != 0 {
-        // SAFETY: the host composed the list for this address space.
-        e.status = unsafe { run(e.ops as *mut Op, e.n_ops, &mut Nothing) };
-        if reply(sock, e.status) {
-            wait_for_end(sock);
-        }
+    if e.ops == 0 {
+        lead(e);
     } else {
-        serve(sock);
+        visit(e);
     }
     // The host is gone: give the thread back as it was.
-    // SAFETY: closes the parasite's own descriptor; the frame was prepared by the host.
+    // SAFETY: the frame was prepared by the host.
     unsafe {
-        if e.ops == 0 {
-            syscall(nr::CLOSE, [sock, 0, 0, 0, 0, 0]);
-        }
         syscall(nr::SIGALTSTACK, [0, e.frame_altstack, 0, 0, 0, 0]);
         sigreturn(e.frame)
     }
+}
+
+/// The leader: serves requests until the host's end of the socket closes, and until no other thread is here.
+fn lead(e: &mut Entry) {
+    if !part(e) {
+        return;
+    }
+    serve(e.sock as u64);
+    close(e.sock);
+    let mut patience = 1000;
+    while e.thread.load(Ordering::Acquire) == THREAD_IN && patience > 0 {
+        pause(1_000_000);
+        patience -= 1;
+    }
+    if e.thread.load(Ordering::Acquire) != THREAD_NONE {
+        // It has a handful of instructions to go, the last of which is a system call.
+        pause(10_000_000);
+    }
+}
+
+/// Another thread: runs its list and waits for the host to take it out.
+fn visit(e: &mut Entry) {
+    let sock = e.sock as u64;
+    // SAFETY: the host composed the list for this address space.
+    let status = unsafe { run(e.ops as *mut Op, e.n_ops, &mut Nothing) };
+    if reply(sock, status) {
+        wait_for_end(sock);
+    }
+    // SAFETY: a word of the leader's entry record, in the same mapping.
+    unsafe { &*(e.leader_thread as *const AtomicU32) }.store(THREAD_LEAVING, Ordering::Release);
+}
+
+/// Makes the socket pair and waits until the host has taken its end; false if that does not come about.
+fn part(e: &mut Entry) -> bool {
+    // SAFETY: the kernel writes two descriptors into the entry record.
+    let r = unsafe { syscall(nr::SOCKETPAIR, [AF_UNIX, SOCK_SEQPACKET_CLOEXEC, 0, &raw mut e.pair as u64, 0, 0]) }.0;
+    if r < 0 {
+        e.errno.store(-r as u32, Ordering::Relaxed);
+        e.phase.store(PAIR_FAILED, Ordering::Release);
+        futex::wake_all(&e.phase);
+        return false;
+    }
+    let [hosts, own] = e.pair;
+    e.sock = i64::from(own);
+    e.phase.store(PAIR_MADE, Ordering::Release);
+    futex::wake_all(&e.phase);
+    let mut patience = PAIR_PATIENCE_MS * 10;
+    while e.phase.load(Ordering::Acquire) == PAIR_MADE {
+        pause(100_000);
+        patience -= 1;
+        if patience == 0 {
+            let _ = e.phase.compare_exchange(PAIR_MADE, PAIR_FAILED, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+    close(i64::from(hosts));
+    if e.phase.load(Ordering::Acquire) == PAIR_TAKEN {
+        return true;
+    }
+    close(i64::from(own));
+    false
+}
+
+fn close(fd: i64) {
+    // SAFETY: closes the parasite's own descriptor.
+    unsafe { syscall(nr::CLOSE, [fd as u64, 0, 0, 0, 0, 0]) };
+}
+
+/// Sleeps. ppoll(2), unlike poll(2), nanosleep(2) and futex(2), leaves the thread's restart block alone.
+fn pause(nanos: u64) {
+    let time = [0, nanos];
+    // SAFETY: no descriptors; the kernel reads the time.
+    unsafe { syscall(nr::PPOLL, [0, 0, &raw const time as u64, 0, 0, 0]) };
 }
 
 fn serve(sock: u64) {
@@ -98,8 +167,6 @@ unsafe fn sigreturn(frame: u64) -> ! {
     // SAFETY: the frame restores every register; nothing after it runs.
     unsafe { core::arch::asm!("mov sp, {f}", "mov x8, #139", "svc #0", "brk #1", f = in(reg) frame, options(noreturn)) }
 }
-
-const _: u64 = DONE;
 
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {

@@ -142,8 +142,54 @@ static void baseline_fds(struct baseline_text *b)
 	}
 }
 
+// A mapping as smaps tells of it. The kernel joins neighbours when it can, so they are joined before the comparison.
+struct baseline_map {
+	unsigned long start, end, offset, inode;
+	char perms[8], dev[16], name[512], flags[128];
+};
+
+static int baseline_joins(const struct baseline_map *a, const struct baseline_map *b)
+{
+	return a->end == b->start && a->inode == b->inode && (!a->inode || a->offset + (a->end - a->start) == b->offset) &&
+		!strcmp(a->perms, b->perms) && !strcmp(a->dev, b->dev) && !strcmp(a->name, b->name) &&
+		!strcmp(a->flags, b->flags) && !strstr(a->flags, " gd") && a->name[0] != '[';
+}
+
+static void baseline_map_done(struct baseline_text *b, struct baseline_map *held, struct baseline_map *now)
+{
+	if (now && held->end && baseline_joins(held, now)) {
+		held->end = now->end;
+		return;
+	}
+	if (held->end) {
+		unsigned long start = strcmp(held->name, "[stack]") ? held->start : 0; // it grows as it likes
+		baseline_add(b, "map %lx-%lx %s %lx %s %lu %s\n", start, held->end, held->perms, held->offset, held->dev,
+			held->inode, held->name);
+		baseline_add(b, "  flags%s\n", held->flags);
+	}
+	if (now)
+		*held = *now;
+}
+
+static void baseline_flags(char *to, size_t size, char *line, int as_criu)
+{
+	char *save = NULL;
+	*to = 0;
+	for (char *flag = strtok_r(line, " ", &save); flag; flag = strtok_r(NULL, " ", &save)) {
+		if (!strcmp(flag, "sd")) // soft-dirty, a matter of the last writes
+			continue;
+		if (as_criu && !strcmp(flag, "ac")) // it makes every private mapping writable once, hence accounted
+			continue;
+		size_t used = strlen(to);
+		snprintf(to + used, size - used, " %.2s", flag);
+	}
+}
+
 static void baseline_maps(struct baseline_text *b)
 {
+	static struct baseline_map held, now;
+	int as_criu = getenv("TEST_AS_CRIU") != NULL, have = 0;
+	memset(&held, 0, sizeof held);
 	if (baseline_read("/proc/self/smaps") < 0 && baseline_read("/proc/self/maps") < 0)
 		return;
 	char *save = NULL;
@@ -152,25 +198,27 @@ static void baseline_maps(struct baseline_text *b)
 		char perms[8], dev[16];
 		int at = 0;
 		if (!strncmp(line, "VmFlags:", 8)) {
-			baseline_add(b, "  flags");
-			for (char *p = line + 8; *p; p++) // sd: soft-dirty, a matter of the last writes
-				if (*p != ' ' && p[1] && p[1] != ' ') {
-					if (p[0] != 's' || p[1] != 'd')
-						baseline_add(b, " %c%c", p[0], p[1]);
-					p++;
-				}
-			baseline_add(b, "\n");
+			baseline_flags(now.flags, sizeof now.flags, line + 8, as_criu);
 			continue;
 		}
 		if (sscanf(line, "%lx-%lx %7s %lx %15s %lu %n", &start, &end, perms, &offset, dev, &inode, &at) < 6)
 			continue;
-		char *name = line + at;
-		if (strstr(name, "(deleted)") || !strncmp(name, "/memfd:", 7) || !strncmp(name, "/dev/zero", 9))
-			inode = 0, strcpy(dev, "-");
-		if (!strcmp(name, "[stack]"))
-			start = 0; // grows as it likes
-		baseline_add(b, "map %lx-%lx %s %lx %s %lu %s\n", start, end, perms, offset, dev, inode, name);
+		if (have)
+			baseline_map_done(b, &held, &now);
+		memset(&now, 0, sizeof now);
+		now = (struct baseline_map){ .start = start, .end = end, .offset = offset, .inode = inode };
+		strcpy(now.perms, perms);
+		strcpy(now.dev, dev);
+		if (as_criu && !strncmp(line + at, "/memfd:/dev/zero", 16)) // unnamed shared memory comes back as a memfd
+			at += 7;
+		snprintf(now.name, sizeof now.name, "%.500s", line + at);
+		if (strstr(now.name, "(deleted)") || !strncmp(now.name, "/memfd:", 7) || !strncmp(now.name, "/dev/zero", 9))
+			now.inode = 0, strcpy(now.dev, "-");
+		have = 1;
 	}
+	if (have)
+		baseline_map_done(b, &held, &now);
+	baseline_map_done(b, &held, NULL);
 }
 
 static void baseline_tasks(struct baseline_text *b)
@@ -187,7 +235,7 @@ static void baseline_tasks(struct baseline_text *b)
 static void baseline_collect(struct baseline_text *b)
 {
 	static const char *const status[] = { "Name:", "Umask:", "Tgid:", "Pid:", "TracerPid:", "Uid:", "Gid:", "Groups:",
-		"NStgid:", "NSpid:", "NSpgid:", "NSsid:", "VmLck:", "VmPin:", "HugetlbPages:", "Threads:", "SigPnd:", "ShdPnd:",
+		"NStgid:", "NSpid:", "NSpgid:", "NSsid:", "VmLck:", "VmPin:", "Threads:", "SigPnd:", "ShdPnd:",
 		"SigBlk:", "SigIgn:", "SigCgt:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:",
 		"Seccomp:", "THP_enabled:", NULL };
 	b->len = 0;

@@ -117,6 +117,71 @@ __attribute__((noreturn, unused)) static void test_skip(const char *need)
 			test_fail("%s: is %lld (%#llx), was %lld (%#llx)", what, is_, is_, want_, want_); \
 	} while (0)
 
+// True once `condition` holds, false when it does not within `ms` milliseconds.
+#define UNTIL(condition, ms) \
+	({ \
+		int held_ = 0; \
+		for (double end_ = test_now() + (ms) / 1e3; !(held_ = !!(condition)) && test_now() < end_;) \
+			test_sleep_ms(2); \
+		held_; \
+	})
+
+// Zeroed memory that children forked later share.
+__attribute__((unused)) static void *test_shared(size_t size)
+{
+	void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	MUST(at != MAP_FAILED);
+	return at;
+}
+
+// DIR/NAME, in one of four buffers that take turns.
+__attribute__((unused)) static const char *test_path(const char *name)
+{
+	static char paths[4][400];
+	static unsigned turn;
+	char *path = paths[turn++ % 4];
+	snprintf(path, 400, "%s/%s", test_dir, name);
+	return path;
+}
+
+// The state letter of /proc/PID/stat, or 0.
+__attribute__((unused)) static char test_state(pid_t pid)
+{
+	char path[64], text[512];
+	snprintf(path, sizeof path, "/proc/%d/stat", pid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+	if (fd >= 0)
+		close(fd);
+	text[n < 0 ? 0 : n] = 0;
+	char *close_at = strrchr(text, ')');
+	return close_at ? close_at[2] : 0;
+}
+
+// Fills memory with what only `seed` gives; `test_filled` is the index of the first byte that is not so, or `size`.
+__attribute__((unused)) static void test_fill(void *at, size_t size, unsigned seed)
+{
+	unsigned char *p = at;
+	for (size_t i = 0; i < size; i++)
+		p[i] = (unsigned char)(((i + 1) * 2654435761u ^ seed * 40503u) >> 13);
+}
+
+__attribute__((unused)) static size_t test_filled(const void *at, size_t size, unsigned seed)
+{
+	const unsigned char *p = at;
+	for (size_t i = 0; i < size; i++)
+		if (p[i] != (unsigned char)(((i + 1) * 2654435761u ^ seed * 40503u) >> 13))
+			return i;
+	return size;
+}
+
+#define FILLED(what, at, size, seed) \
+	do { \
+		size_t size_ = (size), good_ = test_filled(at, size_, seed); \
+		if (good_ != size_) \
+			test_fail("%s: byte %zu of %zu is not what it was", what, good_, size_); \
+	} while (0)
+
 #include "baseline.h"
 
 // ---- children -------------------------------------------------------------------------------------------------------
@@ -148,7 +213,7 @@ __attribute__((unused)) static pid_t test_child(const char *name, void (*setup)(
 	MUST(pid >= 0);
 	if (!pid) {
 		size_t used = strlen(test_name);
-		snprintf(test_name + used, sizeof test_name - used, ".%s", name);
+		snprintf(test_name + used, sizeof test_name - used, ".%.40s", name);
 		test_nchildren = 0;
 		if (setup)
 			setup();
@@ -178,7 +243,7 @@ static void test_loop(void (*check)(void))
 		if (check)
 			check();
 		for (int i = 0; i < test_nchildren; i++) {
-			snprintf(file, sizeof file, "verdict.%d%s", round, test_children[i]);
+			snprintf(file, sizeof file, "verdict.%d%.63s", round, test_children[i]);
 			test_await(file, text, sizeof text);
 			if (strncmp(text, "ok", 2))
 				test_fail("child %s: %s", test_children[i], text);

@@ -4,14 +4,17 @@
 //! restores the state its thread was entered with by rt_sigreturn(2) from a frame that the host prepared.
 
 use core::mem::{offset_of, size_of};
+use core::sync::atomic::AtomicU32;
 
 /// What a thread of the target is entered with; the first argument register points here.
-#[derive(Clone, Copy, Debug)]
+///
+/// The leader makes the socket pair itself, so that nothing of it exists before the parasite can undo it.
+#[derive(Debug)]
 #[repr(C)]
 pub struct Entry {
-    /// The parasite's end of the socket, a descriptor of the target.
+    /// The parasite's end of the socket, a descriptor of the target. The leader stores it here.
     pub sock: i64,
-    /// Address of an [`crate::Op`] list that is run at once (0: serve requests from the socket).
+    /// Address of an [`crate::Op`] list that is run at once (0 in the leader: requests are served from the socket).
     pub ops: u64,
     /// Number of operations at `ops`.
     pub n_ops: u64,
@@ -19,12 +22,42 @@ pub struct Entry {
     pub frame: u64,
     /// Address of the frame's `uc_stack`: filled in just before the return, since only the thread can read it.
     pub frame_altstack: u64,
-    /// Out: [`crate::DONE`] or the index of the operation that failed.
-    pub status: u64,
+    /// Leader: the two ends of the socket pair, the host's first.
+    pub pair: [i32; 2],
+    /// Leader: how far the parting of the socket pair has come, a `PAIR_*` value.
+    pub phase: AtomicU32,
+    /// Leader: the errno (positive) with which socketpair(2) failed.
+    pub errno: AtomicU32,
+    /// Leader: a [`THREAD_NONE`] or other value: whether another thread is in the mapping, which may then not vanish.
+    pub thread: AtomicU32,
+    /// Padding.
+    pub pad: u32,
+    /// Other threads: address of the leader's `thread` word.
+    pub leader_thread: u64,
 }
 
-const _: () = assert!(size_of::<Entry>() == 48);
+const _: () = assert!(size_of::<Entry>() == 72);
 const _: () = assert!(offset_of!(Entry, frame) == 24);
+const _: () = assert!(offset_of!(Entry, phase) == 48);
+
+/// Nothing yet.
+pub const PAIR_NONE: u32 = 0;
+/// The pair exists: the host may take its end.
+pub const PAIR_MADE: u32 = 1;
+/// The host has its end.
+pub const PAIR_TAKEN: u32 = 2;
+/// There is no pair, or the host was not heard of in time: the parasite leaves.
+pub const PAIR_FAILED: u32 = 3;
+
+/// How long the parasite waits for the host to take its end, in milliseconds.
+pub const PAIR_PATIENCE_MS: u32 = 1000;
+
+/// Only the leader is in the mapping.
+pub const THREAD_NONE: u32 = 0;
+/// Another thread is in it, or is about to be.
+pub const THREAD_IN: u32 = 1;
+/// It is on its last instructions.
+pub const THREAD_LEAVING: u32 = 2;
 
 /// Host to parasite: run this list.
 #[derive(Clone, Copy, Debug)]

@@ -1,1 +1,59 @@
-fn main() {}
+//! Dormouse: puts trees of Linux processes to sleep on disk and wakes them up again, with CRIU's commands and images.
+//!
+//! This crate turns command lines into requests, and outcomes into messages and exit codes. It knows nothing about how a
+//! tree is dumped or restored.
+#![forbid(unsafe_code)]
+
+mod args;
+mod check;
+mod config;
+mod demo;
+mod image_cmds;
+mod log;
+mod man;
+mod progress;
+mod run;
+mod scripts;
+mod stats;
+#[cfg(test)]
+mod test_dir;
+mod version;
+
+use std::process::ExitCode;
+
+use args::{Command, Parsed};
+
+fn main() -> ExitCode {
+    let outcome = args::parse(std::env::args_os().skip(1).collect()).and_then(execute);
+    outcome.unwrap_or_else(|error| match error.downcast_ref::<clap::Error>() {
+        Some(error) => {
+            // Nobody is left to hear that it could not be printed.
+            let _ = error.print();
+            if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+        }
+        None => {
+            eprintln!("Error: {error:#}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
+    match parsed.command {
+        Command::Dump(args) => run::dump(&args, &parsed.notes),
+        Command::Restore(args) => run::restore(&args, &parsed.notes),
+        Command::Check(args) => check::check(&args, &parsed.notes),
+        Command::Demo => demo::run(),
+        Command::DemoCounter { dir } => demo::count(&dir),
+        Command::DemoAdder { dir } => demo::add(&dir),
+        Command::Decode(args) => image_cmds::decode(&args),
+        Command::Encode(args) => image_cmds::encode(&args),
+        Command::Show(args) => image_cmds::show(&args),
+        Command::Info { image } => image_cmds::info(&image),
+        Command::Man { dir } => man::write(&dir),
+        Command::Version => {
+            log::say(&version::text());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

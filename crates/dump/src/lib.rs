@@ -1,1 +1,135 @@
-//! dump
+//! Putting a tree to sleep: look, refuse or go on, freeze, infect, save, cure, and only then end it or let it go on.
+//!
+//! The target is changed only between the freeze and the cure, and every change is owned by a value whose drop undoes
+//! it. `inventory.img` is written last: a directory without it is no checkpoint.
+#![forbid(unsafe_code)]
+
+mod engine;
+mod ids;
+mod inventory;
+mod preflight;
+mod task;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dormouse_images::ImageError;
+use dormouse_infect::InfectError;
+use dormouse_infect::freeze::Obstacle;
+use dormouse_kernel::{HostPid, ProcError};
+pub use dormouse_resources::{Blocker, DumpOptions, ResourceError};
+
+/// Called at the stages of a dump: the action's name, and the root task's pid.
+pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
+
+/// What becomes of the tree after a successful dump.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum After {
+    /// It is killed.
+    #[default]
+    Kill,
+    /// It goes on running.
+    Run,
+    /// It is left stopped (SIGSTOP).
+    Stop,
+}
+
+/// What to dump and how.
+pub struct Request<'a> {
+    /// Root of the tree.
+    pub pid: HostPid,
+    /// Directory for the images; it must exist.
+    pub images_dir: PathBuf,
+    /// What kinds of resource look at.
+    pub options: DumpOptions,
+    /// What becomes of the tree.
+    pub after: After,
+    /// Give up, and let the tree go on, if it is not frozen after this time.
+    pub timeout: Option<Duration>,
+    /// Called at "pre-dump" and "post-dump"; an error ends the dump.
+    pub hooks: Hook<'a>,
+}
+
+/// What was dumped, and what it cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Report {
+    /// Root of the tree.
+    pub root_pid: i32,
+    /// Processes, zombies included.
+    pub tasks: usize,
+    /// Threads, leaders included.
+    pub threads: usize,
+    /// Pages that were looked at.
+    pub pages_scanned: u64,
+    /// Pages in the images.
+    pub pages_written: u64,
+    /// Microseconds from the first to the last thread stopped.
+    pub freezing_us: u64,
+    /// Microseconds from the first thread stopped until the tree was killed or let go.
+    pub frozen_us: u64,
+    /// Microseconds spent finding and writing pages.
+    pub memory_us: u64,
+    /// Microseconds in all.
+    pub total_us: u64,
+}
+
+/// Why a dump failed. The target goes on as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// The tree holds something that cannot be dumped; all of it is listed.
+    #[error("{}", list(.0))]
+    Refused(Vec<String>),
+    /// A resource could not be saved.
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    /// A process could not be stopped, entered or left.
+    #[error(transparent)]
+    Infect(#[from] InfectError),
+    /// A `/proc` file could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// An image could not be written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// There is no such process, or it is of no kind that can be dumped.
+    #[error("{0}")]
+    Target(String),
+    /// A kernel call of the host failed.
+    #[error("{what}: {source}")]
+    Call {
+        /// Operation and subject.
+        what: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// A hook failed.
+    #[error("{0:#}")]
+    Hook(anyhow::Error),
+}
+
+fn list(blockers: &[String]) -> String {
+    match blockers {
+        [one] => one.clone(),
+        many => format!("{} things stand against a dump:\n  {}", many.len(), many.join("\n  ")),
+    }
+}
+
+/// Everything that stands against dumping the tree below `pid`, each with its next step. Nothing is changed.
+///
+/// # Errors
+/// There is no such process, or it may not be looked at.
+pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, DumpError> {
+    preflight::blockers(pid, options)
+}
+
+/// Dumps a tree.
+///
+/// # Errors
+/// Any step failed; then the tree goes on as it was, and the directory holds no inventory.
+pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
+    engine::run(request)
+}
+
+pub(crate) fn describe(o: &Obstacle) -> String {
+    o.to_string()
+}

@@ -1,1 +1,31 @@
-//! images
+//! The images of a checkpoint: every record that CRIU 4.2 has, the files they are in, and the same as JSON.
+//!
+//! [`ImageDir`] opens a checkpoint, [`ImageKind`] names what is in it, [`pb`] holds the records. FORMAT.md at the root
+//! of the repository describes the files. Bytes from an image are checked before they are believed: a length that
+//! exceeds the file, a missing required field or a broken record is an error that names the place, never a panic.
+#![forbid(unsafe_code)]
+
+mod dir;
+mod error;
+mod ghost;
+pub mod json;
+mod kind;
+mod reader;
+mod required;
+pub mod schema;
+mod wire;
+mod writer;
+
+/// The records: one type per message of proto/, in CRIU's terms. Required fields are plain, optional ones are `Option`,
+/// enumerations are `i32` with a type beside them that names the values.
+#[allow(missing_docs, reason = "generated; the names are CRIU's")]
+pub mod pb {
+    include!(concat!(env!("OUT_DIR"), "/dormouse.criu.rs"));
+}
+
+pub use dir::ImageDir;
+pub use error::ImageError;
+pub use ghost::{Ghost, GhostChunk, GhostReader};
+pub use kind::{Body, ImageKind};
+pub use reader::{ImageReader, MAX_RECORD, Records};
+pub use writer::ImageWriter;

@@ -36,6 +36,22 @@ impl Arena {
         Ok(Self { host: host.cast(), target, len, next: 0 })
     }
 
+    /// Maps `len` bytes of `file` (shared) at exactly `addr`, so that processes forked from this one have them there too.
+    ///
+    /// # Errors
+    /// mmap(2)'s; `EEXIST` if something is mapped there (MAP_FIXED_NOREPLACE, Linux 4.17).
+    pub fn map_at(file: impl AsFd, len: usize, addr: u64) -> std::io::Result<Self> {
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        // SAFETY: the flag makes the call fail rather than replace a mapping.
+        let host = unsafe { libc::mmap(addr as *mut _, len, prot, flags, file.as_fd().as_raw_fd(), 0) };
+        if host == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        let this = Self { host: host.cast(), target: host as u64, len, next: 0 };
+        if this.target == addr { Ok(this) } else { Err(std::io::Error::from_raw_os_error(libc::EEXIST)) }
+    }
+
     /// First address as the target sees it.
     pub fn base(&self) -> u64 {
         self.target
@@ -128,6 +144,14 @@ impl Arena {
         unsafe { self.host.add(at) }
     }
 
+    /// A word that both sides use at the same time.
+    pub fn atomic(&self, addr: u64) -> &std::sync::atomic::AtomicU32 {
+        let pointer = self.host_ptr(addr, 4).cast::<std::sync::atomic::AtomicU32>();
+        assert!(pointer.is_aligned(), "address {addr:#x} is no word's");
+        // SAFETY: in bounds, aligned, and as an atomic valid whatever the other side stores.
+        unsafe { &*pointer }
+    }
+
     fn slice_mut(&mut self, addr: u64, len: usize) -> &mut [u8] {
         let at = self.offset(addr, len);
         // SAFETY: `offset` checked the range; the blob runs only while the host waits for it.
@@ -216,6 +240,11 @@ impl Batch {
         for (i, op) in self.ops.iter_mut().enumerate() {
             op.ret = arena.word(addr + (i * size_of::<Op>()) as u64 + 64) as i64;
         }
+    }
+
+    /// Raw result of an operation of a list that was placed at `addr` and may still be running; 0 before it ran.
+    pub fn placed_result(&self, arena: &Arena, addr: u64, id: OpId) -> i64 {
+        arena.word(addr + (id.0 * size_of::<Op>()) as u64 + 64) as i64
     }
 
     /// Raw result of an operation: negative is an errno.

@@ -1,6 +1,7 @@
 //! Stopping a whole tree: every thread of every process, until a full pass finds nothing new.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
 use dormouse_kernel::proc::{stat, status, tree};
@@ -75,11 +76,12 @@ pub fn obstacles(root: HostPid) -> Vec<Obstacle> {
 }
 
 impl Tree {
-    /// Stops the tree below and including `root`.
+    /// Stops the tree below and including `root`, giving up after `timeout`.
     ///
     /// # Errors
     /// The root is gone or may not be traced. Whatever was stopped by then goes on again.
-    pub fn freeze(root: HostPid) -> Result<Self, InfectError> {
+    pub fn freeze(root: HostPid, timeout: Option<Duration>) -> Result<Self, InfectError> {
+        let _deadline = timeout.map(cancel::Deadline::after);
         let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
         let mut order = Vec::new();
         loop {

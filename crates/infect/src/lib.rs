@@ -8,8 +8,13 @@ pub mod arch;
 pub mod arena;
 pub mod cancel;
 pub mod freeze;
+pub mod host;
 pub mod parasite;
 pub mod ptrace;
+pub mod restorer;
+pub mod rseq;
+pub mod stub;
+pub mod supervise;
 
 use std::io;
 
@@ -52,6 +57,9 @@ pub enum InfectError {
     /// The run was asked to stop (its front end was killed or interrupted).
     #[error("interrupted; the target goes on unchanged")]
     Cancelled,
+    /// The tree could not be stopped in time.
+    #[error("the tree could not be stopped in time (a thread may hang in the kernel, state D); raise --timeout and retry")]
+    Late,
 }
 
 pub(crate) fn last(op: &'static str, pid: HostPid) -> InfectError {

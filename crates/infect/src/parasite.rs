@@ -2,18 +2,24 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::offset_of;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use dormouse_blob_abi::DONE;
-use dormouse_blob_abi::parasite::{Entry, Reply, Request};
+use dormouse_blob_abi::parasite::{
+    Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_NONE,
+};
 use dormouse_blobs::PARASITE;
 use dormouse_kernel::ids::HostPid;
-use dormouse_sys::nr;
+use dormouse_sys::{futex, nr};
 
 use crate::arch;
 use crate::arena::{Arena, Batch};
-use crate::freeze::Task;
 use crate::ptrace::{State, Tracee};
+use crate::stub::Stub;
 use crate::{InfectError, cancel, failed};
 
 /// Bytes of the mapping that holds code, stacks, frames and operation lists; only touched pages cost memory.
@@ -26,41 +32,37 @@ const ALL_SIGNALS: u64 = u64::MAX;
 pub struct Parasite<'a> {
     leader: &'a mut Tracee,
     state: State,
-    insn: u64,
+    site: Site,
     socket: OwnedFd,
     remote_socket: RawFd,
+    entry: u64,
     /// Shared memory; allocations made between two runs live until the owner resets the arena to its mark.
     pub arena: Arena,
     cured: bool,
 }
 
 impl<'a> Parasite<'a> {
-    /// Puts the parasite into `leader`, whose state is `state`. `insn` is the address of a system-call instruction in
-    /// the target ([`find_syscall_insn`]).
+    /// Puts the parasite into `leader`, whose state is `state`.
     ///
     /// The channel is a socket pair made inside the target, whose one end the host takes with pidfd_getfd(2): it has
     /// no name, so nobody else can connect to it, claim it, or meet it.
     ///
     /// # Errors
     /// The target ended or refused a call; it then goes on as it was.
-    pub fn infect(leader: &'a mut Tracee, state: State, insn: u64) -> Result<Self, InfectError> {
-        match enter(leader, &state, insn) {
-            Ok(Entered { socket, remote_socket, arena }) => {
-                Ok(Self { leader, state, insn, socket, remote_socket, arena, cured: false })
-            }
-            Err((e, base)) => {
-                if let Some(base) = base {
-                    let _ = leader.syscall(insn, nr::MUNMAP, [base, ARENA as u64, 0, 0, 0, 0]);
-                }
-                let _ = put_back(leader, &state);
-                Err(e)
-            }
-        }
+    pub fn infect(leader: &'a mut Tracee, state: State) -> Result<Self, InfectError> {
+        let site = Site::new(leader.tid(), &state)?;
+        let Entered { socket, remote_socket, arena, entry } = enter(leader, &state, &site)?;
+        Ok(Self { leader, state, site, socket, remote_socket, entry, arena, cured: false })
     }
 
     /// Process whose parasite this is.
     pub fn pid(&self) -> HostPid {
         self.leader.tid()
+    }
+
+    /// The thread that the parasite runs in.
+    pub fn leader(&self) -> &Tracee {
+        self.leader
     }
 
     /// The leader's state from before the infection.
@@ -92,15 +94,20 @@ impl<'a> Parasite<'a> {
         let mark = self.arena.mark();
         let stack = self.arena.alloc(STACK, 16) + STACK as u64;
         let ops = batch.place(&mut self.arena);
-        let entry = place_entry(&mut self.arena, state, self.remote_socket, ops, batch.len() as u64);
-        thread.set_sigmask(ALL_SIGNALS)?;
+        let here = self.entry + offset_of!(Entry, thread) as u64;
+        let entry = place_entry(&mut self.arena, state, self.remote_socket, ops, batch.len() as u64, here);
+        self.arena.atomic(here).store(THREAD_IN, Ordering::Release);
+        // Registers before the mask on the way in, the mask before them on the way out: the parasite puts the mask
+        // back if we die in between, the target's own code would not.
         thread.set_regs(&arch::for_call(&state.regs, self.arena.base() + PARASITE.entry, stack, entry))?;
+        thread.set_sigmask(ALL_SIGNALS)?;
         thread.cont(0)?;
         let status = self.receive();
         thread.interrupt()?;
         thread.wait_interrupted()?;
-        thread.set_regs(&state.regs)?;
         thread.set_sigmask(state.sigmask)?;
+        thread.set_regs(&state.regs)?;
+        self.arena.atomic(here).store(THREAD_NONE, Ordering::Release);
         batch.fetch(&self.arena, ops);
         self.arena.reset(mark);
         self.judge(thread.tid(), batch, status?)
@@ -162,12 +169,7 @@ impl<'a> Parasite<'a> {
     fn do_cure(&mut self) -> Result<(), InfectError> {
         self.leader.interrupt()?;
         self.leader.wait_interrupted()?;
-        let close = self.leader.syscall(self.insn, nr::CLOSE, [self.remote_socket as u64, 0, 0, 0, 0, 0]);
-        let map = [self.arena.base(), ARENA as u64, 0, 0, 0, 0];
-        let unmap = self.leader.syscall(self.insn, nr::MUNMAP, map);
-        put_back(self.leader, &self.state)?;
-        close?.and(unmap?).map_err(|e| failed("munmap of the parasite", self.leader.tid(), e))?;
-        Ok(())
+        self.site.leave(self.leader, &self.state, Some(self.remote_socket), Some(self.arena.base()))
     }
 }
 
@@ -179,13 +181,84 @@ impl Drop for Parasite<'_> {
     }
 }
 
-fn put_back(leader: &mut Tracee, state: &State) -> Result<(), InfectError> {
-    leader.settle()?;
-    leader.set_regs(&state.regs)?;
-    if !state.xstate.is_empty() {
-        leader.set_set(arch::NT_XSTATE, &state.xstate)?;
+/// Where in the target the first and the last injected system calls are made.
+#[derive(Debug)]
+struct Site {
+    /// Address of any system-call instruction.
+    insn: u64,
+    /// Instructions that lead back without us, where there is room for them.
+    stub: Option<Stub>,
+}
+
+impl Site {
+    fn new(pid: HostPid, state: &State) -> Result<Self, InfectError> {
+        let ranges = executable_ranges(pid).map_err(|e| failed("reading the memory map", pid, e))?;
+        if ranges.shared.iter().any(|r| r.contains(&arch::pc(&state.regs)) && r.end - r.start == ARENA as u64) {
+            let what = "it still recovers from a dump that was killed; retry in a second".into();
+            return Err(InfectError::Unexpected { pid, what });
+        }
+        let insn = find_syscall_insn(pid, &ranges.all)?;
+        let stub = Stub::place(pid, ranges.vdso.as_ref(), state, ARENA as u64)
+            .map_err(|e| failed("writing to the vDSO's padding", pid, e))?;
+        Ok(Self { insn, stub })
     }
-    leader.set_sigmask(state.sigmask)
+
+    /// Maps the arena; the thread stays at the call's exit. Should we die, it gives the mapping back and goes on.
+    fn map(&self, leader: &mut Tracee) -> Result<u64, InfectError> {
+        let pid = leader.tid();
+        let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
+        let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
+        let insn = self.stub.as_ref().map_or(self.insn, Stub::map_call);
+        let args = [0, ARENA as u64, prot, flags, u64::MAX, 0];
+        // Registers before the mask: the stub would put the mask back, the target's own code would not.
+        leader.set_regs(&arch::for_syscall(&leader.regs()?, insn, nr::MMAP, args))?;
+        leader.set_sigmask(ALL_SIGNALS)?;
+        leader.pass_syscall()?.map_err(|source| InfectError::Remote { pid, what: "mmap".into(), source })
+    }
+
+    /// Undoes whatever of socket and mapping there is, and gives the stopped leader its state back.
+    fn leave(&self, leader: &mut Tracee, state: &State, socket: Option<RawFd>, base: Option<u64>) -> Result<(), InfectError> {
+        let pid = leader.tid();
+        let undo = |r: Result<io::Result<u64>, InfectError>, what: &str| match r {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(source)) => Err(InfectError::Remote { pid, what: what.to_owned(), source }),
+            Err(e) => Err(e),
+        };
+        let mut done = Ok(());
+        if let Some(stub) = &self.stub {
+            // One set of registers for all of it: the stub goes from one call to the next by itself.
+            if let Some(fd) = socket {
+                leader.set_regs(&arch::for_syscall(&state.regs, stub.close_call(), nr::CLOSE, [fd as u64, 0, 0, 0, 0, 0]))?;
+                done = undo(leader.pass_syscall(), "close of the parasite's socket");
+            } else if base.is_some() {
+                let mut regs = arch::for_syscall(&state.regs, stub.unmap(), 0, [0; 6]);
+                arch::set_pc(&mut regs, stub.unmap());
+                leader.set_regs(&regs)?;
+            }
+            if base.is_some() {
+                done = done.and(undo(leader.pass_syscall(), "munmap of the parasite"));
+            }
+        } else {
+            if let Some(fd) = socket {
+                let args = [fd as u64, 0, 0, 0, 0, 0];
+                done = undo(leader.syscall(self.insn, nr::CLOSE, args), "close of the parasite's socket");
+            }
+            if let Some(base) = base {
+                let args = [base, ARENA as u64, 0, 0, 0, 0];
+                done = done.and(undo(leader.syscall(self.insn, nr::MUNMAP, args), "munmap of the parasite"));
+            }
+        }
+        leader.settle()?;
+        if !state.xstate.is_empty() {
+            leader.set_set(arch::NT_XSTATE, &state.xstate)?;
+        }
+        leader.set_sigmask(state.sigmask)?;
+        leader.set_regs(&state.regs)?;
+        if let Some(stub) = &self.stub {
+            stub.remove().map_err(|e| failed("writing to the vDSO's padding", pid, e))?;
+        }
+        done
+    }
 }
 
 /// What a completed infection consists of.
@@ -193,19 +266,43 @@ struct Entered {
     socket: OwnedFd,
     remote_socket: RawFd,
     arena: Arena,
+    entry: u64,
 }
 
-/// Enters the leader; on failure says what was mapped, so that the caller can undo it.
-fn enter(leader: &mut Tracee, state: &State, insn: u64) -> Result<Entered, (InfectError, Option<u64>)> {
-    leader.set_sigmask(ALL_SIGNALS).map_err(|e| (e, None))?;
-    let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
-    let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
-    let base = call(leader, insn, "mmap", nr::MMAP, [0, ARENA as u64, prot, flags, u64::MAX, 0]).map_err(|e| (e, None))?;
-    enter_at(leader, state, insn, base).map_err(|e| (e, Some(base)))
+/// Enters the leader. When it fails, nothing is left in the target.
+fn enter(leader: &mut Tracee, state: &State, site: &Site) -> Result<Entered, InfectError> {
+    let base = match site.map(leader) {
+        Ok(base) => base,
+        Err(e) => {
+            let _ = site.leave(leader, state, None, None);
+            return Err(e);
+        }
+    };
+    let prepared = prepare(leader.tid(), state, site, base).and_then(|(arena, entry, regs)| {
+        leader.set_regs(&regs)?;
+        leader.cont(0)?;
+        Ok((arena, entry))
+    });
+    let (mut arena, entry) = match prepared {
+        Ok(prepared) => prepared,
+        Err(e) => {
+            let _ = site.leave(leader, state, None, Some(base));
+            return Err(e);
+        }
+    };
+    // From here on the parasite runs, and leaves by itself if it does not hear from us.
+    match take_pair(leader.tid(), &mut arena, entry) {
+        Ok((socket, remote_socket)) => Ok(Entered { socket, remote_socket, arena, entry }),
+        Err(e) => {
+            let _ = leader.interrupt().and_then(|()| leader.wait_interrupted().map(drop));
+            let _ = site.leave(leader, state, None, Some(base));
+            Err(e)
+        }
+    }
 }
 
-fn enter_at(leader: &mut Tracee, state: &State, insn: u64, base: u64) -> Result<Entered, InfectError> {
-    let pid = leader.tid();
+/// Fills the mapping; the registers with which the leader enters it.
+fn prepare(pid: HostPid, state: &State, site: &Site, base: u64) -> Result<(Arena, u64, arch::GpRegs), InfectError> {
     let path = format!("/proc/{pid}/map_files/{base:x}-{:x}", base + ARENA as u64);
     let file = File::options().read(true).write(true).open(&path).map_err(|e| InfectError::Unexpected {
         pid,
@@ -213,48 +310,64 @@ fn enter_at(leader: &mut Tracee, state: &State, insn: u64, base: u64) -> Result<
     })?;
     let mut arena = Arena::map(&file, ARENA, base).map_err(|e| failed("mmap of the parasite's memory", pid, e))?;
     arena.put(&PARASITE.relocated(base));
-    let pair = arena.alloc(8, 8);
-    let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
-    call(leader, insn, "socketpair", nr::SOCKETPAIR, [libc::AF_UNIX as u64, kind, 0, pair, 0, 0])?;
-    let (ours, remote_socket) = (arena.word32(pair) as RawFd, arena.word32(pair + 4) as RawFd);
-    let taken = take_fd(pid, ours);
-    call(leader, insn, "close", nr::CLOSE, [ours as u64, 0, 0, 0, 0, 0])?;
-    let stack = arena.alloc(STACK, 16) + STACK as u64;
-    let entry = place_entry(&mut arena, state, remote_socket, 0, 0);
-    let started = taken.map_err(|e| failed("pidfd_getfd", pid, e)).and_then(|socket| {
-        leader.set_regs(&arch::for_call(&state.regs, base + PARASITE.entry, stack, entry))?;
-        leader.cont(0)?;
-        Ok(socket)
-    });
-    match started {
-        Ok(socket) => Ok(Entered { socket, remote_socket, arena }),
-        Err(e) => {
-            let _ = call(leader, insn, "close", nr::CLOSE, [remote_socket as u64, 0, 0, 0, 0, 0]);
-            Err(e)
-        }
+    let mut leaving = state.clone();
+    if let Some(stub) = &site.stub {
+        stub.set_base(base).map_err(|e| failed("writing to the vDSO's padding", pid, e))?;
+        leaving.regs = arch::resumed(&state.regs);
+        arch::set_pc(&mut leaving.regs, stub.unmap());
     }
+    let stack = arena.alloc(STACK, 16) + STACK as u64;
+    let entry = place_entry(&mut arena, &leaving, -1, 0, 0, 0);
+    let regs = arch::for_call(&state.regs, base + PARASITE.entry, stack, entry);
+    Ok((arena, entry, regs))
 }
 
-fn call(leader: &mut Tracee, insn: u64, what: &str, nr: u64, args: [u64; 6]) -> Result<u64, InfectError> {
-    let pid = leader.tid();
-    leader.syscall(insn, nr, args)?.map_err(|source| InfectError::Remote { pid, what: what.into(), source })
+/// Takes our end of the socket pair that the parasite makes, and tells it so.
+fn take_pair(pid: HostPid, arena: &mut Arena, entry: u64) -> Result<(OwnedFd, RawFd), InfectError> {
+    let phase = entry + offset_of!(Entry, phase) as u64;
+    let word = arena.atomic(phase);
+    let end = Instant::now() + Duration::from_millis(u64::from(PAIR_PATIENCE_MS));
+    while word.load(Ordering::Acquire) == PAIR_NONE {
+        if Instant::now() > end {
+            return Err(InfectError::Unexpected { pid, what: "the parasite does not start".into() });
+        }
+        futex::wait_for(word, PAIR_NONE, 100_000_000);
+        cancel::check()?;
+    }
+    let failure = |errno: u32| InfectError::Remote {
+        pid,
+        what: "socketpair".into(),
+        source: io::Error::from_raw_os_error(errno as i32),
+    };
+    if word.load(Ordering::Acquire) == PAIR_FAILED {
+        return Err(failure(arena.word32(entry + offset_of!(Entry, errno) as u64)));
+    }
+    let pair = entry + offset_of!(Entry, pair) as u64;
+    let (ours, remote) = (arena.word32(pair) as RawFd, arena.word32(pair + 4) as RawFd);
+    let socket = take_fd(pid, ours).map_err(|e| failed("pidfd_getfd", pid, e));
+    let told = if socket.is_ok() { PAIR_TAKEN } else { PAIR_FAILED };
+    if word.compare_exchange(PAIR_MADE, told, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        return Err(InfectError::Unexpected { pid, what: "the parasite did not wait for us; retry".into() });
+    }
+    let socket = socket?;
+    Ok((socket, remote))
 }
 
-fn place_entry(arena: &mut Arena, state: &State, sock: RawFd, ops: u64, n_ops: u64) -> u64 {
+fn place_entry(arena: &mut Arena, state: &State, sock: RawFd, ops: u64, n_ops: u64, leader_thread: u64) -> u64 {
     let len = state.xstate.len() + 8192;
     let at = arena.alloc(len, 64);
     let (bytes, frame, frame_altstack) = arch::sigframe(&state.regs, state.sigmask, &state.xstate, at);
     arena.write(at, &bytes);
     let entry = arena.alloc(size_of::<Entry>(), 16);
-    arena.write_record(entry, &Entry { sock: i64::from(sock), ops, n_ops, frame, frame_altstack, status: 0 });
+    let words = [i64::from(sock) as u64, ops, n_ops, frame, frame_altstack, 0, 0, 0, leader_thread];
+    arena.write_record(entry, &words);
     entry
 }
 
-/// Address of a system-call instruction in the target's vDSO (or, without one, in the executable range given).
-///
-/// # Errors
-/// The range holds none, or cannot be read.
-pub fn find_syscall_insn(pid: HostPid, ranges: &[std::ops::Range<u64>]) -> Result<u64, InfectError> {
+const _: () = assert!(offset_of!(Entry, leader_thread) == 8 * 8);
+
+/// Address of a system-call instruction in the first of these ranges that has one.
+fn find_syscall_insn(pid: HostPid, ranges: &[Range<u64>]) -> Result<u64, InfectError> {
     for range in ranges {
         let len = (range.end - range.start).min(1 << 20) as usize;
         let mut bytes = vec![0u8; len];
@@ -295,14 +408,22 @@ pub fn take_fd(pid: HostPid, fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(got as RawFd) })
 }
 
-/// Address ranges to look for a system-call instruction in: the vDSO first, then other executable mappings.
-///
-/// # Errors
-/// The target's maps cannot be read.
-pub fn executable_ranges(task: &Task) -> io::Result<Vec<std::ops::Range<u64>>> {
-    let maps = dormouse_kernel::proc::maps::read_maps(task.pid).map_err(io::Error::other)?;
+/// Executable mappings of a target.
+#[derive(Debug)]
+struct Executable {
+    /// The vDSO, if there is one.
+    vdso: Option<Range<u64>>,
+    /// All of them, the vDSO first.
+    all: Vec<Range<u64>>,
+    /// Shared ones.
+    shared: Vec<Range<u64>>,
+}
+
+fn executable_ranges(pid: HostPid) -> io::Result<Executable> {
+    let maps = dormouse_kernel::proc::maps::read_maps(pid).map_err(io::Error::other)?;
     let exec = |v: &&dormouse_kernel::proc::maps::Vma| v.exec && v.name != b"[vsyscall]";
-    let mut ranges: Vec<_> = maps.iter().filter(exec).filter(|v| v.name == b"[vdso]").map(|v| v.start..v.end).collect();
-    ranges.extend(maps.iter().filter(exec).filter(|v| v.name != b"[vdso]").map(|v| v.start..v.end));
-    Ok(ranges)
+    let vdso = maps.iter().filter(exec).find(|v| v.name == b"[vdso]").map(|v| v.start..v.end);
+    let others = maps.iter().filter(exec).filter(|v| v.name != b"[vdso]").map(|v| v.start..v.end);
+    let shared = maps.iter().filter(exec).filter(|v| v.shared).map(|v| v.start..v.end).collect();
+    Ok(Executable { shared, all: vdso.clone().into_iter().chain(others).collect(), vdso })
 }

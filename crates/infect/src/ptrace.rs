@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use dormouse_kernel::ids::HostPid;
 
 use crate::arch::{self, GpRegs};
-use crate::{InfectError, failed, last};
+use crate::{InfectError, cancel, failed, last};
 
 const NT_PRSTATUS: i32 = 1;
 const PTRACE_EVENT_STOP: i32 = 128;
@@ -73,6 +73,16 @@ impl Tracee {
     /// # Errors
     /// EPERM if it is a zombie, a kernel thread, traced by another, or not ours to trace; gone.
     pub fn seize(tid: HostPid, suspend_seccomp: bool, exit_kill: bool) -> Result<Self, InfectError> {
+        let this = Self::attach(tid, suspend_seccomp, exit_kill)?;
+        this.interrupt()?;
+        Ok(this)
+    }
+
+    /// Seizes a thread that goes on running. With `exit_kill` it dies with this process (PTRACE_O_EXITKILL, Linux 3.8).
+    ///
+    /// # Errors
+    /// As [`Tracee::seize`].
+    pub fn attach(tid: HostPid, suspend_seccomp: bool, exit_kill: bool) -> Result<Self, InfectError> {
         let mut options = libc::PTRACE_O_TRACESYSGOOD as usize;
         if suspend_seccomp {
             options |= PTRACE_O_SUSPEND_SECCOMP;
@@ -84,9 +94,15 @@ impl Tracee {
         if unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid.0, null_mut::<u8>(), options as *mut u8) } < 0 {
             return Err(last("PTRACE_SEIZE", tid));
         }
-        let this = Self { tid, attached: true, group_stop: None };
-        this.interrupt()?;
-        Ok(this)
+        Ok(Self { tid, attached: true, group_stop: None })
+    }
+
+    /// From here on the stopped thread outlives this process: ends what `exit_kill` began.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn release_from_exit(&self) -> Result<(), InfectError> {
+        self.request(libc::PTRACE_SETOPTIONS as _, libc::PTRACE_O_TRACESYSGOOD, "PTRACE_SETOPTIONS")
     }
 
     /// The thread's id.
@@ -121,9 +137,9 @@ impl Tracee {
     /// Waits for the first stop after [`Tracee::seize`]. Signals that arrive before it are passed on.
     ///
     /// # Errors
-    /// The thread ended.
+    /// The thread ended, or the run was cancelled meanwhile.
     pub fn wait_first(&mut self) -> Result<(), InfectError> {
-        self.group_stop = self.wait_interrupted()?;
+        self.group_stop = self.wait_stop(true)?;
         Ok(())
     }
 
@@ -132,8 +148,13 @@ impl Tracee {
     /// # Errors
     /// The thread ended.
     pub fn wait_interrupted(&mut self) -> Result<Option<i32>, InfectError> {
+        self.wait_stop(false)
+    }
+
+    /// `cancellable` waits give up when the run is cancelled or late; the others undo things, and must see the stop.
+    fn wait_stop(&mut self, cancellable: bool) -> Result<Option<i32>, InfectError> {
         loop {
-            match self.wait()? {
+            match self.wait(cancellable)? {
                 (Stop::Interrupted, _) => return Ok(None),
                 (Stop::Group(signal), _) => return Ok(Some(signal)),
                 (Stop::Syscall, status) => self.cont(if status == 0 { 0 } else { status })?,
@@ -146,7 +167,7 @@ impl Tracee {
     }
 
     /// Waits for any stop. The second value is the signal to pass on when the stop was a signal's delivery.
-    fn wait(&self) -> Result<(Stop, i32), InfectError> {
+    fn wait(&self, cancellable: bool) -> Result<(Stop, i32), InfectError> {
         let mut status = 0;
         loop {
             // SAFETY: waits on one thread; `status` is ours.
@@ -157,6 +178,9 @@ impl Tracee {
             let e = io::Error::last_os_error();
             if e.raw_os_error() != Some(libc::EINTR) {
                 return Err(failed("waitpid", self.tid, e));
+            }
+            if cancellable {
+                cancel::check()?;
             }
         }
         if !libc::WIFSTOPPED(status) {
@@ -319,17 +343,39 @@ impl Tracee {
         })
     }
 
+    /// Gives the thread a whole state: general and extended registers, blocked signals.
+    ///
+    /// # Errors
+    /// A register set is not what this CPU's looks like, or the thread is gone.
+    pub fn restore(&self, state: &State) -> Result<(), InfectError> {
+        if !state.xstate.is_empty() {
+            self.set_set(arch::NT_XSTATE, &state.xstate)?;
+        }
+        for (note, bytes) in &state.more {
+            self.set_set(*note, bytes)?;
+        }
+        self.set_regs(&state.regs)?;
+        self.set_sigmask(state.sigmask)
+    }
+
     /// Makes one system call through the thread, from the instruction at `insn`, and leaves it stopped at the exit.
     ///
     /// # Errors
     /// The thread ended, or did not run the call. The outer result is about the thread, the inner one the call's.
     pub fn syscall(&mut self, insn: u64, nr: u64, args: [u64; 6]) -> Result<io::Result<u64>, InfectError> {
-        let regs = arch::for_syscall(&self.regs()?, insn, nr, args);
-        self.set_regs(&regs)?;
+        self.set_regs(&arch::for_syscall(&self.regs()?, insn, nr, args))?;
+        self.pass_syscall()
+    }
+
+    /// Lets the thread make the system call that its registers are about to make, and stops it at the call's exit.
+    ///
+    /// # Errors
+    /// As [`Tracee::syscall`].
+    pub fn pass_syscall(&mut self) -> Result<io::Result<u64>, InfectError> {
         for _ in 0..2 {
             loop {
                 self.request(libc::PTRACE_SYSCALL as _, 0, "PTRACE_SYSCALL")?;
-                match self.wait()? {
+                match self.wait(false)? {
                     (Stop::Syscall, 0) => break,
                     (Stop::Ended(_), _) => {
                         self.attached = false;

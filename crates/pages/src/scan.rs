@@ -42,6 +42,9 @@ pub enum Want {
     PrivateAnon,
     /// Of a private mapping of a file: present or swapped, and no longer a page of the file (copied on write).
     PrivateFile,
+    /// Of private mappings of either kind, in one walk: what both others ask for. Guard pages are reported too, with
+    /// [`category::GUARD`]; nothing of shared mappings of files and shared memory is, but their guard pages.
+    Private,
 }
 
 /// A target's pagemap. Results hold only while the target is stopped.
@@ -115,10 +118,12 @@ struct Filter {
 impl Filter {
     fn of(want: Want, guard: bool) -> Filter {
         // Guard markers count as swapped, so they have to be left out by name.
+        let guard = if guard { GUARD } else { 0 };
         let without = match want {
-            Want::PrivateAnon => PFNZERO,
-            Want::PrivateFile => FILE,
-        } | if guard { GUARD } else { 0 };
+            Want::PrivateAnon => PFNZERO | guard,
+            Want::PrivateFile => FILE | guard,
+            Want::Private => PFNZERO | FILE,
+        };
         Filter { inverted: without, all: without, any: PRESENT | SWAPPED }
     }
 
@@ -172,20 +177,41 @@ impl PageScanner {
     /// On Linux 6.13 and 6.14 guard pages cannot be told from swapped ones and are included; reading them gives `EFAULT`.
     /// Without the ioctl the zero page is left out only where page frames may be read (`CAP_SYS_ADMIN`).
     pub fn scan(&self, start: u64, end: u64, want: Want, out: &mut Vec<PageRun>) -> io::Result<()> {
+        self.scan_each(start, end, want, |run| {
+            push_merged(out, run);
+            Ok::<(), io::Error>(())
+        })
+    }
+
+    /// As [`PageScanner::scan`], but gives each run to `each` as soon as it is known, so that memory use does not depend on
+    /// how many there are. Runs ascend; one that is longer than a call of the kernel reports may come in parts.
+    pub fn scan_each<E: From<io::Error>>(
+        &self,
+        start: u64,
+        end: u64,
+        want: Want,
+        mut each: impl FnMut(PageRun) -> Result<(), E>,
+    ) -> Result<(), E> {
         let (start, end) = self.outwards(start, end)?;
+        let report = |guard| self.report | if guard && want == Want::Private { GUARD } else { 0 };
         match self.method {
-            Method::Ioctl { guard } => self.scan_ioctl(start, end, Filter::of(want, guard), self.report, out),
+            Method::Ioctl { guard } => self.scan_ioctl(start, end, Filter::of(want, guard), report(guard), &mut each),
             Method::Entries => {
                 let filter = Filter::of(want, true);
                 if want != Want::PrivateAnon || end - start < LARGE {
-                    return self.scan_entries(start, end, filter, self.report, out);
+                    return self.scan_entries(start, end, filter, report(true), &mut each);
                 }
                 for (start, end) in self.populated(start, end)? {
-                    self.scan_entries(start, end, filter, self.report, out)?;
+                    self.scan_entries(start, end, filter, report(true), &mut each)?;
                 }
                 Ok(())
             }
         }
+    }
+
+    /// Whether guard pages can be told from others; where they cannot (6.13 and 6.14), reading them gives `EFAULT`.
+    pub fn knows_guards(&self) -> bool {
+        !matches!(self.method, Method::Ioctl { guard: false })
     }
 
     /// Appends the guard pages (`MADV_GUARD_INSTALL`) in `start..end`. `ErrorKind::Unsupported` where the ioctl exists but
@@ -193,10 +219,14 @@ impl PageScanner {
     pub fn scan_guard(&self, start: u64, end: u64, out: &mut Vec<PageRun>) -> io::Result<()> {
         let (start, end) = self.outwards(start, end)?;
         let filter = Filter { inverted: 0, all: GUARD, any: GUARD };
+        let mut each = |run| {
+            push_merged(out, run);
+            Ok::<(), io::Error>(())
+        };
         match self.method {
-            Method::Ioctl { guard: true } => self.scan_ioctl(start, end, filter, GUARD, out),
+            Method::Ioctl { guard: true } => self.scan_ioctl(start, end, filter, GUARD, &mut each),
             Method::Ioctl { guard: false } => Err(io::ErrorKind::Unsupported.into()),
-            Method::Entries => self.scan_entries(start, end, filter, GUARD, out),
+            Method::Entries => self.scan_entries(start, end, filter, GUARD, &mut each),
         }
     }
 
@@ -207,7 +237,14 @@ impl PageScanner {
         if start > end { Err(io::ErrorKind::InvalidInput.into()) } else { Ok((start, end)) }
     }
 
-    fn scan_ioctl(&self, start: u64, end: u64, filter: Filter, report: u64, out: &mut Vec<PageRun>) -> io::Result<()> {
+    fn scan_ioctl<E: From<io::Error>>(
+        &self,
+        start: u64,
+        end: u64,
+        filter: Filter,
+        report: u64,
+        each: &mut impl FnMut(PageRun) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut runs = vec![PageRun::default(); BATCH];
         let mut at = start;
         while at < end {
@@ -221,19 +258,28 @@ impl PageScanner {
                 ..PmScanArg::default()
             };
             let count = call_scan(&self.pagemap, &mut arg, &mut runs)?;
-            for run in runs.iter().take(count) {
-                push_merged(out, *run);
+            let found = &runs[..count];
+            found.iter().try_for_each(|run| each(*run))?;
+            // Where a call returns more than 512 runs, walk_end may be left from before the last of them (seen in 6.18).
+            let next = found.last().map_or(arg.walk_end, |last| last.end.max(arg.walk_end));
+            if next <= at {
+                return Err(io::Error::other(format!("PAGEMAP_SCAN of pid {} stands still at {at:#x}", self.pid)).into());
             }
-            if arg.walk_end <= at {
-                return Err(io::Error::other(format!("PAGEMAP_SCAN of pid {} stands still at {at:#x}", self.pid)));
-            }
-            at = arg.walk_end;
+            at = next;
         }
         Ok(())
     }
 
-    fn scan_entries(&self, start: u64, end: u64, filter: Filter, report: u64, out: &mut Vec<PageRun>) -> io::Result<()> {
+    fn scan_entries<E: From<io::Error>>(
+        &self,
+        start: u64,
+        end: u64,
+        filter: Filter,
+        report: u64,
+        each: &mut impl FnMut(PageRun) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut buffer = vec![0; usize::try_from((end - start) / self.page).unwrap_or(usize::MAX).min(ENTRIES as usize) * 8];
+        let mut run = PageRun::default();
         let mut at = start;
         while at < end {
             let pages = ((end - at) / self.page).min(ENTRIES);
@@ -241,17 +287,25 @@ impl PageScanner {
             // Short at the end of the address space, 0 when the target's memory is gone.
             let got = self.pagemap.read_at(wanted, at / self.page * 8)? / 8;
             if got == 0 {
-                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                return Err(io::Error::from_raw_os_error(libc::ESRCH).into());
             }
             for entry in wanted.as_chunks::<8>().0.iter().take(got) {
                 let categories = self.categories(u64::from_ne_bytes(*entry));
                 if filter.matches(categories) {
-                    push_merged(out, PageRun { start: at, end: at + self.page, categories: categories & report });
+                    let categories = categories & report;
+                    if run.end == at && run.categories == categories && !run.is_empty() {
+                        run.end += self.page;
+                    } else {
+                        let last = std::mem::replace(&mut run, PageRun { start: at, end: at + self.page, categories });
+                        if !last.is_empty() {
+                            each(last)?;
+                        }
+                    }
                 }
                 at += self.page;
             }
         }
-        Ok(())
+        if run.is_empty() { Ok(()) } else { each(run) }
     }
 
     fn categories(&self, entry: u64) -> u64 {

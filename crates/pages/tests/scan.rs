@@ -178,8 +178,11 @@ fn sparse_ranges_cost_by_what_is_populated() {
         assert_eq!(map.scan(&scanner, Want::PrivateAnon), expected);
         assert!(began.elapsed() < Duration::from_secs(1), "{:?} for three pages in 4 TiB", began.elapsed());
     }
-    // The fallback has to skip an empty mapping, and find the only page of a large one.
+    // The fallback has to skip an empty mapping, and find the only page of a large one. Shared pages keep them apart,
+    // or the kernel would make one mapping of all.
+    let _between = Map::new(1, libc::MAP_SHARED | libc::MAP_ANONYMOUS, NO_FILE);
     let empty = Map::anonymous(4096 * GIB);
+    let _between = Map::new(1, libc::MAP_SHARED | libc::MAP_ANONYMOUS, NO_FILE);
     let sparse = Map::anonymous(8 * GIB);
     sparse.write(5 * GIB);
     let scanner = PageScanner::open_entries(HostPid::current()).expect("pagemap");
@@ -206,6 +209,42 @@ fn guard_pages_are_found_and_not_saved() {
         let mut runs = Vec::new();
         scanner.scan_guard(map.start(), map.end(), &mut runs).expect("scan");
         assert_eq!(map.pages(&runs), [(4, 2)], "ioctl: {}", scanner.uses_ioctl());
+    }
+}
+
+#[test]
+fn one_walk_finds_private_pages_of_both_kinds_and_guards() {
+    let map = Map::anonymous(16);
+    (0..8).for_each(|page| map.write(page));
+    map.read(10);
+    let guards = map.advise(4, 2, MADV_GUARD_INSTALL) && Features::probe().pagemap_scan_guard == Support::Yes;
+    let file = memfd(8);
+    let copied = Map::new(8, libc::MAP_PRIVATE, file.as_raw_fd());
+    copied.read(1);
+    copied.write(3);
+    let shared = Map::new(8, libc::MAP_SHARED, file.as_raw_fd());
+    shared.write(2);
+    let memory = Map::new(8, libc::MAP_SHARED | libc::MAP_ANONYMOUS, NO_FILE);
+    memory.write(2);
+    for scanner in scanners() {
+        let saved = |map: &Map| {
+            let mut runs = Vec::new();
+            scanner.scan(map.start(), map.end(), Want::Private, &mut runs).expect("scan");
+            let (guards, pages): (Vec<PageRun>, Vec<PageRun>) = runs.iter().partition(|run| run.categories & category::GUARD != 0);
+            (map.pages(&guards), map.pages(&pages))
+        };
+        let zero_known = scanner.uses_ioctl() || sees_frames();
+        let (found, pages) = saved(&map);
+        if guards {
+            assert_eq!(found, [(4, 2)], "ioctl: {}", scanner.uses_ioctl());
+            assert_eq!(pages[..2], [(0, 4), (6, 2)]);
+        }
+        if zero_known {
+            assert!(!pages.contains(&(10, 1)), "the zero page is not saved");
+        }
+        assert_eq!(saved(&copied), (vec![], vec![(3, 1)]));
+        assert_eq!(saved(&shared), (vec![], vec![]));
+        assert_eq!(saved(&memory), (vec![], vec![]));
     }
 }
 

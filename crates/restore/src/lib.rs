@@ -5,21 +5,15 @@
 //! its children from there; at the end all of them park, the host gives them the registers of the image through
 //! ptrace, and lets them go together. Until then every task dies with the host.
 
-mod files;
-mod fpu;
+mod control;
 mod handover;
-mod layout;
-mod load;
-mod memory;
 mod plan;
-mod shared;
-mod special;
-mod task;
-mod tree;
+mod process;
 
 use std::path::PathBuf;
 
-pub use load::{TaskImage, TreeImage};
+use dormouse_resources::checkpoint;
+pub use dormouse_resources::{ResourceError, RestoreOptions};
 
 /// Called at the stages of a restore: the action's name and, once it exists, the root task's pid.
 pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
@@ -28,16 +22,15 @@ pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
 pub struct Request<'a> {
     /// Directory of the images.
     pub images_dir: PathBuf,
-    /// The tree had a terminal and a session of its caller's: take ours.
-    pub shell_job: bool,
+    /// What kinds of resource look at.
+    pub options: RestoreOptions,
     /// Leave every task stopped (SIGSTOP) instead of running.
     pub leave_stopped: bool,
     /// Make the root task our sibling instead of our child.
     pub restore_sibling: bool,
-    /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others.
+    /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others; an error ends the restore,
+    /// except after "post-resume".
     pub hooks: Hook<'a>,
-    /// Descriptors to use in place of files: (our descriptor, key such as `tty[8801:4]`, `pipe[123]` or a path).
-    pub inherit_fd: Vec<(i32, String)>,
 }
 
 /// What was restored.
@@ -60,12 +53,9 @@ pub struct Report {
 /// Why a restore failed. Nothing of the tree is left when it is returned.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// An image cannot be read.
+    /// An image cannot be read, the images contradict each other, or a resource cannot be made.
     #[error(transparent)]
-    Image(#[from] dormouse_images::ImageError),
-    /// The images contradict each other or ask for something that is not there.
-    #[error("{0}")]
-    Invalid(String),
+    Resource(#[from] ResourceError),
     /// A kernel call of the host failed.
     #[error("{what}: {source}")]
     Call {
@@ -87,12 +77,12 @@ pub enum RestoreError {
         hint: &'static str,
     },
     /// A task ended before it was handed over.
-    #[error("pid {pid} ended with wait status {status:#x} while it was being restored")]
+    #[error("pid {pid} ended while it was being restored: {how}")]
     Died {
         /// The task.
         pid: i32,
-        /// As wait(2) gives it.
-        status: i32,
+        /// What is known of its end.
+        how: String,
     },
     /// A thread could not be handed over.
     #[error(transparent)]
@@ -101,12 +91,6 @@ pub enum RestoreError {
     #[error("{0:#}")]
     Hook(anyhow::Error),
 }
-
-/// `RestoreError::Invalid` from format arguments.
-macro_rules! invalid {
-    ($($t:tt)*) => { $crate::RestoreError::Invalid(format!($($t)*)) };
-}
-pub(crate) use invalid;
 
 pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RestoreError {
     let what = what.into();
@@ -119,9 +103,9 @@ pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Re
 /// Any step failed; then no process of the tree is left.
 pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
     let start = std::time::Instant::now();
-    let image = load::load(request)?;
+    let image = checkpoint::load(&request.images_dir)?;
     (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
-    let plan = plan::plan(request, &image)?;
+    let plan = plan::plan(&request.options, &image, request.restore_sibling)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
     let mut report = handover::execute(request, &image, plan)?;
     report.total_us = start.elapsed().as_micros() as u64;

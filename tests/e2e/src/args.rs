@@ -6,11 +6,12 @@ use anyhow::{Context as _, Result, bail};
 
 const USAGE: &str = "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
-    [--seed N] [--work DIR] [--keep] [--cc COMPILER]
+    [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
   --programs directory of prebuilt static programs (default: they are built with --cc, $CC or gcc)
   --expect-skips  a file with one `test: need` a line; other skips, or missing ones, are failures
-  --kill N   N dumps killed (default 200) and N/4 restores; --damage N  damaged copies (default 1000)";
+  --kill N   N dumps killed (default 200) and N/4 restores; --damage N  damaged copies (default 1000)
+  --as-criu  do not compare what CRIU 4.2 itself changes (the accounting flag of mappings): to validate the tests";
 
 /// A family of tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,6 +74,8 @@ pub struct Args {
     pub work: PathBuf,
     /// Keep the directories of tests that passed, too.
     pub keep: bool,
+    /// Be content with what CRIU 4.2 keeps.
+    pub as_criu: bool,
 }
 
 impl Args {
@@ -94,6 +97,7 @@ impl Args {
             seed: std::process::id().into(),
             work: std::env::temp_dir().join(format!("dormouse-e2e.{}", std::process::id())),
             keep: false,
+            as_criu: false,
         };
         let mut words = words.iter();
         while let Some(word) = words.next() {
@@ -114,6 +118,7 @@ impl Args {
                 "--seed" => args.seed = value()?.parse().context("--seed")?,
                 "--work" => args.work = value()?.into(),
                 "--keep" => args.keep = true,
+                "--as-criu" => args.as_criu = true,
                 "-h" | "--help" => {
                     println!("{USAGE}");
                     std::process::exit(0);

@@ -60,7 +60,7 @@ impl<'a> Case<'a> {
     /// Makes the directory of the test called `name`.
     pub fn new(args: &'a Args, name: &str) -> Result<Self> {
         let dir = args.work.join(name.replace('/', "."));
-        drop(fs::remove_dir_all(&dir));
+        fs::remove_dir_all(&dir).ok();
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         // Programs that drop their privileges write their verdict here as well.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o777))?;
@@ -79,6 +79,9 @@ impl<'a> Case<'a> {
         command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin").env("LC_ALL", "C");
         let (name, value) = self.marker.split_once('=').expect("the marker is NAME=VALUE");
         command.env(name, value).current_dir("/").stdin(Stdio::null());
+        if self.args.as_criu {
+            command.env("TEST_AS_CRIU", "1");
+        }
         command
     }
 

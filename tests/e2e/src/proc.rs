@@ -90,7 +90,7 @@ pub fn difference(before: &Tree, after: &Tree) -> Option<String> {
 
 /// True when no process (alive, dead or dying) and no thread has this id. Reaps it when it is our own child.
 pub fn is_free(pid: i32) -> bool {
-    drop(waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)));
+    waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)).ok();
     kill(Pid::from_raw(pid), None).is_err() && fs::metadata(format!("/proc/{pid}")).is_err()
 }
 
@@ -147,14 +147,14 @@ pub fn marked(marker: &str) -> Vec<i32> {
 /// Kills the processes and waits until they are gone.
 pub fn end(pids: &[i32]) {
     for pid in pids {
-        drop(kill(Pid::from_raw(*pid), Signal::SIGKILL));
+        kill(Pid::from_raw(*pid), Signal::SIGKILL).ok();
     }
-    drop(wait_free(pids.iter().copied(), Duration::from_secs(5)));
+    wait_free(pids.iter().copied(), Duration::from_secs(5)).ok();
 }
 
 /// Closes what this process inherited beyond its three standard descriptors, so that no test program has it.
 pub fn close_stray_descriptors() {
     for fd in numbers("/proc/self/fd").into_iter().filter(|fd| *fd > 2) {
-        drop(nix::unistd::close(fd));
+        nix::unistd::close(fd).ok();
     }
 }

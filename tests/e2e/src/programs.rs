@@ -59,7 +59,7 @@ pub fn find(case: &Case<'_>, name: &str) -> Result<PathBuf> {
     let dir = case.args.work.join("programs");
     fs::create_dir_all(&dir)?;
     let (built, source) = (dir.join(name), format!("{}/../programs/{name}.c", env!("CARGO_MANIFEST_DIR")));
-    if built.exists() {
+    if is_newer(&built, &source) {
         return Ok(built);
     }
     let part = dir.join(format!("{name}.{}", case.dir.file_name().context("a test has a name")?.display()));
@@ -73,6 +73,14 @@ pub fn find(case: &Case<'_>, name: &str) -> Result<PathBuf> {
     ensure!(output.status.success(), "build {source}: {}", String::from_utf8_lossy(&output.stderr));
     fs::rename(&part, &built)?;
     Ok(built)
+}
+
+/// Was `built` made after its source and the headers beside it last changed?
+fn is_newer(built: &Path, source: &str) -> bool {
+    let time = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
+    let headers = ["test.h", "baseline.h"].map(|name| Path::new(source).with_file_name(name));
+    let built = time(built);
+    headers.iter().map(PathBuf::as_path).chain([Path::new(source)]).all(|from| built > time(from))
 }
 
 fn run(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {

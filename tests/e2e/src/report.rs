@@ -132,7 +132,7 @@ impl Report {
             println!("failed: {name}");
         }
         if self.failed.is_empty() && !args.keep {
-            drop(std::fs::remove_dir_all(&args.work));
+            std::fs::remove_dir_all(&args.work).ok();
         } else {
             println!("images and logs are in {}", args.work.display());
         }
@@ -148,7 +148,7 @@ fn run_one(args: &Args, test: &Test) -> Result<Outcome> {
         .unwrap_or_else(|_| Err(anyhow::anyhow!("the test itself panicked")));
     case.end_everything();
     if result.is_ok() && !args.keep {
-        drop(std::fs::remove_dir_all(&case.dir));
+        std::fs::remove_dir_all(&case.dir).ok();
     }
     result
 }

@@ -17,6 +17,11 @@ pub fn pc(r: &GpRegs) -> u64 {
     r.pc
 }
 
+/// Sets the program counter.
+pub fn set_pc(r: &mut GpRegs, pc: u64) {
+    r.pc = pc;
+}
+
 /// Stack pointer.
 pub fn sp(r: &GpRegs) -> u64 {
     r.sp
@@ -58,6 +63,42 @@ pub fn for_call(r: &GpRegs, entry: u64, stack_top: u64, arg: u64) -> GpRegs {
 /// Registers that go on by themselves: as they are, since the kernel has prepared the restart before the stop.
 pub fn resumed(r: &GpRegs) -> GpRegs {
     *r
+}
+
+/// Registers with which another kernel restarts an interrupted call or fails it: on this architecture a tracer never
+/// sees a thread inside a call (see [`in_syscall`]), so there are none.
+pub fn awaiting(_: &GpRegs) -> Option<GpRegs> {
+    None
+}
+
+/// Is this a call that went on through `restart_syscall(2)` once already? It cannot be seen here.
+pub fn is_recalled(_: &GpRegs) -> bool {
+    false
+}
+
+/// Puts the number of such a call back.
+pub fn recalled(r: &GpRegs, nr: u64) -> GpRegs {
+    let mut n = *r;
+    n.regs[8] = nr;
+    n
+}
+
+/// The system call number that the code before an `svc #0` loads directly before it (`mov w8/x8, #imm16`).
+pub fn loaded_nr(code: &[u8]) -> Option<u64> {
+    let load = code.strip_suffix(SYSCALL_INSN)?;
+    let word = u32::from_le_bytes(load.get(load.len().checked_sub(4)?..)?.try_into().expect("four bytes"));
+    (word & 0x7fe0_001f == 0x5280_0008).then(|| u64::from(word >> 5 & 0xffff))
+}
+
+/// An EINTR that our stopping the thread has caused: the first argument is overwritten by it, so it stays.
+pub fn without_our_interruption(r: &GpRegs) -> GpRegs {
+    *r
+}
+
+/// Why a thread with these registers cannot be dumped, if so.
+pub fn unsupported(r: &GpRegs) -> Option<&'static str> {
+    // PSR_MODE32_BIT.
+    (r.pstate & 0x10 != 0).then_some("it runs 32-bit code")
 }
 
 const INFO: usize = 128;

@@ -4,6 +4,8 @@
 mod x86_64;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::*;
+#[cfg(target_arch = "x86_64")]
+pub mod xsave;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -20,6 +22,9 @@ pub mod restart {
     pub const ERESTARTNOHAND: i64 = -514;
     /// Continue through restart_syscall(2).
     pub const ERESTART_RESTARTBLOCK: i64 = -516;
+
+    /// `-EINTR`, which does reach user space.
+    pub const EINTR: i64 = -4;
 
     /// Is `ret` one of them?
     pub fn is_restart(ret: i64) -> bool {

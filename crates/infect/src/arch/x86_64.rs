@@ -17,6 +17,11 @@ pub fn pc(r: &GpRegs) -> u64 {
     r.rip
 }
 
+/// Sets the program counter.
+pub fn set_pc(r: &mut GpRegs, pc: u64) {
+    r.rip = pc;
+}
+
 /// Stack pointer.
 pub fn sp(r: &GpRegs) -> u64 {
     r.rsp
@@ -60,22 +65,125 @@ pub fn for_call(r: &GpRegs, entry: u64, stack_top: u64, arg: u64) -> GpRegs {
 ///
 /// A system call to be restarted is made again from its instruction. For a call that would have continued through
 /// `restart_syscall(2)` the remaining time is not known outside the kernel, except for nanosleep(2) and
-/// clock_nanosleep(2) with a remainder argument: the kernel has stored it there, so the call is repeated with it.
+/// clock_nanosleep(2) with a remainder argument: the kernel has stored it there, so the call is repeated with it. Other
+/// calls are repeated as they were made, with their whole timeout. What `restart_syscall(2)` itself would have gone on
+/// with (a call that was interrupted twice) is only known by [`recalled`]; without that it ends with EINTR.
 pub fn resumed(r: &GpRegs) -> GpRegs {
     let mut n = *r;
     if in_syscall(r).is_some() && restart::is_restart(ret(r)) {
-        n.rax = r.orig_rax;
-        n.rip -= 2;
         if ret(r) == restart::ERESTART_RESTARTBLOCK {
-            match r.orig_rax as i64 {
-                libc::SYS_nanosleep if r.rsi != 0 => n.rdi = r.rsi,
-                libc::SYS_clock_nanosleep if r.r10 != 0 && r.rsi & 1 == 0 => n.rdx = r.r10,
-                _ => {}
+            if r.orig_rax as i64 == libc::SYS_restart_syscall {
+                n.rax = restart::EINTR as u64;
+                n.orig_rax = u64::MAX;
+                return n;
             }
+            n = with_remainder(r);
         }
+        n.rax = n.orig_rax;
+        n.rip -= SYSCALL_INSN.len() as u64;
     }
     n.orig_rax = u64::MAX;
     n
+}
+
+/// Registers with which another kernel will treat an interrupted call as this one would have: still inside the call,
+/// with a result that restarts it unless a handler runs (then it fails with EINTR, or restarts, as sigaction(2) says).
+///
+/// They are for a thread in a signal-delivery or group stop of ptrace(2): elsewhere the kernel does not look at them.
+/// `None` if the thread is in no such call.
+pub fn awaiting(r: &GpRegs) -> Option<GpRegs> {
+    if in_syscall(r).is_none() || !restart::is_restart(ret(r)) {
+        return None;
+    }
+    if ret(r) != restart::ERESTART_RESTARTBLOCK {
+        return Some(*r);
+    }
+    if r.orig_rax as i64 == libc::SYS_restart_syscall {
+        return None;
+    }
+    // The other kernel has no restart block: its stand-in is a call that is made again, or EINTR if a handler ran.
+    let mut n = with_remainder(r);
+    n.rax = restart::ERESTARTNOHAND as u64;
+    Some(n)
+}
+
+/// The same call with the remaining time in place of the whole, where the kernel has stored it (nanosleep(2)).
+fn with_remainder(r: &GpRegs) -> GpRegs {
+    let mut n = *r;
+    match r.orig_rax as i64 {
+        libc::SYS_nanosleep if r.rsi != 0 => n.rdi = r.rsi,
+        libc::SYS_clock_nanosleep if r.r10 != 0 && r.rsi & 1 == 0 => n.rdx = r.r10,
+        _ => {}
+    }
+    n
+}
+
+/// Is this a call that went on through `restart_syscall(2)` once already, so that its own number is gone?
+pub fn is_recalled(r: &GpRegs) -> bool {
+    r.orig_rax as i64 == libc::SYS_restart_syscall && ret(r) == restart::ERESTART_RESTARTBLOCK
+}
+
+/// Puts the number of the call back of which [`is_recalled`] says that it is gone. The arguments are still there.
+pub fn recalled(r: &GpRegs, nr: u64) -> GpRegs {
+    GpRegs { orig_rax: nr, ..*r }
+}
+
+/// The system call number that the code before a system-call instruction loads (`mov eax, imm32`), if it does so
+/// directly before it: `code` ends with that instruction.
+pub fn loaded_nr(code: &[u8]) -> Option<u64> {
+    let load = code.strip_suffix(SYSCALL_INSN)?;
+    let load = load.get(load.len().checked_sub(5)?..)?;
+    (load[0] == 0xb8).then(|| u64::from(u32::from_le_bytes(load[1..].try_into().expect("four bytes"))))
+}
+
+/// Undoes an EINTR that only our stopping the thread has caused, for calls that never restart by themselves (signal(7)
+/// lists them): they are made again instead, unless a handler runs first.
+///
+/// The caller has made sure that no signal was there to be delivered, and that the call had no effect yet: these calls
+/// return EINTR only then.
+pub fn without_our_interruption(r: &GpRegs) -> GpRegs {
+    let restarts = [
+        libc::SYS_epoll_wait,
+        libc::SYS_epoll_pwait,
+        libc::SYS_epoll_pwait2,
+        libc::SYS_semop,
+        libc::SYS_semtimedop,
+        libc::SYS_rt_sigtimedwait,
+        libc::SYS_io_getevents,
+        libc::SYS_accept,
+        libc::SYS_accept4,
+        libc::SYS_recvfrom,
+        libc::SYS_recvmsg,
+        libc::SYS_recvmmsg,
+        libc::SYS_sendto,
+        libc::SYS_sendmsg,
+        libc::SYS_sendmmsg,
+        libc::SYS_read,
+        libc::SYS_readv,
+        libc::SYS_write,
+        libc::SYS_writev,
+    ];
+    let mut n = *r;
+    if ret(r) == restart::EINTR && restarts.contains(&(r.orig_rax as i64)) {
+        n.rax = restart::ERESTARTNOHAND as u64;
+    }
+    n
+}
+
+/// Why a thread with these registers cannot be dumped, if so.
+pub fn unsupported(r: &GpRegs) -> Option<&'static str> {
+    // `__USER_CS`, `__USER_DS`, `__USER32_CS` of arch/x86/include/asm/segment.h.
+    const USER_CS: u64 = 0x33;
+    const USER_DS: u64 = 0x2b;
+    const USER32_CS: u64 = 0x23;
+    if r.cs == USER32_CS {
+        return Some("it runs 32-bit code");
+    }
+    let known = |s: u64| s == 0 || s == USER_DS;
+    if r.cs != USER_CS || !known(r.ss) || !known(r.ds) || !known(r.es) || !known(r.fs) || !known(r.gs) {
+        return Some("it uses segments of its own (modify_ldt, set_thread_area)");
+    }
+    None
 }
 
 const FRAME_UC: usize = 8;

@@ -75,6 +75,8 @@ pub struct Status {
     pub vm_lck_kb: Option<u64>,
     /// Whether it is a kernel thread; since Linux 6.8.
     pub kthread: Option<bool>,
+    /// Shadow-stack features of the thread ("shstk wrss"), as the kernel words them; x86_64 since Linux 6.6.
+    pub x86_thread_features: Vec<u8>,
 }
 
 /// The status file of a process, which is that of its leading thread.
@@ -147,6 +149,7 @@ fn field(status: &mut Status, at: At<'_>, key: &[u8], value: &[u8]) -> Result<()
             status.vm_lck_kb = Some(at.dec(number, "bad VmLck")?);
         }
         b"Kthread" => status.kthread = Some(bit(at, value)?),
+        b"x86_Thread_features" => status.x86_thread_features = value.to_vec(),
         // Fields that nothing here needs; new kernels add more.
         _ => {}
     }

@@ -1,0 +1,106 @@
+//! Options of `dump` that work, and of what kinds of resource look at.
+
+use std::time::Duration;
+
+use dormouse_resources::DumpOptions;
+
+use super::Common;
+
+/// Options that decide what can be dumped and how; `check --pid` takes them too.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "What may be dumped")]
+pub struct Kinds {
+    /// The tree may have its session and terminal from a shell outside of it
+    #[arg(short = 'j', long)]
+    pub shell_job: bool,
+    /// Largest deleted file that is kept in the images, in bytes or with K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_size)]
+    pub ghost_limit: u64,
+    /// A deleted file with another name left may get a temporary link in its directory
+    #[arg(long)]
+    pub link_remap: bool,
+    /// A device node may be opened again by another path of the same device
+    #[arg(long)]
+    pub evasive_devices: bool,
+    /// What the user takes care of: file[MNT_ID:INODE], tty[RDEV:DEV], unix[INODE], dev[MAJOR/MINOR]:NAME
+    #[arg(long, value_name = "RESOURCE")]
+    pub external: Vec<String>,
+}
+
+/// `dormouse dump`
+#[derive(Clone, Debug, clap::Args)]
+pub struct DumpArgs {
+    /// Process whose tree is put to sleep
+    #[arg(short, long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub tree: i32,
+    /// Leave the tree running after the dump, not killed
+    #[arg(short = 'R', long, overrides_with = "leave_stopped")]
+    pub leave_running: bool,
+    /// Leave the tree stopped after the dump, not killed
+    #[arg(short = 's', long, overrides_with = "leave_running")]
+    pub leave_stopped: bool,
+    /// Give up if the tree is not stopped within so many seconds; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub timeout: u32,
+    #[command(flatten)]
+    pub kinds: Kinds,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+impl Kinds {
+    /// The same for the kinds.
+    pub fn options(&self) -> DumpOptions {
+        DumpOptions {
+            shell_job: self.shell_job,
+            ghost_limit: self.ghost_limit,
+            link_remap: self.link_remap,
+            evasive_devices: self.evasive_devices,
+            external: self.external.clone(),
+            ..DumpOptions::default()
+        }
+    }
+}
+
+impl DumpArgs {
+    /// The same for the kinds; `final_dump` if the tree is killed.
+    pub fn options(&self) -> DumpOptions {
+        DumpOptions { final_dump: !self.leave_running && !self.leave_stopped, ..self.kinds.options() }
+    }
+
+    /// How long to wait for the tree to stop.
+    pub fn timeout(&self) -> Option<Duration> {
+        (self.timeout > 0).then(|| Duration::from_secs(self.timeout.into()))
+    }
+}
+
+/// Bytes: a number with an optional K, M or G (powers of 1024).
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match &text[digits.len()..] {
+        "" => 1,
+        "K" | "k" => 1 << 10,
+        "M" | "m" => 1 << 20,
+        "G" | "g" => 1 << 30,
+        other => return Err(format!("{other:?} is no unit; use K, M or G")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "not a number of bytes; write for example 1048576 or 1M".to_owned())?;
+    number.checked_mul(unit).ok_or_else(|| "more than 16 exbibytes".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_size("0"), Ok(0));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("3K"), Ok(3 << 10));
+        assert_eq!(parse_size("2M"), Ok(2 << 20));
+        assert_eq!(parse_size("1G"), Ok(1 << 30));
+        for wrong in ["", "K", "1T", "-1", "1.5M", "18446744073709551615K"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+}

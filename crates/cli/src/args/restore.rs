@@ -1,0 +1,93 @@
+//! Options of `restore` that work.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use dormouse_resources::RestoreOptions;
+
+use super::Common;
+
+/// `dormouse restore`
+#[derive(Clone, Debug, clap::Args)]
+pub struct RestoreArgs {
+    /// Return once the tree runs, instead of waiting for its end
+    #[arg(short = 'd', long, visible_alias = "daemon")]
+    pub restore_detached: bool,
+    /// Make the tree's root a sibling of this command, not a child; with --restore-detached
+    #[arg(short = 'S', long, requires = "restore_detached")]
+    pub restore_sibling: bool,
+    /// Leave the tree stopped
+    #[arg(short = 's', long)]
+    pub leave_stopped: bool,
+    /// Write the root's pid to this file, which must not exist; relative to --work-dir
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Become the command after `--` once the tree runs: its parent
+    #[arg(long, conflicts_with = "restore_detached", requires = "command")]
+    pub exec_cmd: bool,
+    /// Exit with the code of the tree's root (128 + signal if it was killed); CRIU exits with 0
+    #[arg(long, conflicts_with_all = ["restore_detached", "exec_cmd"])]
+    pub wait_status: bool,
+    /// Take the session and terminal of this command for those that the tree had
+    #[arg(short = 'j', long)]
+    pub shell_job: bool,
+    /// Directory that becomes the tree's root directory
+    #[arg(short = 'r', long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// Use a descriptor of this command for a file of the tree: fd[N]:KEY, where KEY is tty[RDEV:DEV], pipe:[INODE],
+    /// socket:[INODE], file[MNT_ID:INODE] or a path without its first slash
+    #[arg(long, value_name = "fd[N]:KEY", value_parser = parse_inherit_fd)]
+    pub inherit_fd: Vec<(i32, String)>,
+    /// What the user takes care of: dev[NAME]:PATH and others, as named at the dump
+    #[arg(long, value_name = "RESOURCE")]
+    pub external: Vec<String>,
+    /// Do not compare the permission bits of files with those at the dump
+    #[arg(long)]
+    pub skip_file_rwx_check: bool,
+    #[command(flatten)]
+    pub common: Common,
+    /// Command for --exec-cmd
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+impl RestoreArgs {
+    /// The same for the kinds.
+    pub fn options(&self) -> RestoreOptions {
+        RestoreOptions {
+            shell_job: self.shell_job,
+            inherit_fd: self.inherit_fd.clone(),
+            external: self.external.clone(),
+            root: self.root.clone(),
+            skip_file_rwx_check: self.skip_file_rwx_check,
+        }
+    }
+}
+
+/// `fd[N]:KEY`, where descriptor N is open.
+fn parse_inherit_fd(text: &str) -> Result<(i32, String), String> {
+    let parts = text.strip_prefix("fd[").and_then(|rest| rest.split_once("]:"));
+    let parsed = parts.and_then(|(number, key)| Some((number.parse::<u16>().ok()?, key)));
+    let Some((number, key)) = parsed.filter(|(_, key)| !key.is_empty()) else {
+        return Err("not of the form fd[N]:KEY, e.g. fd[3]:pipe:[8123]".into());
+    };
+    match std::fs::symlink_metadata(format!("/proc/self/fd/{number}")) {
+        Ok(_) => Ok((number.into(), key.to_owned())),
+        Err(error) => Err(format!("descriptor {number} is not open in this command ({error}); open it before")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inherited_descriptors_must_be_open() {
+        assert_eq!(parse_inherit_fd("fd[0]:tty[8801:4]"), Ok((0, "tty[8801:4]".into())));
+        assert_eq!(parse_inherit_fd("fd[1]:pipe:[77]"), Ok((1, "pipe:[77]".into())));
+        assert!(parse_inherit_fd("fd[60000]:pipe:[77]").is_err_and(|e| e.contains("not open")));
+        for wrong in ["", "fd", "fd[0]", "fd[0]:", "fd[x]:a", "0:a", "fd[-1]:a"] {
+            assert!(parse_inherit_fd(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Every option of CRIU 4.2 with what becomes of it here, so that no option is ever ignored by accident.
+//!
+//! An option either works, or changes nothing about what can be dumped today and is accepted, or is refused by name with
+//! the reason. The options that work are declared once more, with their help texts, in `dump`, `restore` and `mod`; a
+//! test holds both together.
+
+use Rule::{Elsewhere, Idle, Only, Refused, Works};
+use Takes::{MaybeValue, Nothing, Value};
+
+/// Does an option take a value?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takes {
+    /// No.
+    Nothing,
+    /// Yes, in the same word or in the next one.
+    Value,
+    /// Only if it is in the same word: `--verbosity=4`, `-v4`.
+    MaybeValue,
+}
+
+/// What a command does about an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// What CRIU does.
+    Works,
+    /// Nothing, because it concerns what is not dumped yet or is done in any case; the result is the same.
+    Idle,
+    /// Nothing, because it is about another command.
+    Elsewhere,
+    /// Idle with one of these values, else refused.
+    Only(&'static [&'static str], &'static str),
+    /// An error: without it the result would be another one than the user asked for.
+    Refused(&'static str),
+}
+
+/// One option of CRIU.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// Name without the dashes.
+    pub long: &'static str,
+    /// Letter.
+    pub short: Option<char>,
+    /// Does it take a value?
+    pub takes: Takes,
+    /// Is there a `--no-` form?
+    pub negatable: bool,
+    /// In `dump`.
+    pub dump: Rule,
+    /// In `restore`.
+    pub restore: Rule,
+}
+
+impl Known {
+    const fn new(long: &'static str, takes: Takes, dump: Rule, restore: Rule) -> Self {
+        Self { long, short: None, takes, negatable: false, dump, restore }
+    }
+
+    /// An option that is on or off.
+    const fn bool(long: &'static str, dump: Rule, restore: Rule) -> Self {
+        Self { negatable: true, ..Self::new(long, Nothing, dump, restore) }
+    }
+
+    const fn short(self, letter: char) -> Self {
+        Self { short: Some(letter), ..self }
+    }
+}
+
+const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
+const INCREMENTS: &str = "checkpoints that build on others are not there yet; leave it out for a whole one";
+const CGROUPS: &str = "control groups are not restored yet: tasks stay in the group they are restored from; \
+                       leave it out, or use --manage-cgroups=ignore";
+const LOCKS: &str = "file locks are not dumped yet; let the program release them and leave it out";
+const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
+                          command in the wanted namespaces, e.g. with nsenter(1)";
+const CPU: &str = "cpuinfo.img is neither written nor checked yet; leave it out or use --cpu-cap=none";
+const FREEZER: &str = "control groups are not frozen yet: the tree is stopped by ptrace(2), which needs no help; \
+                       leave it out";
+const LSM: &str = "security profiles are not restored yet; leave it out";
+const NO_TLS: &str = "there is no page server yet, so nothing to encrypt; leave it out";
+
+/// The options of CRIU 4.2, in the order of its table.
+pub const CRIU: &[Known] = &[
+    Known::new("tree", Value, Works, Idle).short('t'),
+    Known::new("leave-stopped", Nothing, Works, Works).short('s'),
+    Known::new("leave-running", Nothing, Works, Elsewhere).short('R'),
+    Known::bool("restore-detached", Elsewhere, Works).short('d'),
+    Known::bool("restore-sibling", Elsewhere, Works).short('S'),
+    Known::bool("daemon", Elsewhere, Works),
+    Known::new("images-dir", Value, Works, Works).short('D'),
+    Known::new("work-dir", Value, Works, Works).short('W'),
+    Known::new("log-file", Value, Works, Works).short('o'),
+    Known::new("join-ns", Value, Elsewhere, Refused(NAMESPACES)).short('J'),
+    Known::new("root", Value, Elsewhere, Works).short('r'),
+    Known::new("ext-unix-sk", MaybeValue, Idle, Idle).short('x'),
+    Known::new("help", Nothing, Works, Works).short('h'),
+    Known::bool("tcp-established", Idle, Idle),
+    Known::new("close", Value, Works, Works),
+    Known::bool("log-pid", Elsewhere, Idle),
+    Known::new("version", Nothing, Works, Works).short('V'),
+    Known::bool("evasive-devices", Works, Idle),
+    Known::new("pidfile", Value, Elsewhere, Works),
+    Known::new("veth-pair", Value, Elsewhere, Idle),
+    Known::new("action-script", Value, Works, Works),
+    Known::bool("link-remap", Works, Idle),
+    Known::bool("shell-job", Works, Works).short('j'),
+    Known::bool("file-locks", Refused(LOCKS), Refused(LOCKS)).short('l'),
+    Known::bool("page-server", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
+    Known::new("address", Value, Idle, Idle),
+    Known::new("port", Value, Idle, Idle),
+    Known::new("prev-images-dir", Value, Refused(INCREMENTS), Elsewhere),
+    Known::new("ms", Nothing, Refused("CRIU no longer has it; leave it out"), Elsewhere),
+    Known::bool("track-mem", Refused(INCREMENTS), Elsewhere),
+    Known::bool("auto-dedup", Refused(INCREMENTS), Refused("images are never changed by a restore; leave it out")),
+    Known::new("libdir", Value, Idle, Idle).short('L'),
+    Known::new("cpu-cap", MaybeValue, Only(&["none"], CPU), Only(&["none"], CPU)),
+    Known::bool("force-irmap", Idle, Idle),
+    Known::new("ext-mount-map", Value, Idle, Idle).short('M'),
+    Known::new("exec-cmd", Nothing, Refused("it is for restore only; leave it out"), Works),
+    Known::new("manage-cgroups", MaybeValue, Only(&["ignore", "none"], CGROUPS), Only(&["ignore", "none"], CGROUPS)),
+    Known::new("cgroup-root", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("inherit-fd", Value, Refused("it is for restore only; leave it out"), Works),
+    Known::new("feature", Value, Elsewhere, Elsewhere),
+    Known::new("skip-mnt", Value, Idle, Idle),
+    Known::new("enable-fs", Value, Idle, Idle),
+    Known::new("enable-external-sharing", Nothing, Idle, Idle),
+    Known::new("enable-external-masters", Nothing, Idle, Idle),
+    Known::new("freeze-cgroup", Value, Refused(FREEZER), Elsewhere),
+    Known::new("ghost-limit", Value, Works, Elsewhere),
+    Known::new("irmap-scan-path", Value, Idle, Idle),
+    Known::new("lsm-profile", Value, Elsewhere, Refused(LSM)),
+    Known::new("timeout", Value, Works, Elsewhere),
+    Known::new("external", Value, Works, Works),
+    Known::new("empty-ns", Value, Idle, Idle),
+    Known::new("lazy-pages", Nothing, Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
+    Known::bool("extra", Elsewhere, Elsewhere),
+    Known::bool("experimental", Elsewhere, Elsewhere),
+    Known::new("all", Nothing, Elsewhere, Elsewhere),
+    Known::new("cgroup-props", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("cgroup-props-file", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("cgroup-dump-controller", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::bool("skip-in-flight", Idle, Idle),
+    Known::bool("deprecated", Idle, Idle),
+    Known::bool("display-stats", Works, Works),
+    Known::bool("weak-sysctls", Idle, Idle),
+    Known::new("status-fd", Value, Elsewhere, Elsewhere),
+    Known::bool("tcp-close", Idle, Idle),
+    Known::new("verbosity", MaybeValue, Works, Works).short('v'),
+    Known::new("ps-socket", Value, Idle, Idle),
+    Known::bool("stream", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
+    Known::new("config", Value, Works, Works),
+    Known::new("no-default-config", Nothing, Works, Works),
+    Known::new("tls-cacert", Value, Idle, Idle),
+    Known::new("tls-cacrl", Value, Idle, Idle),
+    Known::new("tls-cert", Value, Idle, Idle),
+    Known::new("tls-key", Value, Idle, Idle),
+    Known::bool("tls", Refused(NO_TLS), Refused(NO_TLS)),
+    Known::new("tls-no-cn-verify", Nothing, Idle, Idle),
+    Known::new("cgroup-yard", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("pre-dump-mode", Value, Elsewhere, Elsewhere),
+    Known::new("file-validation", Value, Idle, Idle),
+    Known::bool("skip-file-rwx-check", Elsewhere, Works),
+    Known::new("lsm-mount-context", Value, Elsewhere, Idle),
+    Known::new("network-lock", Value, Idle, Idle),
+    Known::bool("mntns-compat-mode", Refused("it is for restore only; leave it out"), Idle),
+    Known::bool("unprivileged", Idle, Idle),
+    Known::bool("ghost-fiemap", Idle, Idle),
+    Known::bool("allow-uprobes", Idle, Idle),
+];
+
+/// Options that CRIU does not have. Their names are never abbreviated, so that every abbreviation CRIU takes still means
+/// what it means there.
+pub const OURS: &[Known] = &[
+    Known::new("pid", Value, Elsewhere, Elsewhere),
+    Known::new("wait-status", Nothing, Elsewhere, Works),
+    Known::new("compress", MaybeValue, Refused("images are not compressed yet; leave it out"), Elsewhere),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_letters_are_unique() {
+        for (i, a) in CRIU.iter().chain(OURS).enumerate() {
+            for b in CRIU.iter().chain(OURS).skip(i + 1) {
+                assert_ne!(a.long, b.long);
+                assert!(a.short.is_none() || a.short != b.short, "-{:?}", a.short);
+            }
+        }
+    }
+
+    #[test]
+    fn refusals_say_what_to_do() {
+        for known in CRIU.iter().chain(OURS) {
+            for rule in [known.dump, known.restore] {
+                if let Refused(why) | Only(_, why) = rule {
+                    assert!(why.contains("leave it out"), "--{}: {why}", known.long);
+                }
+            }
+        }
+    }
+}

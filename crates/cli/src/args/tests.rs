@@ -1,0 +1,194 @@
+//! Command lines as CRIU's users and clients write them.
+
+use super::table::Takes;
+use super::*;
+
+fn parse_line(line: &str) -> Result<Parsed> {
+    // Without default files: the machine's own must not change a test.
+    let words = line.split(' ').filter(|word| !word.is_empty()).map(OsString::from);
+    parse(words.chain(["--no-default-config".into()]).collect())
+}
+
+fn dump(line: &str) -> DumpArgs {
+    match parse_line(line).expect(line).command {
+        Command::Dump(args) => args,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn restore(line: &str) -> RestoreArgs {
+    match parse_line(line).expect(line).command {
+        Command::Restore(args) => args,
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+fn refusal(line: &str) -> String {
+    format!("{:#}", parse_line(line).expect_err(line))
+}
+
+#[test]
+fn clap_is_sound() {
+    cli().debug_assert();
+}
+
+#[test]
+fn table_and_parser_agree() {
+    let cli = Cli::command();
+    for (verb, rule) in [("dump", (|k| k.dump) as fn(&Known) -> Rule), ("restore", |k| k.restore)] {
+        let command = cli.find_subcommand(verb).expect(verb);
+        for known in CRIU.iter().chain(table::OURS) {
+            if ["help", "version", "daemon"].contains(&known.long) {
+                continue;
+            }
+            let arg = command.get_arguments().find(|arg| arg.get_long() == Some(known.long));
+            assert_eq!(arg.is_some(), rule(known) == Rule::Works, "{verb} --{}", known.long);
+            if let Some(arg) = arg {
+                assert_eq!(arg.get_short(), known.short, "{verb} --{}", known.long);
+                let takes = arg.get_action().takes_values();
+                assert_eq!(takes, known.takes != Takes::Nothing, "{verb} --{}", known.long);
+            }
+        }
+        for arg in command.get_arguments().filter_map(|arg| arg.get_long()) {
+            assert!(getopt::find(arg).is_some(), "{verb} --{arg} is not in the table");
+        }
+    }
+}
+
+#[test]
+fn plain_command_lines() {
+    let args = dump("dump -t 42 -D /img -o dump.log -v4");
+    assert_eq!((args.tree, args.common.verbosity, args.kinds.ghost_limit), (42, 4, 1 << 20));
+    assert_eq!(args.common.images_dir, PathBuf::from("/img"));
+    assert_eq!(args.common.log_file, Some("dump.log".into()));
+    assert!(args.options().final_dump && args.timeout() == Some(std::time::Duration::from_secs(10)));
+    let args = restore("restore -D /img -d --shell-job");
+    assert!(args.restore_detached && args.shell_job && !args.leave_stopped);
+}
+
+#[test]
+fn command_line_of_the_zdtm_suite() {
+    let args = dump("dump --log-file dump.log --images-dir d/1 --verbosity=4 --tree 17 --link-remap --timeout 10");
+    assert!(args.kinds.link_remap && args.common.verbosity == 4);
+    let args = restore(
+        "restore --log-file restore.log --images-dir d/1 --verbosity=4 --restore-sibling --restore-detached \
+         --file-validation filesize",
+    );
+    assert!(args.restore_sibling && args.restore_detached);
+    let parsed = parse_line("check -verbosity=0 --feature mnt_id --unprivileged").expect("zdtm's check");
+    let Command::Check(args) = parsed.command else { panic!("{parsed:?}") };
+    assert_eq!((args.feature.as_deref(), args.common.verbosity), (Some("mnt_id"), 0));
+}
+
+#[test]
+fn command_line_of_runc_and_lxc() {
+    let args = dump(
+        "dump -t 9 -D /c -o /c/dump.log -vvvvvv --tcp-established --link-remap --ext-mount-map auto \
+         --enable-external-sharing --enable-external-masters --enable-fs hugetlbfs --enable-fs tracefs --force-irmap \
+         --skip-in-flight --external tty[8801:4] --ghost-limit 1024 --leave-running",
+    );
+    assert!(args.leave_running && args.kinds.external == ["tty[8801:4]"] && args.kinds.ghost_limit == 1024);
+    let args = restore(
+        "restore --tcp-established --link-remap -D /c -o /c/restore.log --root /rootfs --restore-detached \
+         --restore-sibling --inherit-fd fd[0]:tty[8801:4] --ext-mount-map console:/dev/pts/3 --veth-pair eth0=veth1 \
+         --pidfile pid --manage-cgroups=ignore --network-lock nftables",
+    );
+    assert_eq!(args.options().inherit_fd, [(0, "tty[8801:4]".into())]);
+    assert_eq!(args.root, Some("/rootfs".into()));
+}
+
+#[test]
+fn the_last_value_counts_and_lists_grow() {
+    let args = dump("-D a dump -t 1 -t 2 -D b --action-script x --action-script y --leave-stopped -R");
+    assert_eq!((args.tree, args.common.images_dir), (2, PathBuf::from("b")));
+    assert_eq!(args.common.action_script, [PathBuf::from("x"), PathBuf::from("y")]);
+    assert!(args.leave_running && !args.leave_stopped);
+    assert!(!restore("restore --shell-job --no-shell-job").shell_job);
+    assert!(!restore("restore --daemon --no-restore-detached").restore_detached);
+}
+
+#[test]
+fn what_cannot_be_ignored_is_refused_by_name() {
+    for (line, option) in [
+        ("dump -t 1 --track-mem", "--track-mem"),
+        ("dump -t 1 --page-server --address ::1 --port 9", "--page-server"),
+        ("dump -t 1 --prev-images-dir ../1", "--prev-images-dir"),
+        ("dump -t 1 -l", "--file-locks"),
+        ("dump -t 1 --freeze-cgroup /sys/fs/cgroup/x", "--freeze-cgroup"),
+        ("dump -t 1 --stream", "--stream"),
+        ("dump -t 1 --lazy-pages", "--lazy-pages"),
+        ("dump -t 1 --compress", "--compress"),
+        ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
+        ("dump -t 1 --manage-cgroups", "--manage-cgroups"),
+        ("restore --manage-cgroups=full", "--manage-cgroups"),
+        ("restore -J net:/proc/1/ns/net", "--join-ns"),
+        ("restore --lsm-profile apparmor:x", "--lsm-profile"),
+        ("restore --cpu-cap", "--cpu-cap"),
+        ("restore --auto-dedup", "--auto-dedup"),
+    ] {
+        let message = refusal(line);
+        assert!(message.contains(option) && message.contains("leave it out"), "{line}: {message}");
+    }
+    restore("restore --no-file-locks --no-stream --cpu-cap=none --manage-cgroups=none");
+}
+
+#[test]
+fn accepted_options_without_effect_are_noted() {
+    let parsed = parse_line("restore -t 5 --tcp-close --weak-sysctls").expect("accepted");
+    assert_eq!(parsed.notes.len(), 3, "{:?}", parsed.notes);
+    assert!(parsed.notes[0].contains("--tree changes nothing in restore"));
+}
+
+#[test]
+fn check_takes_every_option_of_criu() {
+    let line = "check --pre-dump-mode read --auto-dedup --page-server --track-mem --display-stats -v0 -s -t 1 -J x -l";
+    assert!(matches!(parse_line(line).expect(line).command, Command::Check(_)));
+    let parsed = parse_line("check --pid 77 -j --link-remap").expect("check --pid");
+    let Command::Check(args) = parsed.command else { panic!("{parsed:?}") };
+    assert!(args.pid == Some(77) && args.kinds.shell_job && args.kinds.link_remap);
+}
+
+#[test]
+fn pid_is_an_abbreviation_of_pidfile_outside_of_check() {
+    assert_eq!(restore("restore --pid file").pidfile, Some("file".into()));
+}
+
+#[test]
+fn a_command_after_two_dashes_is_for_exec_cmd_alone() {
+    let args = restore("restore -D d --exec-cmd -- sh -c true");
+    assert!(args.exec_cmd && args.command == ["sh", "-c", "true", "--no-default-config"]);
+    assert!(refusal("restore --exec-cmd").contains("COMMAND"));
+    assert!(refusal("restore -d sleep").contains("sleep"));
+    assert!(refusal("restore -d --exec-cmd -- true").contains("--restore-detached"));
+}
+
+#[test]
+fn other_commands_of_criu_are_named() {
+    for verb in ABSENT {
+        let message = refusal(verb);
+        assert!(message.contains(verb) && message.contains("not there yet"), "{message}");
+    }
+    assert!(refusal("pre-dump -t 1 -D d --track-mem").contains("pre-dump is not there yet"));
+    assert!(refusal("swrk 3").contains("swrk is not there yet"));
+    assert!(refusal("dumb").contains("unknown command"));
+    assert!(refusal("-v4").contains("no command"));
+}
+
+#[test]
+fn wrong_values_are_named() {
+    for line in ["dump -t 0", "dump -t x", "dump -t 1 --ghost-limit 1T", "dump", "restore -S", "dump -t 1 --close x"] {
+        assert!(parse_line(line).is_err(), "{line}");
+    }
+    assert!(refusal("dump -D d").contains("--tree"));
+}
+
+#[test]
+fn help_and_version_come_first() {
+    let kind = |line: &str| parse_line(line).expect_err(line).downcast::<clap::Error>().expect(line).kind();
+    for line in ["-h", "--help", "dump -h", "restore --page-server --help", "page-server -h"] {
+        assert_eq!(kind(line), clap::error::ErrorKind::DisplayHelp, "{line}");
+    }
+    for line in ["--version", "-V", "dump -V"] {
+        assert!(matches!(parse_line(line).expect(line).command, Command::Version), "{line}");
+    }
+}

@@ -1,0 +1,247 @@
+//! The commands `dump` and `restore`: from options to a request, and from a report to files, messages and exit code.
+
+use std::cell::Cell;
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+use dormouse_dump::After;
+use dormouse_images::pb;
+use dormouse_kernel::HostPid;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::args::{Common, DumpArgs, RestoreArgs};
+use crate::log::{Log, say};
+use crate::progress::{Progress, size, time};
+use crate::scripts::Scripts;
+use crate::stats;
+
+/// Bytes of a page in the images; every architecture is dumped with pages of this size.
+const PAGE: u64 = 4096;
+
+/// Exit code after a failing "post-dump" script, as of CRIU: the images are complete, and the tree goes on.
+const POST_DUMP_FAILED: u8 = 255;
+
+/// Where a command works.
+pub struct Place {
+    /// The images directory, as an absolute path.
+    pub path: PathBuf,
+    /// The same, open.
+    pub images: File,
+    /// The log.
+    pub log: Log,
+}
+
+impl Place {
+    /// Opens the images directory, changes to the work directory and opens the log there.
+    ///
+    /// # Errors
+    /// One of them is not there or not accessible. Nothing is logged yet.
+    pub fn enter(common: &Common, notes: &[String]) -> Result<Place> {
+        for fd in &common.close {
+            // CRIU does not mind either if it is not open.
+            let _ = nix::unistd::close(*fd);
+        }
+        let (images_dir, work_dir) = (&common.images_dir, common.work_dir.as_ref());
+        let images = OpenOptions::new().read(true).custom_flags(OFlag::O_DIRECTORY.bits()).open(images_dir);
+        let images = images.with_context(|| {
+            format!("cannot open the images directory {}; make it, or name another with -D", images_dir.display())
+        })?;
+        let path = std::path::absolute(images_dir).context("cannot find the current directory; change to another")?;
+        let work_dir = work_dir.unwrap_or(images_dir);
+        std::env::set_current_dir(work_dir).with_context(|| {
+            format!("cannot change to the work directory {}; make it, or name another with -W", work_dir.display())
+        })?;
+        let log = Log::open(common.log_file.as_deref(), common.verbosity)?;
+        for note in notes {
+            tracing::info!("{note}");
+        }
+        Ok(Place { path, images, log })
+    }
+
+    /// Writes and shows what it cost. A directory that cannot be written is no reason to fail now.
+    fn account(&self, stats: &pb::StatsEntry, common: &Common) {
+        tracing::info!("Writing stats");
+        if let Err(error) = stats::write(Path::new("."), stats) {
+            tracing::warn!("cannot write statistics: {error:#}");
+        }
+        if common.display_stats {
+            say(&stats::text(stats));
+        }
+    }
+}
+
+/// `dormouse dump`
+pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
+    let place = Place::enter(&args.common, notes)?;
+    dormouse_infect::cancel::install();
+    let post_dump_failed = Cell::new(false);
+    let scripts = Scripts { programs: &args.common.action_script, images: &place.images, log: &place.log };
+    let hook = |action: &str, root: Option<i32>| {
+        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))
+    };
+    let after = match (args.leave_running, args.leave_stopped) {
+        (true, _) => After::Run,
+        (false, true) => After::Stop,
+        (false, false) => After::Kill,
+    };
+    let request = dormouse_dump::Request {
+        pid: HostPid(args.tree),
+        images_dir: place.path.clone(),
+        options: args.options(),
+        after,
+        timeout: args.timeout(),
+        hooks: &hook,
+    };
+    let terminal = place.log.leaves_a_terminal();
+    let progress = terminal.then(|| Progress::start(args.tree, place.path.clone()));
+    let outcome = dormouse_dump::run(&request);
+    drop(progress);
+    let report = match outcome {
+        Ok(report) => report,
+        Err(error) => {
+            place.log.failure(&error.into(), Some("Dumping FAILED."));
+            return Ok(if post_dump_failed.get() { POST_DUMP_FAILED.into() } else { ExitCode::FAILURE });
+        }
+    };
+    place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    tracing::info!("Dumping finished successfully");
+    if terminal {
+        eprintln!(
+            "dumped pid {}: {}, {}; frozen for {}, {} in all",
+            report.root_pid,
+            tasks(report.tasks, report.threads),
+            pages(report.pages_written),
+            time(report.frozen_us),
+            time(report.total_us)
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `dormouse restore`
+pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
+    let place = Place::enter(&args.common, notes)?;
+    for (fd, key) in &args.inherit_fd {
+        tracing::info!("File {key} will be restored from inherit fd {fd}");
+    }
+    let scripts = Scripts { programs: &args.common.action_script, images: &place.images, log: &place.log };
+    let wrote_pid = Cell::new(false);
+    let hook = |action: &str, root: Option<i32>| {
+        scripts.run(action, root)?;
+        match (&args.pidfile, action, root) {
+            (Some(file), "pre-restore", _) if file.symlink_metadata().is_ok() => bail!(taken(file)),
+            (Some(file), "post-restore", Some(pid)) => write_pid(file, pid).map(|()| wrote_pid.set(true)),
+            _ => Ok(()),
+        }
+    };
+    let request = dormouse_restore::Request {
+        images_dir: place.path.clone(),
+        options: args.options(),
+        leave_stopped: args.leave_stopped,
+        restore_sibling: args.restore_sibling,
+        hooks: &hook,
+    };
+    let report = match dormouse_restore::run(&request) {
+        Ok(report) => report,
+        Err(error) => {
+            if let Some(file) = args.pidfile.as_ref().filter(|_| wrote_pid.get()) {
+                // The process it names is gone; if the file stays, the next restore says so.
+                let _ = std::fs::remove_file(file);
+            }
+            place.log.failure(&error.into(), Some("Restoring FAILED."));
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    tracing::info!("Restore finished successfully. Tasks resumed.");
+    place.account(&pb::StatsEntry { dump: None, restore: Some(stats::of_restore(&report)) }, &args.common);
+    if place.log.leaves_a_terminal() {
+        eprintln!(
+            "restored pid {}: {}, {}; {} in all",
+            report.root_pid,
+            tasks(report.tasks, report.threads),
+            pages(report.pages),
+            time(report.total_us)
+        );
+    }
+    let code = if args.exec_cmd {
+        let error = Command::new(&args.command[0]).args(&args.command[1..]).exec();
+        let what = format!("cannot execute {}, the tree goes on without it: {error}", args.command[0].display());
+        place.log.failure(&anyhow::Error::msg(what), None);
+        1
+    } else if args.restore_detached {
+        0
+    } else {
+        let code = wait(report.root_pid);
+        if args.wait_status { code } else { 0 }
+    };
+    Ok(code.into())
+}
+
+/// Waits for the end of all children, as CRIU does; the exit code of the root, 128 + signal if it was killed.
+fn wait(root: i32) -> u8 {
+    let mut code = 0;
+    loop {
+        match waitpid(Pid::from_raw(-1), None) {
+            Ok(WaitStatus::Exited(pid, status)) if pid.as_raw() == root => code = status as u8,
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid.as_raw() == root => code = 128 + signal as u8,
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(_) => return code,
+        }
+    }
+}
+
+fn taken(file: &Path) -> String {
+    format!("the pid file {} exists; remove it, or name another with --pidfile", file.display())
+}
+
+/// Writes the pid file, which must not exist.
+fn write_pid(file: &Path, pid: i32) -> Result<()> {
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(file) {
+        Ok(mut out) => {
+            out.write_all(pid.to_string().as_bytes()).with_context(|| format!("cannot write {}", file.display()))
+        }
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => bail!(taken(file)),
+        Err(error) => bail!("cannot make the pid file {}: {error}", file.display()),
+    }
+}
+
+fn tasks(tasks: usize, threads: usize) -> String {
+    let plural = |n: usize| if n == 1 { "" } else { "s" };
+    format!("{tasks} task{} with {threads} thread{}", plural(tasks), plural(threads))
+}
+
+fn pages(pages: u64) -> String {
+    format!("{pages} pages ({})", size(pages * PAGE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_dir::TestDir;
+
+    #[test]
+    fn a_pid_file_is_never_overwritten() {
+        let dir = TestDir::new("pidfile");
+        let file = dir.path().join("pid");
+        write_pid(&file, 42).expect("a new file");
+        assert_eq!(std::fs::read_to_string(&file).expect("read"), "42");
+        let error = write_pid(&file, 43).expect_err("it exists").to_string();
+        assert!(error.contains("exists; remove it"), "{error}");
+        assert_eq!(std::fs::read_to_string(&file).expect("read"), "42");
+    }
+
+    #[test]
+    fn counts_for_people() {
+        assert_eq!(tasks(1, 1), "1 task with 1 thread");
+        assert_eq!(tasks(2, 5), "2 tasks with 5 threads");
+        assert_eq!(pages(1234), "1234 pages (4.8 MiB)");
+    }
+}

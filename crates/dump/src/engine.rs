@@ -1,0 +1,135 @@
+//! The order of a dump, and what is undone when a step of it fails.
+
+use std::time::Instant;
+
+use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::cancel;
+use dormouse_infect::freeze::{self, Tree};
+use dormouse_infect::host::process;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::stat;
+use dormouse_resources::fd::FileTable;
+use dormouse_resources::mem::{PageIds, SharedDump};
+use dormouse_resources::task as kinds;
+
+use crate::ids::{Ids, shared_between};
+use crate::task::{Saved, Savings};
+use crate::{After, DumpError, Report, Request, inventory, preflight, task};
+
+/// See [`crate::run`].
+pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
+    let start = Instant::now();
+    let images = ImageDir::open(&request.images_dir)?;
+    // A checkpoint that was here before is none from now on, whatever happens.
+    images.remove(ImageKind::Inventory, 0)?;
+    let blockers = preflight::blockers(request.pid, &request.options)?;
+    if !blockers.is_empty() {
+        return Err(DumpError::Refused(blockers));
+    }
+    (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+    let frozen = Instant::now();
+    let mut tree = Tree::freeze(request.pid, request.timeout)?;
+    let freezing_us = frozen.elapsed().as_micros() as u64;
+    tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
+    let mut report = save(request, &images, &mut tree)?;
+    cancel::check()?;
+    (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+    let inventory = inventory::inventory(&tree, &mut Ids::default())?;
+    images.write_inventory(&inventory)?;
+    finish(request, tree)?;
+    report.freezing_us = freezing_us;
+    report.frozen_us = frozen.elapsed().as_micros() as u64;
+    report.total_us = start.elapsed().as_micros() as u64;
+    Ok(report)
+}
+
+/// Writes every image but the inventory. The tree is cured when this returns, but still stopped.
+fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<Report, DumpError> {
+    let page_ids = PageIds::new();
+    let mut ids = Ids::default();
+    // The first numbers are those of this program, as in CRIU's images.
+    ids.of(HostPid::current())?;
+    let mut savings = Savings {
+        images,
+        files: FileTable::new(images, &request.options),
+        shared: SharedDump::new(images, &page_ids),
+        page_ids: &page_ids,
+        report: Report { root_pid: request.pid.0, tasks: tree.tasks.len(), ..Report::default() },
+    };
+    let root_outside = tree.tasks.first().map(|t| t.ppid);
+    let mut pstree = images.writer(ImageKind::Pstree, 0)?;
+    let mut all_ids: Vec<(HostPid, pb::TaskKobjIdsEntry)> = Vec::new();
+    let mut ext = Vec::new();
+    for t in &mut tree.tasks {
+        cancel::check()?;
+        pstree.record(&pstree_entry(t, root_outside)?)?;
+        if t.zombie {
+            images.write_one(ImageKind::Core, t.pid.0 as u64, &kinds::zombie_core(&stat::read(t.pid)?))?;
+            continue;
+        }
+        let task_ids = ids.of(t.pid)?;
+        for (other, have) in &all_ids {
+            if let Some(what) = shared_between(have, &task_ids) {
+                return Err(DumpError::Refused(vec![format!(
+                    "cannot dump pid {}: it shares {what} with pid {other}, which cannot be restored yet; \
+                     wait until one of them has ended",
+                    t.pid
+                )]));
+            }
+        }
+        let saved = task::save(&mut savings, t)?;
+        write_task(images, t, &task_ids, saved, &mut ext)?;
+        all_ids.push((t.pid, task_ids));
+    }
+    pstree.finish()?;
+    savings.files.finish(&mut savings.shared)?;
+    savings.shared.finish()?;
+    if !ext.is_empty() {
+        images.write_all(ImageKind::DormouseThreads, 0, &ext)?;
+    }
+    inventory::write_clocks(images)?;
+    images.write_one(ImageKind::Seccomp, 0, &pb::SeccompEntry::default())?;
+    Ok(savings.report)
+}
+
+fn pstree_entry(t: &freeze::Task, outside: Option<HostPid>) -> Result<pb::PstreeEntry, DumpError> {
+    let s = stat::read(t.pid)?;
+    let ppid = if Some(t.ppid) == outside { 0 } else { t.ppid.0 };
+    let threads = if t.zombie { vec![t.pid.0 as u32] } else { t.threads.iter().map(|t| t.tid().0 as u32).collect() };
+    Ok(pb::PstreeEntry { pid: t.pid.0 as u32, ppid: ppid as u32, pgid: s.pgrp as u32, sid: s.session as u32, threads })
+}
+
+fn write_task(
+    images: &ImageDir,
+    t: &freeze::Task,
+    ids: &pb::TaskKobjIdsEntry,
+    saved: Saved,
+    ext: &mut Vec<pb::ThreadExt>,
+) -> Result<(), DumpError> {
+    let pid = t.pid.0 as u64;
+    images.write_one(ImageKind::Ids, pid, ids)?;
+    images.write_one(ImageKind::Mm, pid, &saved.mm)?;
+    images.write_one(ImageKind::Fs, pid, &saved.fs)?;
+    images.write_all(ImageKind::Fdinfo, ids.files_id.into(), &saved.fds)?;
+    for (tid, core) in &saved.cores {
+        images.write_one(ImageKind::Core, tid.0 as u64, core)?;
+    }
+    ext.extend(saved.ext);
+    Ok(())
+}
+
+/// The checkpoint is complete: do with the tree as the user wishes.
+fn finish(request: &Request<'_>, tree: Tree) -> Result<(), DumpError> {
+    match request.after {
+        After::Kill => tree.kill(),
+        After::Run => tree.thaw(),
+        After::Stop => {
+            for t in tree.tasks.iter().filter(|t| !t.zombie) {
+                process::stop(t.pid)
+                    .map_err(|source| DumpError::Call { what: format!("cannot stop pid {}", t.pid), source })?;
+            }
+            tree.thaw();
+        }
+    }
+    Ok(())
+}

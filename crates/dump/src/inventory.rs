@@ -1,0 +1,52 @@
+//! What belongs to the checkpoint as a whole: its inventory, and the clocks of the moment.
+
+use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::freeze::Tree;
+use dormouse_kernel::{HostPid, Session};
+use nix::time::{ClockId, clock_gettime};
+
+use crate::DumpError;
+use crate::ids::Ids;
+
+/// Version of the image format: 2 since images begin with the common magic.
+const IMG_VERSION: u32 = 2;
+
+/// The inventory of a checkpoint. `ids` is fresh: the root numbers are those of this program.
+pub fn inventory(_tree: &Tree, ids: &mut Ids) -> Result<pb::InventoryEntry, DumpError> {
+    let session =
+        Session::new().map_err(|source| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), source })?;
+    Ok(pb::InventoryEntry {
+        img_version: IMG_VERSION,
+        fdinfo_per_id: Some(true),
+        root_ids: Some(ids.of(HostPid::current())?),
+        ns_per_id: Some(true),
+        root_cg_set: Some(1),
+        // No profile of a security module is recorded: a tree under one is refused before.
+        lsmtype: Some(0),
+        dump_uptime: Some(uptime_us()?),
+        dump_criu_run_id: Some(run_id(&session)),
+        ..Default::default()
+    })
+}
+
+/// The session's id in the form that CRIU's run ids have, a UUID.
+fn run_id(session: &Session) -> String {
+    let h = session.hex();
+    format!("{}-{}-{}-{}-{}", &h[..8], &h[8..12], &h[12..16], &h[16..20], &h[20..])
+}
+
+fn now(clock: ClockId) -> Result<pb::Timespec, DumpError> {
+    let t = clock_gettime(clock).map_err(|e| DumpError::Call { what: "clock_gettime".into(), source: e.into() })?;
+    Ok(pb::Timespec { tv_sec: t.tv_sec() as u64, tv_nsec: t.tv_nsec() as u64 })
+}
+
+fn uptime_us() -> Result<u64, DumpError> {
+    let t = now(ClockId::CLOCK_BOOTTIME)?;
+    Ok(t.tv_sec * 1_000_000 + t.tv_nsec / 1000)
+}
+
+/// Writes the clocks that a time namespace could be set from.
+pub fn write_clocks(images: &ImageDir) -> Result<(), DumpError> {
+    let clocks = pb::TimensEntry { monotonic: now(ClockId::CLOCK_MONOTONIC)?, boottime: now(ClockId::CLOCK_BOOTTIME)? };
+    Ok(images.write_one(ImageKind::Timens, 0, &clocks)?)
+}

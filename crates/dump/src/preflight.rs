@@ -1,0 +1,66 @@
+//! Before anything is touched: every reason why the tree cannot be dumped, found at once.
+
+use dormouse_infect::freeze;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::{stat, tree};
+use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
+
+use crate::{DumpError, describe};
+
+/// See [`crate::blockers`].
+pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, DumpError> {
+    let root = match stat::read(pid) {
+        Ok(s) => s,
+        Err(e) if e.is_gone() => {
+            return Err(DumpError::Target(format!("there is no process {pid}; give the pid of a running one with -t")));
+        }
+        Err(e) => return Err(e.into()),
+    };
+    if matches!(root.state, b'Z' | b'X') {
+        return Err(DumpError::Target(format!("pid {pid} is a zombie: it has ended and holds nothing to dump; dump its parent")));
+    }
+    if pid == HostPid::current() {
+        return Err(DumpError::Target(format!("pid {pid} is this program itself; it cannot dump itself")));
+    }
+    let mut found: Vec<String> = freeze::obstacles(pid).iter().map(describe).collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let mut todo = vec![pid];
+    while let Some(p) = todo.pop() {
+        if p == HostPid::current() {
+            found.push(format!("cannot dump pid {pid}: this program (pid {p}) is part of the tree; run it from outside"));
+            continue;
+        }
+        match of_one(p, options) {
+            Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
+            // It ended while it was looked at, which is no obstacle.
+            Err(ResourceError::Proc(e)) if e.is_gone() && p != pid => continue,
+            Err(e) => return Err(e.into()),
+        }
+        todo.extend(tree::children(p).unwrap_or_default());
+    }
+    found.extend(session_blocker(&root, options));
+    Ok(found)
+}
+
+fn of_one(pid: HostPid, options: &DumpOptions) -> Result<Vec<Blocker>, ResourceError> {
+    if stat::read(pid)?.state == b'Z' {
+        return Ok(Vec::new());
+    }
+    let mut found = task::blockers(pid, options)?;
+    found.extend(mem::blockers(pid)?);
+    found.extend(fd::blockers(pid, options)?);
+    Ok(found)
+}
+
+/// A session that is led from outside of the tree can only be left and joined by the user's decision.
+fn session_blocker(root: &stat::Stat, options: &DumpOptions) -> Option<String> {
+    (root.session != root.pid.0 && !options.shell_job).then(|| {
+        format!(
+            "cannot dump pid {}: it does not lead its session ({}), so its terminal and job control belong to a shell \
+             outside of the tree; dump and restore it with --shell-job, or start it with setsid(1)",
+            root.pid, root.session
+        )
+    })
+}

@@ -1,0 +1,304 @@
+//! Host calls about descriptors: copies out of other processes, identity of descriptions, who is told of events,
+//! terminals and pipes.
+
+use std::cmp::Ordering;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use dormouse_kernel::{HostPid, TargetFd};
+
+fn result(r: libc::c_long) -> io::Result<libc::c_long> {
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
+}
+
+/// Takes a descriptor number that the kernel has just made for this process.
+fn owned(r: libc::c_long) -> io::Result<OwnedFd> {
+    let n = result(r)? as RawFd;
+    // SAFETY: the caller got the number from a call that makes a new descriptor, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(n) })
+}
+
+/// A handle of a process (pidfd_open(2), Linux 5.3).
+///
+/// # Errors
+/// `ESRCH` if it is gone, `EINVAL` if the number is a thread's.
+pub fn pidfd_open(pid: HostPid) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) })
+}
+
+/// Our own copy of a descriptor of another process, for the same description (pidfd_getfd(2), Linux 5.6). The process
+/// may be running and is not touched.
+///
+/// # Errors
+/// `EBADF` if it has no such descriptor, `EPERM` without ptrace access, `ESRCH` if it is gone, `EMFILE`.
+pub fn pidfd_getfd(process: &OwnedFd, fd: TargetFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only; the new descriptor is ours.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd.0, 0) })
+}
+
+/// A copy of a descriptor whose number is `min` or higher, closed on exec (`F_DUPFD_CLOEXEC`).
+///
+/// # Errors
+/// `EINVAL` if `min` is above RLIMIT_NOFILE, `EMFILE` if no number is free.
+pub fn dup_above(fd: impl AsFd, min: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: copies an open descriptor; the new one is ours.
+    owned(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_DUPFD_CLOEXEC, min) }.into())
+}
+
+/// A copy of a descriptor that is known by its number alone: one that was inherited or named by the user.
+///
+/// # Errors
+/// `EBADF` if this process has no such descriptor.
+pub fn copy_number(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel checks the number; the new descriptor is ours.
+    owned(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) }.into())
+}
+
+/// How the description behind a descriptor of one process relates to that behind one of another: the same, or before or
+/// after it in an order of the kernel's own (kcmp(2) with `KCMP_FILE`, Linux 3.5).
+///
+/// # Errors
+/// `EBADF` if there is no such descriptor, `EPERM` without ptrace access, `ENOSYS` without CONFIG_KCMP.
+pub fn kcmp_file(a: (HostPid, TargetFd), b: (HostPid, TargetFd)) -> io::Result<Ordering> {
+    const KCMP_FILE: libc::c_int = 0;
+    // SAFETY: takes numbers only.
+    let r = unsafe { libc::syscall(libc::SYS_kcmp, a.0.0, b.0.0, KCMP_FILE, a.1.0 as u64, b.1.0 as u64) };
+    match result(r)? {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        // 3: different, but without an order; nothing that is kept sorted can be made of it.
+        _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+    }
+}
+
+/// Who is sent a signal when something happens on a description, and which (`F_GETOWN_EX`, `F_GETSIG`; fcntl(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// `F_OWNER_TID` (0), `F_OWNER_PID` (1) or `F_OWNER_PGRP` (2).
+    pub kind: u32,
+    /// The thread, process or group as seen from our PID namespace; 0 for nobody, or one that has ended.
+    pub pid: i32,
+    /// Real user id of who set the owner.
+    pub uid: u32,
+    /// Effective user id of who set the owner.
+    pub euid: u32,
+    /// The signal; 0 for SIGIO without further information.
+    pub signal: i32,
+}
+
+/// The owner settings of a description that was not opened with `O_PATH`.
+///
+/// # Errors
+/// fcntl(2)'s; `EINVAL` for the user ids without CONFIG_CHECKPOINT_RESTORE (`F_GETOWNER_UIDS`, Linux 3.6).
+pub fn owner(fd: impl AsFd) -> io::Result<Owner> {
+    const F_GETSIG: libc::c_int = 11;
+    const F_GETOWN_EX: libc::c_int = 16;
+    const F_GETOWNER_UIDS: libc::c_int = 17;
+    let fd = fd.as_fd().as_raw_fd();
+    let (mut who, mut uids) = ([0i32; 2], [0u32; 2]);
+    // SAFETY: asks for a number; the second call writes a struct f_owner_ex, two ints.
+    let signal = result(unsafe { libc::fcntl(fd, F_GETSIG) }.into())? as i32;
+    // SAFETY: as above.
+    result(unsafe { libc::fcntl(fd, F_GETOWN_EX, who.as_mut_ptr()) }.into())?;
+    if who[1] != 0 {
+        // SAFETY: the kernel writes two user ids.
+        result(unsafe { libc::fcntl(fd, F_GETOWNER_UIDS, uids.as_mut_ptr()) }.into())?;
+    }
+    Ok(Owner { kind: who[0] as u32, pid: who[1], uid: uids[0], euid: uids[1], signal })
+}
+
+/// Copies up to `len` bytes from a pipe to another one without taking them out (tee(2)); does not wait. The copy keeps
+/// how the bytes lie in buffers, so packets stay packets.
+///
+/// # Errors
+/// tee(2)'s; `EAGAIN` if there is nothing to read.
+pub fn tee(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> {
+    let (from, to) = (from.as_fd().as_raw_fd(), to.as_fd().as_raw_fd());
+    // SAFETY: takes numbers only.
+    let n = unsafe { libc::tee(from, to, len, libc::SPLICE_F_NONBLOCK) };
+    result(n as libc::c_long).map(|n| n as usize)
+}
+
+/// The modes of a terminal as the kernel has them: `struct termios` of asm-generic/termbits.h.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Termios {
+    /// Input modes.
+    pub iflag: u32,
+    /// Output modes.
+    pub oflag: u32,
+    /// Control modes, with the speed.
+    pub cflag: u32,
+    /// Local modes.
+    pub lflag: u32,
+    /// Line discipline.
+    pub line: u8,
+    /// Special characters.
+    pub cc: [u8; 19],
+}
+
+const _: () = assert!(size_of::<Termios>() == 36);
+
+/// Rows and columns of a terminal: `struct winsize`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct WindowSize {
+    /// Rows, in characters.
+    pub rows: u16,
+    /// Columns, in characters.
+    pub columns: u16,
+    /// Width, in pixels.
+    pub x_pixels: u16,
+    /// Height, in pixels.
+    pub y_pixels: u16,
+}
+
+const _: () = assert!(size_of::<WindowSize>() == 8);
+
+/// An ioctl that reads or writes one value of ours.
+///
+/// # Safety
+/// `request` reads or writes at most `size_of::<T>()` bytes, and any bytes that it writes are a `T`.
+unsafe fn ioctl<T>(fd: impl AsFd, request: u64, value: &mut T) -> io::Result<()> {
+    // SAFETY: the caller vouches for the size; the descriptor is open.
+    result(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request as _, value as *mut T) }.into())?;
+    Ok(())
+}
+
+/// The modes of a terminal (`TCGETS`).
+///
+/// # Errors
+/// `ENOTTY` if it is none, `EIO` if it was hung up.
+pub fn tty_modes(fd: impl AsFd) -> io::Result<Termios> {
+    let mut modes = Termios::default();
+    // SAFETY: writes a kernel termios, whose layout is pinned above.
+    unsafe { ioctl(fd, 0x5401, &mut modes) }?;
+    Ok(modes)
+}
+
+/// Which of a terminal's modes are locked (`TIOCGLCKTRMIOS`).
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn tty_locked_modes(fd: impl AsFd) -> io::Result<Termios> {
+    let mut modes = Termios::default();
+    // SAFETY: writes a kernel termios, whose layout is pinned above.
+    unsafe { ioctl(fd, 0x5456, &mut modes) }?;
+    Ok(modes)
+}
+
+/// The size of a terminal (`TIOCGWINSZ`).
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn tty_size(fd: impl AsFd) -> io::Result<WindowSize> {
+    let mut size = WindowSize::default();
+    // SAFETY: writes a struct winsize, whose layout is pinned above.
+    unsafe { ioctl(fd, 0x5413, &mut size) }?;
+    Ok(size)
+}
+
+/// Whether nobody else may open a terminal (`TIOCGEXCL`, Linux 3.8).
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn tty_exclusive(fd: impl AsFd) -> io::Result<bool> {
+    let mut set = 0i32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(fd, 0x8004_5440, &mut set) }?;
+    Ok(set != 0)
+}
+
+/// Sets the modes of a terminal at once (`TCSETS`). A process in the background is stopped for it unless it blocks or
+/// ignores SIGTTOU.
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn set_tty_modes(fd: impl AsFd, modes: &Termios) -> io::Result<()> {
+    // SAFETY: reads a kernel termios, whose layout is pinned above.
+    unsafe { ioctl(fd, 0x5402, &mut modes.clone()) }
+}
+
+/// Locks modes of a terminal (`TIOCSLCKTRMIOS`).
+///
+/// # Errors
+/// As [`tty_modes`]; `EPERM` without CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+pub fn set_tty_locked_modes(fd: impl AsFd, modes: &Termios) -> io::Result<()> {
+    // SAFETY: reads a kernel termios, whose layout is pinned above.
+    unsafe { ioctl(fd, 0x5457, &mut modes.clone()) }
+}
+
+/// Sets the size of a terminal (`TIOCSWINSZ`); its foreground group gets SIGWINCH if that is a change.
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn set_tty_size(fd: impl AsFd, size: WindowSize) -> io::Result<()> {
+    // SAFETY: reads a struct winsize, whose layout is pinned above.
+    unsafe { ioctl(fd, 0x5414, &mut size.clone()) }
+}
+
+/// Lets nobody else open a terminal (`TIOCEXCL`), except with CAP_SYS_ADMIN.
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn set_tty_exclusive(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: the request takes no argument.
+    unsafe { ioctl(fd, 0x540C, &mut 0i32) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_one_description_compare_equal() {
+        let me = HostPid::current();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let process = pidfd_open(me).unwrap();
+        let n = TargetFd(file.as_raw_fd());
+        let copy = pidfd_getfd(&process, n).unwrap();
+        let other = std::fs::File::open("/dev/null").unwrap();
+        let (copy, other) = (TargetFd(copy.as_raw_fd()), TargetFd(other.as_raw_fd()));
+        assert_eq!(kcmp_file((me, n), (me, copy)).unwrap(), Ordering::Equal);
+        let order = kcmp_file((me, n), (me, other)).unwrap();
+        assert_ne!(order, Ordering::Equal);
+        assert_eq!(kcmp_file((me, other), (me, n)).unwrap(), order.reverse());
+    }
+
+    #[test]
+    fn a_copy_has_at_least_the_number_asked_for() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(dup_above(&file, 700).unwrap().as_raw_fd() >= 700);
+        assert!(copy_number(file.as_raw_fd()).is_ok());
+        assert_eq!(copy_number(-1).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
+
+    #[test]
+    fn the_owner_of_a_pipe_is_told() {
+        let (read, _write) = nix::unistd::pipe().unwrap();
+        assert_eq!(owner(&read).unwrap(), Owner::default());
+        let pid = std::process::id() as i32;
+        // SAFETY: sets the owner of a pipe of ours; takes a number.
+        assert_eq!(unsafe { libc::fcntl(read.as_raw_fd(), libc::F_SETOWN, pid) }, 0);
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::fcntl(read.as_raw_fd(), 10, libc::SIGUSR1) }, 0);
+        let (uid, euid) = (nix::unistd::getuid().as_raw(), nix::unistd::geteuid().as_raw());
+        assert_eq!(owner(&read).unwrap(), Owner { kind: 1, pid, uid, euid, signal: libc::SIGUSR1 });
+    }
+
+    #[test]
+    fn tee_leaves_the_bytes_where_they_are() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let (copy, into) = nix::unistd::pipe().unwrap();
+        assert_eq!(tee(&read, &into, 100).unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+        nix::unistd::write(&write, b"abc").unwrap();
+        assert_eq!(tee(&read, &into, 100).unwrap(), 3);
+        for end in [copy, read] {
+            let mut bytes = [0; 8];
+            assert_eq!(nix::unistd::read(&end, &mut bytes).unwrap(), 3);
+            assert_eq!(&bytes[..3], b"abc");
+        }
+    }
+}

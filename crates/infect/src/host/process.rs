@@ -1,0 +1,144 @@
+//! Making the first process of a restored tree, and looking after processes that are ours to end.
+
+use std::io;
+
+use dormouse_kernel::HostPid;
+use dormouse_sys::arch;
+
+use crate::arena::Arena;
+
+/// All signals blocked in this thread until dropped: a child made meanwhile starts with all of them blocked.
+#[derive(Debug)]
+pub struct SignalsBlocked(nix::sys::signal::SigSet);
+
+impl SignalsBlocked {
+    /// Blocks every signal that can be blocked.
+    ///
+    /// # Errors
+    /// pthread_sigmask(3)'s.
+    pub fn new() -> io::Result<Self> {
+        let mut old = nix::sys::signal::SigSet::empty();
+        let all = nix::sys::signal::SigSet::all();
+        nix::sys::signal::pthread_sigmask(nix::sys::signal::SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
+        Ok(Self(old))
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        let _ = self.0.thread_set_mask();
+    }
+}
+
+/// clone3(2) of a process that starts in the shared mapping, at `entry` with the address of its arguments, and never
+/// touches anything of ours. `args` is the address of a [`dormouse_blob_abi::restorer::TaskArgs`] in `arena`, which is
+/// mapped at the same address here.
+///
+/// # Errors
+/// clone3's: `EEXIST` if the pid is taken, `EPERM` without CAP_CHECKPOINT_RESTORE (Linux 5.9) or CAP_SYS_ADMIN.
+pub fn fork_into(arena: &Arena, args: u64, entry: u64) -> io::Result<HostPid> {
+    use dormouse_blob_abi::restorer::TaskArgs;
+    let task = arena.host_ptr(args, size_of::<TaskArgs>()).cast::<TaskArgs>();
+    // SAFETY: the arena is mapped executable at its own address, and `entry` is the restorer's entry point in it.
+    let entry: extern "C" fn(u64) -> ! = unsafe { std::mem::transmute(entry as usize) };
+    // SAFETY: the child runs on a stack in the shared mapping and only code of that mapping; it shares no memory with us
+    // but that mapping.
+    let pid = unsafe { arch::clone3_call((&raw const (*task).clone).cast(), 88, entry, args) };
+    if pid < 0 { Err(io::Error::from_raw_os_error(-pid as i32)) } else { Ok(HostPid(pid as i32)) }
+}
+
+/// Sends SIGKILL.
+///
+/// # Errors
+/// kill(2)'s: `ESRCH` if it is gone.
+pub fn kill(pid: HostPid) -> io::Result<()> {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGKILL)?;
+    Ok(())
+}
+
+/// Sends SIGSTOP.
+///
+/// # Errors
+/// kill(2)'s.
+pub fn stop(pid: HostPid) -> io::Result<()> {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGSTOP)?;
+    Ok(())
+}
+
+/// Reaps a child that has ended, without waiting; false if it has not, or is not ours to reap.
+pub fn reap(pid: HostPid) -> bool {
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+    !matches!(waitpid(nix::unistd::Pid::from_raw(pid.0), Some(flags)), Ok(WaitStatus::StillAlive) | Err(_))
+}
+
+/// Makes orphans of our descendants ours to reap (PR_SET_CHILD_SUBREAPER, Linux 3.4) until dropped.
+#[derive(Debug)]
+pub struct Subreaper(bool);
+
+impl Subreaper {
+    /// # Errors
+    /// prctl(2)'s.
+    pub fn new() -> io::Result<Self> {
+        let was = nix::sys::prctl::get_child_subreaper()?;
+        nix::sys::prctl::set_child_subreaper(true)?;
+        Ok(Self(was))
+    }
+}
+
+impl Drop for Subreaper {
+    fn drop(&mut self) {
+        let _ = nix::sys::prctl::set_child_subreaper(self.0);
+    }
+}
+
+/// What [`kcmp`] compares (kcmp(2), Linux 3.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Kcmp {
+    /// Address spaces.
+    Vm = 1,
+    /// Descriptor tables.
+    Files = 2,
+    /// Root and working directory, umask.
+    Fs = 3,
+    /// Tables of signal actions.
+    Sighand = 4,
+    /// I/O contexts.
+    Io = 5,
+    /// Undo lists of System V semaphores.
+    Sysvsem = 6,
+}
+
+/// How a kernel object of `a` relates to that of `b`: the same, or before or after it in an order of the kernel's own.
+///
+/// # Errors
+/// kcmp(2)'s: `EPERM` where the processes may not be traced.
+pub fn kcmp(a: HostPid, b: HostPid, kind: Kcmp) -> io::Result<std::cmp::Ordering> {
+    // SAFETY: takes numbers only.
+    let r = unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, kind as i32, 0, 0) };
+    match r {
+        0 => Ok(std::cmp::Ordering::Equal),
+        1 => Ok(std::cmp::Ordering::Less),
+        2 => Ok(std::cmp::Ordering::Greater),
+        -1 => Err(io::Error::last_os_error()),
+        // 3: different, but without an order; nothing that is kept sorted can be made of it.
+        _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+    }
+}
+
+/// Copies `into.len()` bytes from `addr` of a process (process_vm_readv(2), Linux 3.2), all or nothing.
+///
+/// # Errors
+/// `EFAULT` if a part is not readable there, `EPERM` where the process may not be traced, `ESRCH`.
+pub fn read_memory(pid: HostPid, addr: u64, into: &mut [u8]) -> io::Result<()> {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    let remote = libc::iovec { iov_base: addr as *mut _, iov_len: into.len() };
+    // SAFETY: the kernel writes at most `into.len()` bytes to `into`.
+    let n = unsafe { libc::process_vm_readv(pid.0, &local, 1, &remote, 1, 0) };
+    match usize::try_from(n) {
+        Ok(n) if n == into.len() => Ok(()),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}

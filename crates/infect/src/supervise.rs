@@ -1,0 +1,63 @@
+//! A worker for what must be undone: the program that the user started waits, and its own death only asks the worker to stop.
+//!
+//! A dump changes a foreign process step by step, and no step undoes itself. So the steps are made by a child that
+//! nobody knows by name; it is asked to stop (SIGTERM) when its parent gets a signal or is killed, and then takes
+//! everything back.
+
+use std::io;
+
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use crate::cancel;
+
+static WORKER: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn pass_on(_: libc::c_int) {
+    let pid = WORKER.load(Ordering::Relaxed);
+    if pid > 0 {
+        // SAFETY: kill(2) is async-signal-safe; the worker is our child and not yet reaped.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
+}
+
+/// Runs `work` in a child and returns the exit code that it gives, or 128 + N if signal N ended the child.
+///
+/// Must be called while this process has one thread.
+///
+/// # Errors
+/// fork(2)'s and sigaction(2)'s.
+pub fn supervised(work: impl FnOnce() -> i32) -> io::Result<i32> {
+    let parent = getpid();
+    // SAFETY: one thread, so the child may run any code.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGTERM);
+            cancel::install();
+            let code = if tied.is_ok() && getppid() == parent { work() } else { 1 };
+            std::process::exit(code)
+        }
+        ForkResult::Parent { child } => {
+            WORKER.store(child.as_raw(), Ordering::Relaxed);
+            let action = SigAction::new(SigHandler::Handler(pass_on), SaFlags::SA_RESTART, SigSet::empty());
+            for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+                // SAFETY: the handler only makes async-signal-safe calls.
+                unsafe { sigaction(signal, &action) }?;
+            }
+            wait(child)
+        }
+    }
+}
+
+fn wait(child: Pid) -> io::Result<i32> {
+    loop {
+        match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}

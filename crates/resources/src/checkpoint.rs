@@ -1,0 +1,247 @@
+//! Reading a checkpoint: every image of every task, checked against each other before anything is made.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use dormouse_images::{ImageDir, ImageKind, pb};
+
+use crate::{ResourceError, invalid};
+
+/// Task states of `task_core_entry.task_state`.
+pub const TASK_ALIVE: u32 = 1;
+/// A zombie.
+pub const TASK_DEAD: u32 = 2;
+/// Stopped by job control.
+pub const TASK_STOPPED: u32 = 3;
+
+/// A whole checkpoint.
+pub struct TreeImage {
+    /// Where the images are.
+    pub dir: ImageDir,
+    /// Path of that directory.
+    pub path: PathBuf,
+    /// Tasks, parents before children.
+    pub tasks: Vec<TaskImage>,
+    /// File descriptions by id.
+    pub files: HashMap<u32, pb::FileEntry>,
+    /// Replacements of files whose name is gone, by file id.
+    pub remaps: HashMap<u32, pb::RemapFilePathEntry>,
+    /// What the image format has no place for, by thread id: from the sidecar, if there is one.
+    pub ext: HashMap<u32, pb::ThreadExt>,
+}
+
+/// One process of a checkpoint.
+pub struct TaskImage {
+    /// Its record in pstree.img.
+    pub tree: pb::PstreeEntry,
+    /// Its leader.
+    pub core: pb::CoreEntry,
+    /// Its other threads, with their tids.
+    pub threads: Vec<(i32, pb::CoreEntry)>,
+    /// Numbers of the kernel objects that tasks may share; `None` for a zombie.
+    pub ids: Option<pb::TaskKobjIdsEntry>,
+    /// Address space; `None` for a zombie.
+    pub mm: Option<pb::MmEntry>,
+    /// Descriptor table.
+    pub fds: Vec<pb::FdinfoEntry>,
+    /// Root, working directory, umask.
+    pub fs: Option<pb::FsEntry>,
+    /// Which pages are where.
+    pub pages: Option<PageMap>,
+}
+
+/// The pages of one task or shared object.
+pub struct PageMap {
+    /// Path of the raw pages.
+    pub path: PathBuf,
+    /// Runs in ascending order.
+    pub runs: Vec<Run>,
+}
+
+/// A run of pages whose content is in the pages image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Address (or offset in a shared object), in bytes.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Byte offset in the pages image.
+    pub offset: u64,
+}
+
+impl TaskImage {
+    /// Process id.
+    pub fn pid(&self) -> i32 {
+        self.tree.pid as i32
+    }
+
+    /// The record that every task has.
+    pub fn tc(&self) -> &pb::TaskCoreEntry {
+        self.core.tc.as_ref().expect("checked by load")
+    }
+
+    /// Is it a zombie?
+    pub fn is_zombie(&self) -> bool {
+        self.tc().task_state == TASK_DEAD
+    }
+}
+
+const PE_PARENT: u32 = 1;
+const PE_PRESENT: u32 = 4;
+
+/// Reads and checks all images of a directory.
+pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
+    let path = path.to_owned();
+    let dir = ImageDir::open(&path)?;
+    let inventory: pb::InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
+    if !(1..=2).contains(&inventory.img_version) {
+        return Err(invalid!("inventory.img: image version {} is not known; versions 1 and 2 are", inventory.img_version));
+    }
+    let mut files = HashMap::new();
+    for f in optional(dir.read_all::<pb::FileEntry>(ImageKind::Files, 0))? {
+        files.insert(f.id, f);
+    }
+    let mut remaps = HashMap::new();
+    for r in optional(dir.read_all::<pb::RemapFilePathEntry>(ImageKind::RemapFpath, 0))? {
+        remaps.insert(r.orig_id, r);
+    }
+    let sidecar = optional(dir.read_all::<pb::ThreadExt>(ImageKind::DormouseThreads, 0))?;
+    let ext = sidecar.into_iter().map(|t| (t.tid, t)).collect();
+    let tree: Vec<pb::PstreeEntry> = dir.read_all(ImageKind::Pstree, 0)?;
+    check_tree(&tree)?;
+    let mut tasks = Vec::with_capacity(tree.len());
+    for entry in tree {
+        tasks.push(load_task(&dir, &path, entry)?);
+    }
+    Ok(TreeImage { dir, path, tasks, files, remaps, ext })
+}
+
+/// A missing image reads as empty.
+pub fn optional<T>(r: Result<Vec<T>, dormouse_images::ImageError>) -> Result<Vec<T>, ResourceError> {
+    match r {
+        Err(dormouse_images::ImageError::Missing { .. }) => Ok(Vec::new()),
+        other => Ok(other?),
+    }
+}
+
+fn check_tree(tree: &[pb::PstreeEntry]) -> Result<(), ResourceError> {
+    if tree.is_empty() {
+        return Err(invalid!("pstree.img holds no task"));
+    }
+    let mut seen = BTreeMap::new();
+    for (i, t) in tree.iter().enumerate() {
+        let pid_ok = |p: u32| p > 0 && p <= 1 << 22;
+        if !pid_ok(t.pid) || t.ppid > 1 << 22 || t.pgid > 1 << 22 || t.sid > 1 << 22 {
+            return Err(invalid!("pstree.img: record {i} (pid {}) holds a number that is no process id", t.pid));
+        }
+        if seen.insert(t.pid, i).is_some() {
+            return Err(invalid!("pstree.img: pid {} occurs twice", t.pid));
+        }
+        let parent_seen = seen.contains_key(&t.ppid) && t.ppid != t.pid;
+        if (i == 0) == parent_seen {
+            return Err(invalid!("pstree.img: pid {}: its parent {} is not listed before it", t.pid, t.ppid));
+        }
+    }
+    Ok(())
+}
+
+fn load_task(dir: &ImageDir, path: &Path, tree: pb::PstreeEntry) -> Result<TaskImage, ResourceError> {
+    let pid = tree.pid;
+    let core: pb::CoreEntry = dir.read_one(ImageKind::Core, pid.into())?;
+    let tc = core.tc.as_ref().ok_or_else(|| invalid!("core-{pid}.img: the task part (tc) is missing"))?;
+    match tc.task_state {
+        TASK_ALIVE | TASK_STOPPED => {}
+        TASK_DEAD => {
+            return Ok(TaskImage { tree, core, threads: vec![], ids: None, mm: None, fds: vec![], fs: None, pages: None });
+        }
+        other => return Err(invalid!("core-{pid}.img: task state {other} is not known")),
+    }
+    check_core(&core, pid)?;
+    if !tc.sigactions.is_empty() && tc.sigactions.len() != 62 {
+        return Err(invalid!("core-{pid}.img: {} signal actions instead of 62", tc.sigactions.len()));
+    }
+    let mut threads = Vec::new();
+    for tid in tree.threads.iter().skip(1) {
+        let c: pb::CoreEntry = dir.read_one(ImageKind::Core, (*tid).into())?;
+        check_core(&c, *tid)?;
+        threads.push((*tid as i32, c));
+    }
+    let ids: pb::TaskKobjIdsEntry = match core.ids.clone() {
+        Some(ids) => ids,
+        None => dir.read_one(ImageKind::Ids, pid.into())?,
+    };
+    let mm: pb::MmEntry = dir.read_one(ImageKind::Mm, pid.into())?;
+    check_vmas(&mm, pid)?;
+    let fds = optional(dir.read_all(ImageKind::Fdinfo, ids.files_id.into()))?;
+    let fs: pb::FsEntry = dir.read_one(ImageKind::Fs, pid.into())?;
+    let pages = read_page_map(dir, path, ImageKind::Pagemap, pid.into())?;
+    Ok(TaskImage { tree, core, threads, ids: Some(ids), mm: Some(mm), fds, fs: Some(fs), pages: Some(pages) })
+}
+
+fn check_core(core: &pb::CoreEntry, tid: u32) -> Result<(), ResourceError> {
+    let ours = if cfg!(target_arch = "x86_64") { 1 } else { 3 };
+    if core.mtype as i32 != ours {
+        return Err(invalid!("core-{tid}.img was made on another architecture (number {})", core.mtype as i32));
+    }
+    if core.thread_core.is_none() {
+        return Err(invalid!("core-{tid}.img: the thread part (thread_core) is missing"));
+    }
+    let regs = if cfg!(target_arch = "x86_64") { core.thread_info.is_some() } else { core.ti_aarch64.is_some() };
+    if !regs {
+        return Err(invalid!("core-{tid}.img: the registers are missing"));
+    }
+    Ok(())
+}
+
+fn check_vmas(mm: &pb::MmEntry, pid: u32) -> Result<(), ResourceError> {
+    let mut end = 0;
+    for v in &mm.vmas {
+        if v.status & crate::mem::map::VMA_GUARD != 0 || v.status & crate::mem::map::VMA_REGULAR == 0 {
+            continue;
+        }
+        if v.start < end || v.end <= v.start || (v.start | v.end) & 4095 != 0 || v.end > crate::mem::layout::TASK_SIZE {
+            return Err(invalid!("mm-{pid}.img: mapping {:#x}-{:#x} is out of order or out of range", v.start, v.end));
+        }
+        end = v.end;
+    }
+    Ok(())
+}
+
+/// Reads a pagemap and checks it against the size of its pages image.
+pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> Result<PageMap, ResourceError> {
+    let (head, entries) = dir.read_pagemap(kind, id)?;
+    let name = kind.file_name(id);
+    let pages = path.join(format!("pages-{}.img", head.pages_id));
+    let size = std::fs::metadata(&pages).map(|m| m.len());
+    let mut runs: Vec<Run> = Vec::new();
+    let mut offset = 0u64;
+    let mut last_end = 0u64;
+    for e in &entries {
+        let flags = e.flags.unwrap_or(if e.in_parent() { PE_PARENT } else { PE_PRESENT });
+        let count = e.nr_pages.unwrap_or(e.compat_nr_pages.into());
+        let len = count.checked_mul(4096).filter(|l| e.vaddr.checked_add(*l).is_some());
+        let Some(len) = len else { return Err(invalid!("{name}: {count} pages at {:#x} are too many", e.vaddr)) };
+        if e.vaddr < last_end || e.vaddr & 4095 != 0 {
+            return Err(invalid!("{name}: pages at {:#x} are out of order", e.vaddr));
+        }
+        last_end = e.vaddr + len;
+        if flags & PE_PARENT != 0 {
+            return Err(invalid!("{name}: pages at {:#x} are in a parent checkpoint, which is not supported yet; \
+                 make a full dump (without --prev-images-dir)", e.vaddr));
+        }
+        if flags & PE_PRESENT != 0 && len > 0 {
+            match runs.last_mut() {
+                Some(r) if r.start + r.len == e.vaddr => r.len += len,
+                _ => runs.push(Run { start: e.vaddr, len, offset }),
+            }
+            offset = offset.checked_add(len).ok_or_else(|| invalid!("{name}: more pages than a file can hold"))?;
+        }
+    }
+    if offset > 0 {
+        let size = size.map_err(crate::call(format!("cannot read {}", pages.display())))?;
+        if size < offset {
+            return Err(invalid!("{}: {size} bytes, but {name} needs {offset}; the checkpoint is incomplete", pages.display()));
+        }
+    }
+    Ok(PageMap { path: pages, runs })
+}

@@ -1,0 +1,37 @@
+//! What kinds are given while a task's operation list is written.
+
+use dormouse_infect::arena::Arena;
+
+use crate::fd::Files;
+use crate::mem::{Shared, Vdso};
+
+/// Surroundings of one task of a restore.
+pub struct RestoreCtx<'a, 'f> {
+    /// The shared mapping; what operations point to is put here.
+    pub arena: &'a mut Arena,
+    /// File descriptions.
+    pub files: &'a mut Files<'f>,
+    /// Shared memory objects.
+    pub shared: &'a Shared,
+    /// This kernel's vDSO.
+    pub vdso: &'a Vdso,
+    /// Where the vDSO is kept while the address space is rebuilt.
+    pub park: u64,
+    /// What this process has itself, and its children inherit.
+    pub own: &'a Own,
+    /// The task was forked by one that had its memory already.
+    pub forked_with_memory: bool,
+}
+
+/// What the restoring process has itself: settings that already are as wanted need no privilege.
+#[derive(Clone, Debug, Default)]
+pub struct Own {
+    /// Resource limits (soft, hard) by resource number.
+    pub limits: Vec<(u64, u64)>,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Capability bounding set.
+    pub bounding: u64,
+    /// Nice value.
+    pub nice: i32,
+}

@@ -1,0 +1,87 @@
+//! Mappings that cannot be dumped: found before anything is touched, and looked for again once the process is stopped.
+
+use std::collections::HashSet;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use dormouse_infect::host::mem::shared_memory_device;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::maps::{self, Vma};
+
+use super::mappings::{Kind, classify};
+use crate::{Blocker, Result, call};
+
+/// Names of files that are none, and what a user can do about mappings of them.
+const SPECIAL: [(&[u8], &str, &str); 9] = [
+    (b"/[aio]", "the ring of an AIO context", "destroy the context (io_destroy) and retry"),
+    (b"/secretmem", "secret memory (memfd_secret), which nobody else may read", "unmap it and retry"),
+    (b"/SYSV", "System V shared memory", "detach it (shmdt) and retry"),
+    (b"/dmabuf:", "a buffer of a device", "end the use of the device and retry"),
+    (b"anon_inode:[io_uring]", "a ring of io_uring", "close the ring and retry"),
+    (b"anon_inode:[perf_event]", "a buffer of perf events", "close the event and retry"),
+    (b"socket:", "the ring of a packet socket", "close the socket and retry"),
+    (b"[uprobes]", "a page of user-space probes", "remove the probes and restart the program"),
+    (b"anon_inode:", "memory of a kernel object", "close the object and retry"),
+];
+
+/// Codes of VmFlags that stand for memory which no image holds.
+const FLAGS: [(&str, &str, &str); 5] = [
+    ("ss", "a shadow stack", "run it without shadow stacks (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off) and retry"),
+    ("mt", "memory with tags (MTE)", "run it without memory tagging and retry"),
+    ("um", "memory that a userfaultfd fills", "end the use of userfaultfd and retry"),
+    ("ui", "memory that a userfaultfd fills", "end the use of userfaultfd and retry"),
+    ("uw", "memory whose writes a userfaultfd watches", "end the use of userfaultfd and retry"),
+];
+
+/// Every mapping of `pid` that cannot be dumped. Reads /proc only; the process may be running.
+///
+/// # Errors
+/// The process is gone or may not be inspected.
+pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
+    let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
+    let mut found = Vec::new();
+    let mut seen = HashSet::new();
+    for v in maps::read_smaps(pid)? {
+        let (v, kind) = classify(v, shm);
+        let file = (v.dev_major, v.dev_minor, v.inode);
+        let reason = match reason(&v, kind) {
+            Some(reason) => Some(reason),
+            None if kind == Kind::File && seen.insert(file) => device(pid, &v),
+            None => None,
+        };
+        if let Some((what, next_step)) = reason {
+            found.push(Blocker { pid, fd: None, what, next_step });
+        }
+    }
+    Ok(found)
+}
+
+/// Why a mapping cannot be dumped, and what can be done about it. `v` is a line of smaps.
+pub(crate) fn reason(v: &Vma, kind: Kind) -> Option<(String, String)> {
+    let place = format!("at {:#x}-{:#x}", v.start, v.end);
+    if kind == Kind::Special {
+        let name = String::from_utf8_lossy(&v.name);
+        let known = SPECIAL.iter().find(|(prefix, ..)| v.name.starts_with(prefix));
+        return Some(match known {
+            Some((_, what, next_step)) => (format!("{what} {place} ({name})"), (*next_step).to_owned()),
+            None => (format!("a mapping of unknown kind {place} ({name:?})"), "unmap it and retry".to_owned()),
+        });
+    }
+    if let Some((_, what, next_step)) = FLAGS.iter().find(|(code, ..)| v.vm_flags.has(code)) {
+        return Some((format!("{what} {place}"), (*next_step).to_owned()));
+    }
+    let io = (v.vm_flags.has("io") || v.vm_flags.has("pf")) && kind != Kind::Vvar;
+    let name = String::from_utf8_lossy(&v.name);
+    io.then(|| (format!("memory of a device {place} ({name})"), "end the use of the device and retry".to_owned()))
+}
+
+/// A mapped file must be a file: pages of device nodes are not, but for `/dev/zero`.
+fn device(pid: HostPid, v: &Vma) -> Option<(String, String)> {
+    let path = pid.proc_path(&format!("map_files/{:x}-{:x}", v.start, v.end));
+    // Where it cannot be looked at, opening it for the dump fails, with the reason.
+    let meta = std::fs::metadata(path).ok()?;
+    let zero = meta.file_type().is_char_device() && meta.rdev() == nix::sys::stat::makedev(1, 5);
+    (!meta.is_file() && !zero).then(|| {
+        let name = String::from_utf8_lossy(&v.name).into_owned();
+        (format!("a mapping of {name} at {:#x}-{:#x}, which is no regular file", v.start, v.end), "unmap it and retry".to_owned())
+    })
+}

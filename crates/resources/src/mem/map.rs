@@ -1,0 +1,143 @@
+//! Restoring a task's address space: the operations that make its mappings, fill them, and give them their final state.
+
+use dormouse_images::pb;
+use dormouse_infect::arena::Batch;
+use dormouse_sys::nr;
+
+use super::fill::{Reads, fill_prot};
+use super::inherit::{inherit_ops, inherited};
+pub use super::inherit::shares_memory;
+use super::mm;
+pub use super::vma::{VMA_GUARD, VMA_REGULAR};
+use super::vma::{
+    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, clip, describe, flag, is_mapped,
+    is_private,
+};
+use crate::checkpoint::{Run, TaskImage};
+use crate::{ResourceError, RestoreCtx, invalid};
+
+const MADV_MERGEABLE: u64 = 12;
+const MADV_HUGEPAGE: u64 = 14;
+const MADV_NOHUGEPAGE: u64 = 15;
+const MADV_GUARD_INSTALL: u64 = 102;
+/// mlock2(2), Linux 4.4.
+const MLOCK_ONFAULT: u64 = 1;
+
+/// Maps the task's memory and reads its pages. `parent` is the task whose fork it comes from, if its memory was there.
+///
+/// # Errors
+/// A mapping is of a kind that cannot be restored yet, or what it maps is not there; a page lies in no mapping.
+pub fn map_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage, parent: Option<&TaskImage>) -> Result<(), ResourceError> {
+    let (Some(mm), Some(pages)) = (&t.mm, &t.pages) else { return Ok(()) };
+    // Before the pages come, which would be put into huge ones.
+    mm::thp_op(b, mm);
+    let vmas = vma::without_guards(mm);
+    let parent_vmas = parent.and_then(|p| p.mm.as_ref()).map(vma::without_guards).unwrap_or_default();
+    for v in parent_vmas.iter().filter(|v| is_mapped(v)) {
+        let own = vmas.binary_search_by_key(&v.start, |own| own.start).ok().map(|i| vmas[i]);
+        if own.and_then(|own| inherited(own, &parent_vmas)).is_none() {
+            b.must(format!("munmap of the parent's {}", describe(v)), nr::MUNMAP, &[v.start, v.end - v.start]);
+        }
+    }
+    let parent_runs = parent.and_then(|p| p.pages.as_ref()).map_or(&[][..], |p| &p.runs);
+    let mut reads = Reads::new(c.files.pages_fd(t.pid())?);
+    for v in vmas.iter().filter(|v| is_mapped(v)) {
+        if let Some(p) = inherited(v, &parent_vmas) {
+            inherit_ops(b, c.arena, (v, p), (&pages.runs, parent_runs), &mut reads);
+            continue;
+        }
+        mmap_op(b, c, t, v, fill_prot(v, &pages.runs))?;
+        if is_private(v) {
+            for run in clip(&pages.runs, v.start, v.end) {
+                reads.add(b, c.arena, run);
+            }
+        }
+    }
+    reads.flush(b, c.arena);
+    check_pages_are_mapped(t, &vmas, &pages.runs)
+}
+
+fn check_pages_are_mapped(t: &TaskImage, vmas: &[&pb::VmaEntry], runs: &[Run]) -> Result<(), ResourceError> {
+    for r in runs {
+        let mut at = r.start;
+        while at < r.start + r.len {
+            let i = vmas.partition_point(|v| v.end <= at);
+            match vmas.get(i) {
+                Some(v) if v.start <= at => at = v.end,
+                _ => return Err(invalid!("pagemap-{}.img: the page at {at:#x} lies in no mapping", t.pid())),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn mmap_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage, v: &pb::VmaEntry, prot: u32) -> Result<(), ResourceError> {
+    if let Some(kind) = vma::unsupported(v) {
+        return Err(invalid!("pid {}: mapping {} is {kind}, which cannot be restored yet", t.pid(), describe(v)));
+    }
+    let mut flags = (v.flags & !flag::LOCKED) | flag::FIXED;
+    let (fd, what) = if v.status & VMA_ANON_SHARED != 0 {
+        flags &= !flag::ANONYMOUS;
+        (c.shared.fd(v.shmid)?, "shared memory".to_owned())
+    } else if v.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED | VMA_MEMFD) != 0 {
+        let memfd = c.files.memfd_inode(v.shmid as u32).map(|i| c.shared.memfd(i)).transpose()?;
+        c.files.vma_fd(v.shmid as u32, v, memfd)?
+    } else if v.status & VMA_ANON_PRIVATE != 0 {
+        flags |= flag::ANONYMOUS;
+        (-1, "anonymous memory".to_owned())
+    } else {
+        return Err(invalid!("pid {}: mapping {} is of a kind ({:#x}) that is not known", t.pid(), describe(v), v.status));
+    };
+    let args = [v.start, v.end - v.start, prot.into(), flags.into(), fd as u64, v.pgoff];
+    b.must(format!("mapping of {what} at {}", describe(v)), nr::MMAP, &args);
+    Ok(())
+}
+
+/// Brings the mappings to their final state, once no child is to be forked any more.
+///
+/// # Errors
+/// The executable is not there.
+pub fn final_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage) -> Result<(), ResourceError> {
+    let (Some(mm), Some(pages)) = (&t.mm, &t.pages) else { return Ok(()) };
+    // Locked memory takes no guard pages, so they come first.
+    for v in mm.vmas.iter().filter(|v| v.status & VMA_GUARD != 0) {
+        let what = format!("guard pages at {} (MADV_GUARD_INSTALL needs Linux 6.13)", describe(v));
+        b.must(what, nr::MADVISE, &[v.start, v.end - v.start, MADV_GUARD_INSTALL]);
+    }
+    for v in mm.vmas.iter().filter(|v| is_mapped(v)) {
+        // An inherited mapping may have been opened up by the parent, so private ones are always set.
+        if is_private(v) && (fill_prot(v, &pages.runs) != v.prot || c.forked_with_memory) {
+            b.must(format!("mprotect of {}", describe(v)), nr::MPROTECT, &[v.start, v.end - v.start, v.prot.into()]);
+        }
+        madvise_ops(b, v);
+        mlock_ops(b, v);
+    }
+    c.vdso.final_ops(b, mm, c.park);
+    mm::mm_map_op(b, c, mm)
+}
+
+fn madvise_ops(b: &mut Batch, v: &pb::VmaEntry) {
+    let madv = v.madv.unwrap_or(0);
+    for bit in (0..64).filter(|bit| madv & (1 << bit) != 0) {
+        let what = format!("madvise({bit}) of {}", describe(v));
+        let args = [v.start, v.end - v.start, bit];
+        // Kernels without KSM or huge pages refuse advice about them, and nothing but speed is lost.
+        if matches!(bit, MADV_MERGEABLE | MADV_HUGEPAGE | MADV_NOHUGEPAGE) {
+            b.attempt(what, nr::MADVISE, &args);
+        } else {
+            b.must(what, nr::MADVISE, &args);
+        }
+    }
+}
+
+/// Locking first without filling, which fails only where the memory may not be locked; then the pages are asked for,
+/// which fails where there are none to have (PROT_NONE, guard pages, the end of a file), as it did for the task.
+fn mlock_ops(b: &mut Batch, v: &pb::VmaEntry) {
+    if v.flags & flag::LOCKED == 0 {
+        return;
+    }
+    let len = v.end - v.start;
+    let what = format!("mlock of {} (needs CAP_IPC_LOCK or a larger RLIMIT_MEMLOCK)", describe(v));
+    b.must(what, nr::MLOCK2, &[v.start, len, MLOCK_ONFAULT]);
+    b.attempt(format!("filling locked memory at {}", describe(v)), nr::MLOCK2, &[v.start, len, 0]);
+}

@@ -1,0 +1,294 @@
+//! The mappings of a stopped process, told from `/proc/PID/maps` and, for their flags, from smaps.
+//!
+//! Maps is cheap and says what most steps need. Smaps walks every page of the process (25 ms a gigabyte, 5 µs a mapping),
+//! so another thread reads it while the pages are being written.
+
+use std::ops::Range;
+use std::sync::{Mutex, OnceLock};
+use std::thread::JoinHandle;
+
+use dormouse_images::pb;
+use dormouse_infect::host::mem::shared_memory_device;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::maps::{self, Vma, VmFlags};
+use dormouse_kernel::proc::ProcError;
+use dormouse_pages::PageScanner;
+
+use super::blockers;
+use super::vma::{self, flag, prot};
+use crate::{Result, call, invalid};
+
+/// What a mapping maps, as far as its line in maps tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `[vsyscall]`.
+    Vsyscall,
+    /// The vDSO's code.
+    Vdso,
+    /// The vDSO's data.
+    Vvar,
+    /// Private anonymous memory; whether it is the heap.
+    Anonymous {
+        /// What brk(2) moves.
+        heap: bool,
+    },
+    /// Shared anonymous memory (`/dev/zero (deleted)`).
+    SharedAnonymous,
+    /// Anonymous memory in huge pages that are reserved by number (`/anon_hugepage (deleted)`).
+    HugeAnonymous,
+    /// A memfd, plain or of huge pages.
+    Memfd,
+    /// A file with a path.
+    File,
+    /// None that can be dumped; [`blockers`] says why.
+    Special,
+}
+
+/// A mapping with what is known of it.
+pub struct Mapping<'a> {
+    /// The line of maps.
+    pub map: &'a Vma,
+    /// What it maps.
+    pub kind: Kind,
+    /// Its record, without what the file table and the shared objects add: `shmid`, `fdflags`.
+    pub entry: pb::VmaEntry,
+}
+
+type Smaps = std::result::Result<Vec<Vma>, ProcError>;
+
+/// All mappings of a stopped process but the parasite's.
+#[derive(Debug)]
+pub struct Mappings {
+    pid: HostPid,
+    vmas: Vec<(Vma, Kind)>,
+    own: Range<u64>,
+    stacks: Vec<u64>,
+    reader: Mutex<Option<JoinHandle<Smaps>>>,
+    /// Lines of smaps, as many as `vmas`.
+    smaps: OnceLock<Vec<Vma>>,
+    guards: OnceLock<Vec<Range<u64>>>,
+}
+
+impl Mappings {
+    /// Reads the mappings of a stopped process; what lies in `own`, the parasite's range, is left out.
+    ///
+    /// # Errors
+    /// The process is gone, or what /proc says of it is not understood.
+    pub fn read(pid: HostPid, own: Range<u64>) -> Result<Self> {
+        let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
+        let reader = std::thread::Builder::new().name(format!("smaps of {pid}"));
+        let reader = reader.spawn(move || maps::read_smaps(pid)).map_err(call("cannot start a thread"))?;
+        let others = |v: &Vma| v.start < own.start || v.start >= own.end;
+        let vmas = maps::read_maps(pid)?.into_iter().filter(others).map(|v| classify(v, shm)).collect();
+        let reader = Mutex::new(Some(reader));
+        Ok(Self { pid, vmas, own, stacks: Vec::new(), reader, smaps: OnceLock::new(), guards: OnceLock::new() })
+    }
+
+    /// Names the stack pointers of all threads, whose pages CRIU never marks as fit to be fetched later.
+    #[must_use]
+    pub fn with_stacks(mut self, pointers: impl IntoIterator<Item = u64>) -> Self {
+        self.stacks = pointers.into_iter().collect();
+        self
+    }
+
+    /// The process.
+    pub fn pid(&self) -> HostPid {
+        self.pid
+    }
+
+    /// Number of mappings.
+    pub fn len(&self) -> usize {
+        self.vmas.len()
+    }
+
+    /// Whether there are none, as in a process that has ended.
+    pub fn is_empty(&self) -> bool {
+        self.vmas.is_empty()
+    }
+
+    /// The lines of maps and what they map, ascending.
+    pub(crate) fn lines(&self) -> &[(Vma, Kind)] {
+        &self.vmas
+    }
+
+    /// Stack pointers of the threads.
+    pub(crate) fn stacks(&self) -> &[u64] {
+        &self.stacks
+    }
+
+    /// The ranges of guard pages were found on the way.
+    pub(crate) fn found_guards(&self, guards: Vec<Range<u64>>) {
+        let _ = self.guards.set(guards);
+    }
+
+    /// The mappings with everything that smaps says of them, in ascending order; the vDSO's data is one mapping.
+    ///
+    /// # Errors
+    /// One is of a kind that cannot be dumped, or the process is gone.
+    pub fn finished(&self) -> Result<Vec<Mapping<'_>>> {
+        let mut all: Vec<Mapping<'_>> = Vec::with_capacity(self.vmas.len());
+        for ((map, kind), line) in self.vmas.iter().zip(self.smaps()?) {
+            if let Some((what, next_step)) = blockers::reason(line, *kind) {
+                return Err(invalid!("cannot dump pid {}: {what}; {next_step}", self.pid));
+            }
+            let entry = entry(line, *kind);
+            match all.last_mut() {
+                Some(last) if *kind == Kind::Vvar && last.kind == Kind::Vvar => {
+                    if last.entry.end != entry.start {
+                        let (a, b) = (vma::describe(&last.entry), vma::describe(&entry));
+                        return Err(invalid!("pid {}: the vDSO's data at {a} and {b} does not lie together", self.pid));
+                    }
+                    last.entry.end = entry.end;
+                }
+                _ => all.push(Mapping { map, kind: *kind, entry }),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Ranges of droppable memory, whose pages are nobody's business: the random number generators of libraries.
+    pub(crate) fn droppable(&self) -> Result<Vec<Range<u64>>> {
+        Ok(self.smaps()?.iter().filter(|v| v.vm_flags.has("dp")).map(|v| v.start..v.end).collect())
+    }
+
+    fn smaps(&self) -> Result<&[Vma]> {
+        if let Some(smaps) = self.smaps.get() {
+            return Ok(smaps);
+        }
+        let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| maps::read_smaps(self.pid))?;
+        let read: Vec<Vma> = read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
+        let same = read.len() == self.vmas.len() && read.iter().zip(&self.vmas).all(|(a, (b, _))| same_place(a, b));
+        if !same {
+            return Err(invalid!("the mappings of pid {} changed although it is stopped; another process changes them: \
+                 stop that one too and retry", self.pid));
+        }
+        Ok(self.smaps.get_or_init(|| read))
+    }
+
+    /// The records of guard areas, which come after all mappings.
+    ///
+    /// # Errors
+    /// They cannot be told from other pages (Linux 6.13 and 6.14), or the process is gone.
+    pub(crate) fn guard_entries(&self) -> Result<Vec<pb::VmaEntry>> {
+        let found = match self.guards.get() {
+            Some(found) => found,
+            None => {
+                let found = self.scan_guards().map_err(call(format!("cannot find the guard pages of pid {}", self.pid)))?;
+                self.guards.get_or_init(|| found)
+            }
+        };
+        let guard = |r: &Range<u64>| pb::VmaEntry {
+            start: r.start,
+            end: r.end,
+            status: vma::VMA_GUARD,
+            fd: -1,
+            ..Default::default()
+        };
+        Ok(found.iter().map(guard).collect())
+    }
+
+    fn scan_guards(&self) -> std::io::Result<Vec<Range<u64>>> {
+        let scanner = PageScanner::open(self.pid)?;
+        let mut runs = Vec::new();
+        if scanner.knows_guards() {
+            for (v, _) in self.vmas.iter().filter(|(_, kind)| may_have_guards(*kind)) {
+                scanner.scan_guard(v.start, v.end, &mut runs)?;
+            }
+        }
+        Ok(runs.iter().map(|r| r.start..r.end).collect())
+    }
+}
+
+/// Guard pages may be in memory and, since Linux 6.15, in mappings of files.
+pub(crate) fn may_have_guards(kind: Kind) -> bool {
+    matches!(kind, Kind::Anonymous { .. } | Kind::SharedAnonymous | Kind::Memfd | Kind::File)
+}
+
+fn same_place(a: &Vma, b: &Vma) -> bool {
+    (a.start, a.end, a.shared, a.inode, a.offset) == (b.start, b.end, b.shared, b.inode, b.offset)
+        && (a.read, a.write, a.exec) == (b.read, b.write, b.exec)
+}
+
+/// What a line of maps maps. `shm` is the device of shared memory, as in [`shared_memory_device`].
+pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
+    let on_shm = (v.dev_major, v.dev_minor) == shm;
+    let kind = match v.name.as_slice() {
+        b"[vsyscall]" => Kind::Vsyscall,
+        b"[vdso]" => Kind::Vdso,
+        b"[vvar]" | b"[vvar_vclock]" => Kind::Vvar,
+        b"[heap]" if !v.has_file() => Kind::Anonymous { heap: true },
+        b"" | b"[stack]" if !v.has_file() && !v.shared => Kind::Anonymous { heap: false },
+        name if name.starts_with(b"[anon:") && !v.has_file() && !v.shared => Kind::Anonymous { heap: false },
+        name if on_shm && v.shared && (name == b"/dev/zero (deleted)" || name.starts_with(b"[anon_shmem:")) => {
+            Kind::SharedAnonymous
+        }
+        b"/anon_hugepage (deleted)" if v.dev_major == 0 => Kind::HugeAnonymous,
+        name if name.starts_with(b"/memfd:") && v.dev_major == 0 => Kind::Memfd,
+        b"/secretmem (deleted)" | b"/[aio] (deleted)" => Kind::Special,
+        name if name.starts_with(b"/dmabuf:") => Kind::Special,
+        name if on_shm && name.starts_with(b"/SYSV") => Kind::Special,
+        name if name.starts_with(b"/") && v.has_file() => Kind::File,
+        _ => Kind::Special,
+    };
+    (v, kind)
+}
+
+/// The record of a line of smaps.
+fn entry(v: &Vma, kind: Kind) -> pb::VmaEntry {
+    let file = if v.shared { vma::VMA_FILE_SHARED } else { vma::VMA_FILE_PRIVATE };
+    let (mut status, anonymous) = match kind {
+        Kind::Vsyscall => (vma::VMA_VSYSCALL | vma::VMA_ANON_PRIVATE, true),
+        Kind::Vdso => (vma::VMA_REGULAR | vma::VMA_VDSO | vma::VMA_ANON_PRIVATE, true),
+        Kind::Vvar => (vma::VMA_REGULAR | vma::VMA_VVAR | vma::VMA_ANON_PRIVATE, true),
+        Kind::Anonymous { heap: true } => (vma::VMA_REGULAR | vma::VMA_HEAP | vma::VMA_ANON_PRIVATE, true),
+        Kind::Anonymous { heap: false } => (vma::VMA_REGULAR | vma::VMA_ANON_PRIVATE, true),
+        Kind::HugeAnonymous if !v.shared => (vma::VMA_REGULAR | vma::VMA_ANON_PRIVATE, true),
+        Kind::SharedAnonymous | Kind::HugeAnonymous => (vma::VMA_REGULAR | vma::VMA_ANON_SHARED, true),
+        Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
+        Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
+    };
+    if v.vm_flags.has("ss") {
+        status |= vma::VMA_SHSTK;
+    }
+    let mut flags = mmap_flags(&v.vm_flags) | if v.shared { flag::SHARED } else { flag::PRIVATE };
+    if flags & flag::DROPPABLE != 0 {
+        flags &= !flag::PRIVATE;
+    }
+    if anonymous {
+        flags |= flag::ANONYMOUS;
+    }
+    if flags & flag::HUGETLB != 0 && kind != Kind::File {
+        flags |= (v.kernel_page_kb * 1024).max(1).ilog2() << flag::HUGE_SHIFT;
+    }
+    let bit = |set, bit| if set { bit } else { 0 };
+    pb::VmaEntry {
+        start: v.start,
+        end: v.end,
+        pgoff: v.offset,
+        prot: bit(v.read, prot::READ) | bit(v.write, prot::WRITE) | bit(v.exec, prot::EXEC),
+        flags,
+        status,
+        fd: -1,
+        madv: Some(advice(&v.vm_flags)).filter(|madv| *madv != 0),
+        ..Default::default()
+    }
+}
+
+/// What mmap(2) takes as flags.
+fn mmap_flags(flags: &VmFlags) -> u32 {
+    let known = [
+        ("gd", flag::GROWSDOWN),
+        ("lo", flag::LOCKED),
+        ("nr", flag::NORESERVE),
+        ("ht", flag::HUGETLB),
+        ("dp", flag::DROPPABLE),
+    ];
+    known.iter().filter(|(code, _)| flags.has(code)).fold(0, |all, (_, flag)| all | flag)
+}
+
+/// What madvise(2) was told, one bit for each advice by its number.
+fn advice(flags: &VmFlags) -> u64 {
+    let known = [("sr", 2), ("rr", 1), ("dc", 10), ("dd", 16), ("mg", 12), ("hg", 14), ("nh", 15), ("wf", 18)];
+    known.iter().filter(|(code, _)| flags.has(code)).fold(0, |all, (_, advice)| all | 1 << advice)
+}

@@ -1,0 +1,125 @@
+//! `mm_entry`: where code, data, heap, stack, arguments and environment lie, the auxiliary vector, and all mappings.
+
+use std::collections::HashMap;
+
+use dormouse_images::pb;
+use dormouse_infect::arena::{Batch, OpId};
+use dormouse_infect::parasite::Parasite;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::{maps, misc, stat};
+use dormouse_sys::nr;
+
+use super::mappings::{Kind, Mappings};
+use super::shared::SharedDump;
+use super::vma::{VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, flag};
+use crate::fd::FileTable;
+use crate::{ResourceError, Result, RestoreCtx, call, invalid};
+
+const PR_GET_DUMPABLE: u64 = 3;
+const PR_SET_MM: u64 = 35;
+const PR_SET_MM_MAP: u64 = 14;
+const PR_SET_THP_DISABLE: u64 = 41;
+const PR_GET_THP_DISABLE: u64 = 42;
+
+/// What CRIU takes at most, in words; a final pair of zeros may be left out, the kernel has one anyway.
+const AUXV_WORDS: usize = if cfg!(target_arch = "aarch64") { 50 } else { 44 };
+
+/// What only the process itself can tell of its address space.
+struct Asked {
+    brk: OpId,
+    dumpable: OpId,
+    thp_disabled: OpId,
+}
+
+impl Asked {
+    fn ops(b: &mut Batch) -> Self {
+        Self {
+            brk: b.must("brk", nr::BRK, &[0]),
+            dumpable: b.must("PR_GET_DUMPABLE", nr::PRCTL, &[PR_GET_DUMPABLE]),
+            thp_disabled: b.must("PR_GET_THP_DISABLE", nr::PRCTL, &[PR_GET_THP_DISABLE]),
+        }
+    }
+}
+
+/// The record of a stopped process's address space.
+///
+/// # Errors
+/// A mapping is of a kind that cannot be dumped, a mapped file cannot be added, or the process is gone.
+pub fn mm_entry(
+    parasite: &mut Parasite<'_>,
+    mappings: &Mappings,
+    files: &mut FileTable<'_>,
+    shared: &mut SharedDump<'_>,
+) -> Result<pb::MmEntry> {
+    let pid = mappings.pid();
+    let mut batch = Batch::new();
+    let asked = Asked::ops(&mut batch);
+    parasite.run(&mut batch)?;
+    let thp = batch.ret(asked.thp_disabled);
+    if thp > 1 {
+        tracing::warn!("pid {pid}: huge pages are disabled except where advised, which is kept as disabled everywhere");
+    }
+    let s = stat::read(pid)?;
+    let mut mm = pb::MmEntry {
+        mm_start_code: s.startcode,
+        mm_end_code: s.endcode,
+        mm_start_data: s.start_data,
+        mm_end_data: s.end_data,
+        mm_start_stack: s.startstack,
+        mm_start_brk: s.start_brk,
+        mm_brk: batch.ret(asked.brk) as u64,
+        mm_arg_start: s.arg_start,
+        mm_arg_end: s.arg_end,
+        mm_env_start: s.env_start,
+        mm_env_end: s.env_end,
+        exe_file_id: files.add_exe(pid)?,
+        mm_saved_auxv: auxv(pid)?,
+        dumpable: Some(batch.ret(asked.dumpable) as i32),
+        thp_disabled: Some(thp != 0),
+        ..Default::default()
+    };
+    mm.vmas = entries(mappings, files, shared)?;
+    Ok(mm)
+}
+
+/// The words of the auxiliary vector; without the zeros at its end where CRIU could not take it with them.
+fn auxv(pid: HostPid) -> Result<Vec<u64>> {
+    let bytes = misc::auxv(pid)?;
+    let mut words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|w| u64::from_ne_bytes(*w)).collect();
+    if words.len() > AUXV_WORDS && words.ends_with(&[0, 0]) {
+        words.truncate(words.len() - 2);
+    }
+    Ok(words)
+}
+
+/// All entries, guard areas last; each mapped file is in the file table, each shared object in the other.
+fn entries(mappings: &Mappings, files: &mut FileTable<'_>, shared: &mut SharedDump<'_>) -> Result<Vec<pb::VmaEntry>> {
+    let pid = mappings.pid();
+    let dir = MapFiles::open(pid)?;
+    let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
+    let mut vmas = Vec::with_capacity(mappings.len());
+    let mut sealed = false;
+    for m in mappings.finished()? {
+        let mut v = m.entry;
+        if m.map.has_file() && m.kind != Kind::Special {
+            v.fdflags = Some(dir.open_mode(m.map)?);
+        }
+        if v.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED) != 0 {
+            let key = (m.map.dev_major, m.map.dev_minor, m.map.inode);
+            let id = match known.get(&key) {
+                Some(id) => *id,
+                None => {
+                    let id = files.add_mapped(pid, m.map)?;
+                    known.insert(key, id);
+                    id
+                }
+            };
+            v.shmid = id.into();
+        } else if v.status & VMA_ANON_SHARED != 0 {
+            v.shmid = shared.add_mapping(pid, m.map)?;
+        }
+        vmas.push(v);
+    }
+    vmas.extend(mappings.guard_entries()?);
+    Ok(vmas)
+}

@@ -1,0 +1,39 @@
+//! What the user asked for, as far as kinds of resource look at it; command line and service build the same values.
+
+use std::path::PathBuf;
+
+/// Options of a dump that kinds look at.
+#[derive(Clone, Debug, Default)]
+pub struct DumpOptions {
+    /// The tree may have the terminal and session of a shell outside of it.
+    pub shell_job: bool,
+    /// Largest deleted file that is kept in the images, in bytes (`--ghost-limit`).
+    pub ghost_limit: u64,
+    /// A file whose name is gone but which still has another link may be kept by a temporary link (`--link-remap`).
+    pub link_remap: bool,
+    /// File locks may be dumped (`--file-locks`).
+    pub file_locks: bool,
+    /// Device nodes may be opened again through another path of the same device (`--evasive-devices`).
+    pub evasive_devices: bool,
+    /// Resources that the user takes care of: `file[mnt_id:inode]`, `tty[rdev:dev]`, `unix[inode]`, … (`--external`).
+    pub external: Vec<String>,
+    /// Directory of the checkpoint before this one (`--prev-images-dir`), relative to the images directory.
+    pub prev_images_dir: Option<PathBuf>,
+    /// Never leave the target running, so nothing of its needs restoring (all is killed after the dump).
+    pub final_dump: bool,
+}
+
+/// Options of a restore that kinds look at.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    /// Take the caller's terminal and session for those that the tree had.
+    pub shell_job: bool,
+    /// Descriptors to use in place of files: (our descriptor, key such as `tty[8801:4]`, `pipe:[123]` or a path).
+    pub inherit_fd: Vec<(i32, String)>,
+    /// Resources that the user takes care of (`--external`).
+    pub external: Vec<String>,
+    /// Directory that becomes the tree's root (`--root`).
+    pub root: Option<PathBuf>,
+    /// Do not compare the mode bits of files (`--skip-file-rwx-check`).
+    pub skip_file_rwx_check: bool,
+}

@@ -1,0 +1,140 @@
+//! What stands against dumping a process, as far as processes and threads themselves are concerned; only looked at.
+
+use std::fs::File;
+use std::io::Read;
+
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::misc::{NsKind, ns_inode};
+use dormouse_kernel::proc::status::Status;
+use dormouse_kernel::proc::{ProcError, read_bytes, stat, status, timers, tree};
+
+use super::{posix_timer, sched, seccomp};
+use crate::{Blocker, DumpOptions, Result};
+
+/// Reports every reason at once. A process that has ended meanwhile has none.
+///
+/// # Errors
+/// `/proc` cannot be read, or holds something unknown.
+pub fn blockers(pid: HostPid, _: &DumpOptions) -> Result<Vec<Blocker>> {
+    let mut found = Found { pid, blockers: Vec::new() };
+    match look(pid, &mut found) {
+        Err(crate::ResourceError::Proc(e)) if e.is_gone() => Ok(Vec::new()),
+        Err(e) => Err(e),
+        Ok(()) => Ok(found.blockers),
+    }
+}
+
+struct Found {
+    pid: HostPid,
+    blockers: Vec<Blocker>,
+}
+
+impl Found {
+    fn add(&mut self, what: impl Into<String>, next_step: &str) {
+        self.blockers.push(Blocker { pid: self.pid, fd: None, what: what.into(), next_step: next_step.into() });
+    }
+}
+
+fn look(pid: HostPid, found: &mut Found) -> Result<()> {
+    let leader = status::read(pid)?;
+    if leader.state == b'Z' {
+        if stat::read(pid)?.num_threads > 1 {
+            found.add("its main thread has ended while others run on", "end the process, or dump it before its main thread ends");
+        }
+        return Ok(());
+    }
+    namespaces(pid, &leader, found)?;
+    if is_32_bit(pid)? {
+        found.add("it runs a 32-bit program", "run a 64-bit build of it");
+    }
+    label(pid, found)?;
+    let tids = tree::threads(pid)?;
+    for t in timers::read(pid)? {
+        if let Some(why) = posix_timer::unsupported(&t, tids.len()) {
+            found.add(why, "delete the timer and retry");
+        }
+    }
+    // Thousands of threads that are alike make one report.
+    let mut seen = Vec::new();
+    for tid in tids {
+        for (why, next) in of_thread(pid, tid)? {
+            if !seen.contains(&why) {
+                found.add(if tid == pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
+                seen.push(why);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn of_thread(pid: HostPid, tid: HostPid) -> Result<Vec<(String, &'static str)>> {
+    let mut reasons = Vec::new();
+    let status = match status::read_thread(pid, tid) {
+        Err(e) if e.is_gone() => return Ok(reasons),
+        other => other?,
+    };
+    if let Some(why) = seccomp::unsupported(&status) {
+        reasons.push((why, "run it without seccomp (for a container: --security-opt seccomp=unconfined)"));
+    }
+    if status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
+        reasons.push(("it uses a shadow stack".into(), "run it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"));
+    }
+    // A thread that has ended meanwhile is scheduled by nothing.
+    if let Some(why) = sched::read(tid).ok().and_then(|a| sched::unsupported(&a)) {
+        reasons.push((why, "set another policy (chrt --other) and retry"));
+    }
+    Ok(reasons)
+}
+
+fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
+    if status.ns_pid.len() > 1 {
+        found.add("it is in a pid namespace of its own", "dump it from inside that namespace");
+    }
+    let own_pid_ns = ns_inode(pid, NsKind::Pid)?;
+    if ns_inode(pid, NsKind::PidForChildren)?.is_some_and(|children| Some(children) != own_pid_ns) {
+        found.add("its children will be in another pid namespace (unshare, setns)", "dump the tree before it makes one");
+    }
+    if ns_inode(pid, NsKind::User)? != ns_inode(HostPid::current(), NsKind::User)? {
+        found.add("it is in another user namespace than dormouse", "dump it from inside that namespace");
+    }
+    Ok(())
+}
+
+/// The class of the program's ELF file: a 32-bit program has 32-bit registers.
+fn is_32_bit(pid: HostPid) -> Result<bool> {
+    const CLASS: usize = 4;
+    const ELFCLASS32: u8 = 1;
+    let path = pid.proc_path("exe");
+    let failed = |cause| ProcError::Read { path: path.clone(), cause };
+    let mut head = [0u8; 5];
+    let mut file = match File::open(&path) {
+        // The name may lead nowhere that can be opened (a network file system that is gone).
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e).into()),
+        Err(_) => return Ok(false),
+        Ok(f) => f,
+    };
+    file.read_exact(&mut head).map_err(failed)?;
+    Ok(head.starts_with(b"\x7fELF") && head[CLASS] == ELFCLASS32)
+}
+
+/// A task that a security module confines otherwise than us would be restored under our label.
+fn label(pid: HostPid, found: &mut Found) -> Result<()> {
+    let of = |pid: HostPid| match read_bytes(&pid.proc_path("attr/current")) {
+        Ok(label) => Ok(label.trim_ascii_end().strip_suffix(b"\0").map_or(label.trim_ascii_end().to_vec(), <[u8]>::to_vec)),
+        // No security module gives labels.
+        Err(e) if matches!(e.errno(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+        Err(e) => Err(e),
+    };
+    let (its, ours) = (of(pid)?, of(HostPid::current())?);
+    if its != ours {
+        found.add(
+            format!("a security module confines it as {:?}, and dormouse as {:?}", lossy(&its), lossy(&ours)),
+            "run both under the same label",
+        );
+    }
+    Ok(())
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}

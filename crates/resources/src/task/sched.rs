@@ -1,0 +1,98 @@
+//! How a thread is scheduled: policy, nice value, real-time priority.
+
+use dormouse_images::pb;
+use dormouse_infect::arena::{Arena, Batch};
+use dormouse_infect::host::task::{SchedAttr, sched_attr};
+use dormouse_kernel::HostPid;
+use dormouse_sys::nr;
+
+use crate::{Result, call, invalid};
+
+const SCHED_OTHER: u32 = 0;
+const SCHED_FIFO: u32 = 1;
+const SCHED_RR: u32 = 2;
+const SCHED_BATCH: u32 = 3;
+const SCHED_DEADLINE: u32 = 6;
+/// Scheduled by a BPF program, Linux 6.12.
+const SCHED_EXT: u32 = 7;
+/// The flag as `struct sched_attr` has it.
+const FLAG_RESET_ON_FORK: u64 = 1;
+/// The flag as sched_getscheduler(2), and so the image, has it.
+const RESET_ON_FORK: u32 = 0x4000_0000;
+
+/// Why a thread cannot be dumped, if so.
+pub fn unsupported(a: &SchedAttr) -> Option<String> {
+    (a.policy == SCHED_DEADLINE).then(|| "it is scheduled by deadline, for which images have no place".into())
+}
+
+/// How a thread is scheduled.
+///
+/// # Errors
+/// The thread is gone.
+pub fn read(tid: HostPid) -> Result<SchedAttr> {
+    sched_attr(tid).map_err(call(format!("sched_getattr of thread {tid}")))
+}
+
+/// Fills the fields of the image.
+pub fn to_image(a: &SchedAttr, into: &mut pb::ThreadCoreEntry) {
+    into.sched_nice = Some(a.nice);
+    into.sched_policy = Some(a.policy | if a.flags & FLAG_RESET_ON_FORK != 0 { RESET_ON_FORK } else { 0 });
+    into.sched_prio = matches!(a.policy, SCHED_FIFO | SCHED_RR).then_some(a.priority);
+}
+
+/// Sets what differs from how this process is scheduled, which every task of the tree inherits.
+///
+/// # Errors
+/// The record holds values that cannot be.
+pub fn restore_op(b: &mut Batch, arena: &mut Arena, tid: i32, t: &pb::ThreadCoreEntry) -> Result<()> {
+    let policy = t.sched_policy.unwrap_or(0);
+    let wanted = SchedAttr {
+        size: 48,
+        policy: policy & !RESET_ON_FORK,
+        flags: if policy & RESET_ON_FORK != 0 { FLAG_RESET_ON_FORK } else { 0 },
+        nice: t.sched_nice.unwrap_or(0),
+        priority: t.sched_prio.unwrap_or(0),
+        ..SchedAttr::default()
+    };
+    let real_time = matches!(wanted.policy, SCHED_FIFO | SCHED_RR);
+    let priority_fits = if real_time { (1..=99).contains(&wanted.priority) } else { wanted.priority == 0 };
+    if !(-20..=19).contains(&wanted.nice) || !priority_fits || wanted.policy == SCHED_DEADLINE {
+        return Err(invalid!(
+            "core-{tid}.img: scheduling policy {} with nice value {} and priority {} cannot be",
+            wanted.policy,
+            wanted.nice,
+            wanted.priority
+        ));
+    }
+    let own = read(HostPid(0))?;
+    let same = SchedAttr { size: 48, runtime: 0, deadline: 0, period: 0, flags: own.flags & FLAG_RESET_ON_FORK, ..own };
+    if wanted == same {
+        return Ok(());
+    }
+    let at = arena.alloc(48, 16);
+    arena.write_record(at, &wanted);
+    b.must(
+        format!("scheduling thread {tid} with policy {} and nice value {}", wanted.policy, wanted.nice),
+        nr::SCHED_SETATTR,
+        &[0, at, 0],
+    );
+    // Policies other than the ordinary ones keep a nice value for later, which sched_setattr(2) leaves alone.
+    if !matches!(wanted.policy, SCHED_OTHER | SCHED_BATCH | SCHED_EXT) && wanted.nice != own.nice {
+        b.must(format!("nice value {} of thread {tid}", wanted.nice), nr::SETPRIORITY, &[0, 0, wanted.nice as u64]);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reset_on_fork_is_part_of_the_policy_in_an_image() {
+        let mut t = pb::ThreadCoreEntry::default();
+        to_image(&SchedAttr { policy: SCHED_RR, flags: 1, priority: 7, nice: -3, ..SchedAttr::default() }, &mut t);
+        assert_eq!((t.sched_policy, t.sched_prio, t.sched_nice), (Some(0x4000_0002), Some(7), Some(-3)));
+        to_image(&SchedAttr { policy: 3, ..SchedAttr::default() }, &mut t);
+        assert_eq!((t.sched_policy, t.sched_prio), (Some(3), None));
+    }
+}

@@ -1,0 +1,185 @@
+//! Running a plan: fork the root, keep the stages, tie every task's life to ours, give the registers, let go.
+//!
+//! Up to the last step a failure, or our death, ends every task: first by the parent-death signal, from
+//! `STAGE_GUARDED` on by PTRACE_O_EXITKILL. The last step takes that option from all threads and detaches them; a
+//! task that is detached has everything it had when it was dumped.
+
+use std::time::{Duration, Instant};
+
+use dormouse_blobs::RESTORER;
+use dormouse_infect::host::process;
+use dormouse_infect::ptrace::Tracee;
+use dormouse_infect::{InfectError, arch};
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::stat;
+use dormouse_resources::checkpoint::TASK_STOPPED;
+use dormouse_resources::{TreeImage, task};
+use dormouse_sys::nr;
+
+use crate::control::Watch;
+use crate::plan::{Plan, STAGE_FORKED, STAGE_GROUPED, STAGE_GUARDED, state_of};
+use crate::{Report, Request, RestoreError, process as root_process};
+
+/// How long the end of a failed tree is waited for.
+const END: Duration = Duration::from_secs(10);
+
+/// Runs the plan. On an error nothing of the tree is left.
+pub fn execute(request: &Request<'_>, image: &TreeImage, plan: Plan<'_>) -> Result<Report, RestoreError> {
+    let start = Instant::now();
+    let subreaper = process::Subreaper::new().map_err(crate::call("cannot become a child subreaper"))?;
+    let list = &plan.lists[0];
+    let root = root_process::fork_root(&plan.arena, list.args, plan.arena.base() + RESTORER.entry, list.tid)?;
+    let watch = Watch::new(&plan);
+    let mut tracees = Vec::new();
+    let done = run_stages(request, image, &plan, &watch, root, &mut tracees);
+    match done {
+        Ok(forking_us) => {
+            drop(subreaper);
+            (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
+            let pages = image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();
+            tracing::info!("restored pid {root} in {} us", start.elapsed().as_micros());
+            Ok(Report {
+                root_pid: root.0,
+                tasks: image.tasks.len(),
+                threads: plan.lists.iter().filter(|l| l.parks).count(),
+                pages,
+                forking_us,
+                total_us: 0,
+            })
+        }
+        Err(e) => {
+            end_everything(&watch, root, tracees);
+            Err(e)
+        }
+    }
+}
+
+/// All stages up to the moment when nothing can fail any more; microseconds until all had parked.
+fn run_stages(
+    request: &Request<'_>,
+    image: &TreeImage,
+    plan: &Plan<'_>,
+    watch: &Watch<'_, '_>,
+    root: HostPid,
+    tracees: &mut Vec<Tracee>,
+) -> Result<u64, RestoreError> {
+    let start = Instant::now();
+    let processes = plan.forest.nodes.len();
+    let parking: Vec<usize> = (0..plan.lists.len()).filter(|l| plan.lists[*l].parks).collect();
+    watch.until(|c| c.arrived(STAGE_FORKED) == processes)?;
+    plan.shared.seal()?;
+    tracing::debug!("{processes} processes forked, memory read, in {} us", start.elapsed().as_micros());
+    watch.block.open(STAGE_FORKED);
+    watch.until(|c| c.arrived(STAGE_GROUPED) == processes)?;
+    watch.block.open(STAGE_GROUPED);
+    watch.until(|c| c.arrived(STAGE_GUARDED) == parking.len())?;
+    for l in &parking {
+        tracees.push(Tracee::attach(HostPid(plan.lists[*l].tid), false, true)?);
+    }
+    for t in &image.tasks {
+        if !t.is_zombie() {
+            task::host_settings(t)?;
+        }
+    }
+    watch.block.open(STAGE_GUARDED);
+    watch.until(|c| c.parked() == parking.len())?;
+    let parked_us = start.elapsed().as_micros() as u64;
+    tracing::debug!("{} threads parked after {parked_us} us", parking.len());
+    (request.hooks)("post-restore", Some(root.0)).map_err(RestoreError::Hook)?;
+    stop_all(tracees)?;
+    for (l, tracee) in parking.iter().zip(tracees.iter_mut()) {
+        let list = &plan.lists[*l];
+        if list.tid == plan.forest.nodes[list.node].pid {
+            unmap(plan, tracee)?;
+        }
+    }
+    for (l, tracee) in parking.iter().zip(tracees.iter_mut()) {
+        let list = &plan.lists[*l];
+        tracee.restore(&state_of(image, list, &plan.forest)?)?;
+    }
+    (request.hooks)("pre-resume", Some(root.0)).map_err(RestoreError::Hook)?;
+    for t in &image.tasks {
+        if !t.is_zombie() && (request.leave_stopped || t.tc().task_state == TASK_STOPPED) {
+            process::stop(HostPid(t.pid())).map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
+        }
+    }
+    plan.files.remove_link_remaps();
+    for t in tracees.iter() {
+        t.release_from_exit()?;
+    }
+    for t in tracees.drain(..).rev() {
+        t.detach()?;
+    }
+    Ok(parked_us)
+}
+
+fn stop_all(tracees: &mut [Tracee]) -> Result<(), InfectError> {
+    for t in tracees.iter() {
+        t.interrupt()?;
+    }
+    for t in tracees.iter_mut() {
+        t.wait_first()?;
+    }
+    Ok(())
+}
+
+/// Removes the shared mapping and the parking place from a process whose threads are all stopped.
+fn unmap(plan: &Plan<'_>, leader: &mut Tracee) -> Result<(), RestoreError> {
+    let hole = [plan.hole.start, plan.hole.end - plan.hole.start, 0, 0, 0, 0];
+    let pid = leader.tid();
+    leader.syscall(plan.insn, nr::MUNMAP, hole)?.map_err(|source| RestoreError::Task {
+        pid: pid.0,
+        what: "munmap of the restorer".into(),
+        source,
+        hint: "",
+    })?;
+    leader.settle()?;
+    debug_assert!(arch::pc(&leader.regs()?) != 0);
+    Ok(())
+}
+
+/// Ends all tasks that exist and waits until they are gone.
+fn end_everything(watch: &Watch<'_, '_>, root: HostPid, tracees: Vec<Tracee>) {
+    watch.block.fail();
+    let mut pids: Vec<HostPid> = watch.born().into_iter().map(|(_, pid)| pid).collect();
+    pids.push(root);
+    // A tracee belongs to us, so its number is its own for as long as we hold it.
+    for t in tracees {
+        let _ = process::kill(t.tid());
+        t.forget();
+    }
+    let end = Instant::now() + END;
+    loop {
+        for pid in &pids {
+            if is_ours(*pid) {
+                let _ = process::kill(*pid);
+                process::reap(*pid);
+            }
+        }
+        pids.retain(|pid| stat::read(*pid).is_ok_and(|s| s.state != b'X') && is_ours(*pid));
+        if pids.is_empty() {
+            return;
+        }
+        if Instant::now() > end {
+            tracing::error!("pids {pids:?} of the failed restore do not end");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Is the process with this number a descendant of ours (or, for `--restore-sibling`, of our parent)?
+fn is_ours(pid: HostPid) -> bool {
+    let me = HostPid::current();
+    let parent = nix::unistd::getppid().as_raw();
+    let mut at = pid;
+    for _ in 0..1 << 16 {
+        match stat::read(at) {
+            Ok(s) if s.ppid == me => return true,
+            Ok(s) if s.ppid.0 == parent && at != me => return true,
+            Ok(s) if s.ppid.0 > 1 => at = s.ppid,
+            _ => return false,
+        }
+    }
+    false
+}

@@ -1,0 +1,468 @@
+//! Writing down what every process and thread of the tree has to do, in order, before the first of them exists.
+//!
+//! The stages at which all wait for each other (`STAGE_*`) are the only synchronisation between tasks: everything
+//! that depends on another task's doing lies on the other side of one.
+
+use std::fs::File;
+use std::os::fd::RawFd;
+
+use dormouse_blob_abi::restorer::{CloneArgs, Control, TaskArgs};
+use dormouse_blob_abi::{OpKind, Policy};
+use dormouse_blobs::RESTORER;
+use dormouse_infect::arena::{Arena, Batch, OpId};
+use dormouse_kernel::{HostPid, Session};
+use dormouse_resources::fd::Files;
+use dormouse_resources::mem::{Shared, Vdso, layout, map};
+use dormouse_resources::task::{self, regs};
+use dormouse_resources::tree::Forest;
+use dormouse_resources::{Own, RestoreCtx, RestoreOptions, TaskImage, TreeImage, tree};
+use dormouse_sys::nr;
+
+use crate::{RestoreError, call};
+
+/// Every process exists, has its memory, and leads its own session or group if it has one.
+pub const STAGE_FORKED: usize = 0;
+/// Every process is in its group: helpers may go.
+pub const STAGE_GROUPED: usize = 1;
+/// Every thread exists: the host ties their lives to its own by ptrace, since credentials end the parent-death signal.
+pub const STAGE_GUARDED: usize = 2;
+
+/// Stack of a task while it runs its list. The restorer's frames are small and it calls no library.
+const STACK: u64 = 8 << 10;
+
+const CLONE_VM: u64 = 0x100;
+const CLONE_FS: u64 = 0x200;
+const CLONE_FILES: u64 = 0x400;
+const CLONE_SIGHAND: u64 = 0x800;
+const CLONE_PARENT: u64 = 0x8000;
+const CLONE_THREAD: u64 = 0x10000;
+const CLONE_SYSVSEM: u64 = 0x40000;
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+const THREAD_FLAGS: u64 = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+const SIGCHLD: u64 = 17;
+
+/// One operation list: a process's leader (or helper, or zombie) or another thread.
+pub struct List {
+    /// Its process.
+    pub node: usize,
+    /// Its thread id.
+    pub tid: i32,
+    /// What it does.
+    pub batch: Batch,
+    /// Where the list lies.
+    pub ops: u64,
+    /// Where its [`TaskArgs`] lie.
+    pub args: u64,
+    /// Parks at its end, to be handed over; otherwise it exits.
+    pub parks: bool,
+}
+
+/// Everything that the run needs; owns the descriptors that the tasks inherit.
+pub struct Plan<'a> {
+    /// The shared mapping.
+    pub arena: Arena,
+    /// Address of the [`Control`] block.
+    pub control: u64,
+    /// Address of a system-call instruction in the shared mapping.
+    pub insn: u64,
+    /// The address range that no task uses: the shared mapping, and the vDSO's parking place behind it.
+    pub hole: std::ops::Range<u64>,
+    /// All lists; those of processes first, in the order of `forest.nodes`.
+    pub lists: Vec<List>,
+    /// Who forks whom.
+    pub forest: Forest,
+    /// Operations that make a process or thread: (list, operation, list that is made).
+    pub births: Vec<(usize, OpId, usize)>,
+    /// Shared memory objects.
+    pub shared: Shared,
+    /// File descriptions.
+    pub files: Files<'a>,
+}
+
+/// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
+pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool) -> Result<Plan<'a>, RestoreError> {
+    let own = own_settings()?;
+    let vdso = Vdso::find()?;
+    for t in &image.tasks {
+        vdso.check(t)?;
+    }
+    let forest = tree::forest::build(&image.tasks, options.shell_job)?;
+    let base = descriptor_base(image, &own)?;
+    let shared = Shared::make(image, base)?;
+    let mut files = Files::new(options, image, base)?;
+    let size = arena_size(image, &forest);
+    let park_len = (vdso.len() + 4095) & !4095;
+    let hole = layout::find_hole(image, size as u64 + park_len)?;
+    let hole = hole..hole + size as u64 + park_len;
+    let mut arena = map_arena(size, hole.start)?;
+    arena.put(&RESTORER.relocated(hole.start));
+    let insn = find_insn(&arena)?;
+    let control = arena.alloc(size_of::<Control>(), 64);
+    let mut writer = Writer {
+        image,
+        own: &own,
+        sibling,
+        vdso: &vdso,
+        shared: &shared,
+        files: &mut files,
+        arena: &mut arena,
+        forest: &forest,
+        hole: hole.clone(),
+        base,
+        control,
+        park: hole.end - park_len,
+        lists: Vec::new(),
+        births: Vec::new(),
+    };
+    writer.write()?;
+    let (lists, births) = (writer.lists, writer.births);
+    Ok(Plan { arena, control, insn, hole, lists, forest, births, shared, files })
+}
+
+/// What this process has itself.
+fn own_settings() -> Result<Own, RestoreError> {
+    let me = HostPid::current();
+    let status = dormouse_kernel::proc::status::read(me).map_err(dormouse_resources::ResourceError::from)?;
+    let stat = dormouse_kernel::proc::stat::read(me).map_err(dormouse_resources::ResourceError::from)?;
+    let limits = dormouse_kernel::proc::limits::read(me).map_err(dormouse_resources::ResourceError::from)?;
+    Ok(Own { limits: limits.to_vec(), groups: status.groups, bounding: status.cap_bnd, nice: stat.nice as i32 })
+}
+
+/// First descriptor number above all of the tree's and all of ours.
+fn descriptor_base(image: &TreeImage, own: &Own) -> Result<RawFd, RestoreError> {
+    let highest = image.tasks.iter().flat_map(|t| &t.fds).map(|f| f.fd).max().unwrap_or(2);
+    let base = (highest.saturating_add(1)).max(64);
+    let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1);
+    let need = u64::from(base) + 64;
+    if need > hard {
+        return Err(RestoreError::Call {
+            what: format!(
+                "the tree has descriptor {highest}, but this process may only have {hard} (hard RLIMIT_NOFILE); \
+                 raise the limit and retry"
+            ),
+            source: std::io::Error::from_raw_os_error(libc::EMFILE),
+        });
+    }
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
+        .map_err(|e| call("cannot raise our own RLIMIT_NOFILE")(e.into()))?;
+    Ok(base as RawFd)
+}
+
+/// Bytes of address space for all lists and what they point to. Only what is touched costs memory.
+fn arena_size(image: &TreeImage, forest: &Forest) -> usize {
+    let mut size = 16 << 20;
+    for t in &image.tasks {
+        let vmas = t.mm.as_ref().map_or(0, |m| m.vmas.len());
+        let runs = t.pages.as_ref().map_or(0, |p| p.runs.len());
+        let core = prost_size(t);
+        size += (256 << 10) + vmas * 512 + runs * 256 + t.fds.len() * 256 + t.threads.len() * (24 << 10) + core;
+    }
+    size += forest.nodes.len() * (16 << 10);
+    size.next_multiple_of(2 << 20)
+}
+
+/// Bytes that pending signals, groups and the like of a task may take.
+fn prost_size(t: &TaskImage) -> usize {
+    let core = |c: &dormouse_images::pb::CoreEntry| {
+        let signals = c.thread_core.as_ref().and_then(|t| t.signals_p.as_ref()).map_or(0, |s| s.signals.len());
+        let shared = c.tc.as_ref().and_then(|t| t.signals_s.as_ref()).map_or(0, |s| s.signals.len());
+        let groups = c.thread_core.as_ref().and_then(|t| t.creds.as_ref()).map_or(0, |k| k.groups.len());
+        let timers = c.tc.as_ref().and_then(|t| t.timers.as_ref()).map_or(0, |t| t.posix.len());
+        (signals + shared) * 512 + groups * 8 + timers * 512
+    };
+    core(&t.core) + t.threads.iter().map(|(_, c)| core(c)).sum::<usize>()
+}
+
+fn map_arena(size: usize, at: u64) -> Result<Arena, RestoreError> {
+    let session = Session::new().map_err(call("cannot draw a session id (getrandom)"))?;
+    let name = std::ffi::CString::new(session.memfd_name("restore")).expect("a session name holds no NUL");
+    let file = nix::sys::memfd::memfd_create(name.as_c_str(), nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+        .map_err(|e| call("memfd_create")(e.into()))?;
+    let file = File::from(file);
+    file.set_len(size as u64).map_err(call(format!("cannot size the shared mapping to {size} bytes")))?;
+    Arena::map_at(&file, size, at).map_err(call(format!("cannot map {size} bytes at {at:#x}")))
+}
+
+fn find_insn(arena: &Arena) -> Result<u64, RestoreError> {
+    let code = arena.bytes(arena.base(), RESTORER.relocated(0).len());
+    let insn = dormouse_infect::arch::SYSCALL_INSN;
+    let step = if cfg!(target_arch = "aarch64") { 4 } else { 1 };
+    (0..code.len()).step_by(step).find(|&i| code[i..].starts_with(insn)).map(|i| arena.base() + i as u64).ok_or_else(
+        || RestoreError::Call {
+            what: "the restorer holds no system-call instruction".into(),
+            source: std::io::Error::from_raw_os_error(libc::ENOEXEC),
+        },
+    )
+}
+
+struct Writer<'w, 'f> {
+    image: &'f TreeImage,
+    own: &'w Own,
+    sibling: bool,
+    vdso: &'w Vdso,
+    shared: &'w Shared,
+    files: &'w mut Files<'f>,
+    arena: &'w mut Arena,
+    forest: &'w Forest,
+    hole: std::ops::Range<u64>,
+    base: RawFd,
+    control: u64,
+    park: u64,
+    lists: Vec<List>,
+    births: Vec<(usize, OpId, usize)>,
+}
+
+impl Writer<'_, '_> {
+    fn write(&mut self) -> Result<(), RestoreError> {
+        for (i, n) in self.forest.nodes.iter().enumerate() {
+            self.add_list(i, n.pid, n.task.is_some_and(|t| !self.image.tasks[t].is_zombie()));
+        }
+        // Threads come after all processes, so that a process's list has its node's index.
+        let mut threads = vec![Vec::new(); self.forest.nodes.len()];
+        for (i, n) in self.forest.nodes.iter().enumerate() {
+            for (tid, _) in n.task.map_or(&[][..], |t| &self.image.tasks[t].threads) {
+                threads[i].push(self.add_list(i, *tid, true));
+            }
+        }
+        for (i, own_threads) in threads.iter().enumerate() {
+            let batch = match self.forest.nodes[i].task {
+                Some(t) if !self.image.tasks[t].is_zombie() => self.task_list(i, t, own_threads)?,
+                task => self.short_list(i, task)?,
+            };
+            self.place(i, batch);
+            let Some(t) = self.forest.nodes[i].task else { continue };
+            for (k, list) in own_threads.iter().enumerate() {
+                let batch = self.thread_list(t, k)?;
+                self.place(*list, batch);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_list(&mut self, node: usize, tid: i32, parks: bool) -> usize {
+        let args = self.arena.alloc(size_of::<TaskArgs>(), 64);
+        self.lists.push(List { node, tid, batch: Batch::new(), ops: 0, args, parks });
+        self.lists.len() - 1
+    }
+
+    fn place(&mut self, list: usize, batch: Batch) {
+        let ops = batch.place(self.arena);
+        let node = &self.forest.nodes[self.lists[list].node];
+        let is_thread = list >= self.forest.nodes.len();
+        let set_tid = self.arena.put(&self.lists[list].tid.to_ne_bytes());
+        let stack = self.arena.alloc(STACK as usize, 4096);
+        let (flags, exit_signal) = match (is_thread, node.forker.is_none(), node.as_sibling) {
+            (true, ..) => (THREAD_FLAGS, 0),
+            (_, true, _) if self.sibling => (CLONE_CLEAR_SIGHAND | CLONE_PARENT, 0),
+            (_, true, _) => (CLONE_CLEAR_SIGHAND, SIGCHLD),
+            (_, _, true) => (CLONE_PARENT, 0),
+            _ => (0, SIGCHLD),
+        };
+        let clone = CloneArgs { flags, exit_signal, stack, stack_size: STACK, set_tid, set_tid_size: 1, ..Default::default() };
+        let args = TaskArgs {
+            control: self.control,
+            ops,
+            n_ops: batch.len() as u64,
+            entry: self.arena.base() + RESTORER.entry,
+            index: list as u64,
+            clone,
+        };
+        let at = self.lists[list].args;
+        self.arena.write_record(at, &args);
+        self.lists[list].ops = ops;
+        self.lists[list].batch = batch;
+    }
+
+    fn birth(&mut self, b: &mut Batch, by: usize, of: usize, kind: OpKind) {
+        let what = format!("clone3 of {} {}", if kind == OpKind::Thread { "thread" } else { "pid" }, self.lists[of].tid);
+        let op = b.push(what, kind, Policy::Must, 0, [self.lists[of].args, 0, 0, 0, 0, 0]);
+        self.births.push((by, op, of));
+    }
+
+    /// Forks those children of node `i` that `which` picks.
+    fn forks(&mut self, b: &mut Batch, i: usize, which: impl Fn(&dormouse_resources::tree::Node) -> bool) {
+        let kids: Vec<usize> = self.forest.forked_by(i).filter(|k| which(&self.forest.nodes[*k])).collect();
+        for k in kids {
+            self.birth(b, i, k, OpKind::Fork);
+        }
+    }
+
+    /// The session and group part at the beginning of every process.
+    fn begin(&mut self, b: &mut Batch, i: usize) {
+        let node = &self.forest.nodes[i];
+        if node.forker.is_none() {
+            self.vdso.park_ops(b, self.park);
+            b.must("munmap of the restoring program's memory", nr::MUNMAP, &[0, self.hole.start]);
+            let rest = layout::TASK_SIZE - self.hole.end;
+            b.must("munmap of the restoring program's memory", nr::MUNMAP, &[self.hole.end, rest]);
+            b.must("closing inherited descriptors", nr::CLOSE_RANGE, &[0, self.base as u64 - 1, 0]);
+        }
+        task::guard_ops(b);
+        self.forks(b, i, |n| n.before_setsid);
+        let node = &self.forest.nodes[i];
+        if node.setsid {
+            b.must(format!("setsid of pid {}", node.pid), nr::SETSID, &[]);
+        }
+        if node.pgid == Some(node.pid) && !node.setsid {
+            b.must(format!("setpgid of pid {} to itself", node.pid), nr::SETPGID, &[0, 0]);
+        }
+        self.forks(b, i, |n| !n.before_setsid && !n.after_memory);
+    }
+
+    /// Joins the group once all exist, and waits for the end of helpers and zombies.
+    fn join(&mut self, b: &mut Batch, i: usize) {
+        let node = &self.forest.nodes[i];
+        barrier(b, STAGE_FORKED);
+        if let Some(g) = node.pgid.filter(|g| *g != node.pid) {
+            b.must(format!("setpgid of pid {} to {g}", node.pid), nr::SETPGID, &[0, g as u64]);
+        }
+        barrier(b, STAGE_GROUPED);
+        let mut any = false;
+        for n in self.forest.nodes.iter().filter(|n| n.reaper == Some(i)) {
+            any = true;
+            if n.task.is_none() {
+                b.must(format!("wait for helper {}", n.pid), nr::WAIT4, &[n.pid as u64, 0, 0, 0]);
+            } else {
+                let info = self.arena.alloc(128, 16);
+                // P_PID; WEXITED | WNOWAIT: it stays a zombie.
+                let args = [1, n.pid as u64, info, 4 | 0x0100_0000, 0];
+                b.must(format!("the end of zombie {}", n.pid), nr::WAITID, &args);
+            }
+        }
+        if any {
+            task::drain_ops(b, self.arena);
+        }
+    }
+
+    /// A helper, which only lends its pid to a session or group, or a zombie.
+    fn short_list(&mut self, i: usize, task: Option<usize>) -> Result<Batch, RestoreError> {
+        let mut b = Batch::new();
+        self.begin(&mut b, i);
+        self.join(&mut b, i);
+        let code = task.map_or(0, |t| self.image.tasks[t].tc().exit_code);
+        let signal = code & 0x7f;
+        if signal == 0 {
+            b.must("exit", nr::EXIT_GROUP, &[u64::from(code >> 8 & 0xff)]);
+            return Ok(b);
+        }
+        let no_core = self.arena.put_words(&[0, 0]);
+        let open = self.arena.put_words(&[0]);
+        b.attempt("no core file", nr::SETRLIMIT, &[libc::RLIMIT_CORE.into(), no_core]);
+        b.must(format!("signal {signal}"), nr::KILL, &[self.forest.nodes[i].pid as u64, signal.into()]);
+        b.must("unblocking signals", nr::RT_SIGPROCMASK, &[libc::SIG_SETMASK as u64, open, 0, 8]);
+        Ok(b)
+    }
+
+    fn task_list(&mut self, i: usize, t: usize, threads: &[usize]) -> Result<Batch, RestoreError> {
+        let task = &self.image.tasks[t];
+        let mut b = Batch::new();
+        self.begin(&mut b, i);
+        let node = &self.forest.nodes[i];
+        let parent = node.after_memory.then_some(node.forker).flatten().and_then(|f| self.forest.nodes[f].task);
+        let parent = parent.map(|p| &self.image.tasks[p]);
+        map::map_ops(&mut b, &mut self.ctx(parent.is_some()), task, parent)?;
+        self.forks(&mut b, i, |n| n.after_memory);
+        self.join(&mut b, i);
+        map::final_ops(&mut b, &mut self.ctx(parent.is_some()), task)?;
+        self.fs_ops(&mut b, task)?;
+        for f in &task.fds {
+            let fd = self.files.fd(f.id, self.shared)?;
+            let flags = if f.flags & 1 != 0 { libc::O_CLOEXEC as u64 } else { 0 };
+            b.must(format!("descriptor {}", f.fd), nr::DUP3, &[fd as u64, f.fd.into(), flags]);
+        }
+        for list in threads {
+            self.birth(&mut b, i, *list, OpKind::Thread);
+        }
+        barrier(&mut b, STAGE_GUARDED);
+        b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[self.base as u64, u32::MAX.into(), 0]);
+        let pid = task.pid();
+        let tc = task.tc();
+        task::process_ops(&mut b, &mut self.ctx(false), task)?;
+        task::thread_ops(&mut b, &mut self.ctx(false), &task.core, Some(&tc.comm), pid)?;
+        self.owner_ops(&mut b, task);
+        task::after_creds_ops(&mut b, &task.core, task.mm.as_ref().and_then(|m| m.dumpable));
+        let own = task.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
+        task::signal_ops(&mut b, self.arena, pid, pid, tc.signals_s.as_ref(), own)?;
+        task::timer_ops(&mut b, self.arena, task)?;
+        park(&mut b);
+        Ok(b)
+    }
+
+    fn thread_list(&mut self, t: usize, k: usize) -> Result<Batch, RestoreError> {
+        let task = &self.image.tasks[t];
+        let (tid, core) = &task.threads[k];
+        let mut b = Batch::new();
+        barrier(&mut b, STAGE_GUARDED);
+        task::thread_ops(&mut b, &mut self.ctx(false), core, None, *tid)?;
+        task::after_creds_ops(&mut b, core, None);
+        let own = core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
+        task::signal_ops(&mut b, self.arena, task.pid(), *tid, None, own)?;
+        park(&mut b);
+        Ok(b)
+    }
+
+    fn ctx(&mut self, forked_with_memory: bool) -> RestoreCtx<'_, '_> {
+        RestoreCtx {
+            arena: self.arena,
+            files: self.files,
+            shared: self.shared,
+            vdso: self.vdso,
+            park: self.park,
+            own: self.own,
+            forked_with_memory,
+        }
+    }
+
+    /// Root, working directory, umask.
+    fn fs_ops(&mut self, b: &mut Batch, task: &TaskImage) -> Result<(), RestoreError> {
+        let Some(fs) = &task.fs else { return Ok(()) };
+        let (cwd, root) = self.files.fs_fds(fs)?;
+        if let Some(root) = root {
+            let dot = self.arena.put(b".\0");
+            b.must("fchdir to the root directory", nr::FCHDIR, &[root as u64]);
+            b.must("chroot (needs CAP_SYS_CHROOT)", nr::CHROOT, &[dot]);
+        }
+        b.must("fchdir to the working directory", nr::FCHDIR, &[cwd as u64]);
+        b.must("umask", nr::UMASK, &[fs.umask.unwrap_or(0o22).into()]);
+        Ok(())
+    }
+
+    /// Who is told of events on a description: set by a task that has it, once all pids exist.
+    fn owner_ops(&mut self, b: &mut Batch, task: &TaskImage) {
+        for f in &task.fds {
+            let Some(owner) = self.files.fown(f.id) else { continue };
+            if owner.signum != 0 {
+                let what = format!("F_SETSIG of descriptor {}", f.fd);
+                b.must(what, nr::FCNTL, &[f.fd.into(), libc::F_SETSIG as u64, owner.signum.into()]);
+            }
+            if owner.pid != 0 {
+                // struct f_owner_ex { int type; pid_t pid }
+                let at = self.arena.put_words(&[u64::from(owner.pid_type) | u64::from(owner.pid) << 32]);
+                let what = format!("F_SETOWN_EX of descriptor {}", f.fd);
+                b.must(what, nr::FCNTL, &[f.fd.into(), F_SETOWN_EX, at]);
+            }
+        }
+    }
+}
+
+/// fcntl(2), Linux 2.6.32.
+const F_SETOWN_EX: u64 = 15;
+
+fn barrier(b: &mut Batch, stage: usize) {
+    b.push("barrier", OpKind::Barrier, Policy::Must, 0, [stage as u64, 0, 0, 0, 0, 0]);
+}
+
+fn park(b: &mut Batch) {
+    b.push("park", OpKind::Park, Policy::Must, 0, [0; 6]);
+}
+
+/// The state that a thread is handed over with.
+pub fn state_of(image: &TreeImage, list: &List, forest: &Forest) -> Result<dormouse_infect::ptrace::State, RestoreError> {
+    let task = &image.tasks[forest.nodes[list.node].task.expect("only tasks park")];
+    let core = if task.pid() == list.tid {
+        &task.core
+    } else {
+        &task.threads.iter().find(|(tid, _)| *tid == list.tid).expect("lists are made of threads").1
+    };
+    Ok(regs::from_core(core, image.ext.get(&(list.tid as u32)))?)
+}

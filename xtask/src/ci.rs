@@ -1,0 +1,88 @@
+//! `ci`: what `.ci/run` calls; the steps in order, each named and timed, and the first failure ends it.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use dormouse_blob_check::Arch;
+
+use crate::{cmd, dist, tidy, vm};
+
+/// Where README.md tells users how to run the tests: CI runs what they would run.
+const TEST_COMMAND: &str = "cargo xtask test";
+
+/// Which steps.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Options {
+    /// Leave out the emulated machines.
+    #[arg(long)]
+    no_vm: bool,
+    /// Only steps whose name holds this.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+type Step = (&'static str, fn() -> Result<()>);
+
+const STEPS: &[Step] = &[
+    ("test", test),
+    ("format", || cmd::run(cmd::cargo().args(["fmt", "--all", "--check"]))),
+    ("tidy", || if tidy::run()? { Ok(()) } else { bail!("see above") }),
+    ("clippy", clippy),
+    ("build-blobs", crate::blobs::report),
+    ("static-x86_64", || dist::build_static(Arch::X86_64, &["dormouse-cli", "dormouse-e2e"]).map(|_| ())),
+    ("static-aarch64", || dist::build_static(Arch::Aarch64, &["dormouse-cli", "dormouse-e2e"]).map(|_| ())),
+    ("no-c-code", dist::no_c_code),
+    ("vm-aarch64-6.12", || emulated(Arch::Aarch64, "6.12")),
+    ("vm-x86_64-6.1", || emulated(Arch::X86_64, "6.1")),
+];
+
+/// Runs the steps.
+///
+/// # Errors
+/// One failed; the message names it.
+pub fn run(options: &Options) -> Result<()> {
+    let mut done = Vec::new();
+    for (name, step) in STEPS {
+        let wanted = options.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
+        if !wanted || options.no_vm && name.starts_with("vm-") {
+            continue;
+        }
+        println!("==> {name}");
+        let start = Instant::now();
+        step().with_context(|| format!("ci step `{name}` failed; `cargo xtask ci --only {name}` repeats it alone"))?;
+        done.push((name, start.elapsed()));
+    }
+    println!("==> all passed");
+    for (name, time) in done {
+        println!("{:>8.1} s  {name}", time.as_secs_f64());
+    }
+    Ok(())
+}
+
+/// The test command as README.md has it.
+fn test() -> Result<()> {
+    let readme = std::fs::read_to_string(cmd::root().join("README.md")).context("cannot read README.md")?;
+    if !readme.lines().any(|line| line.trim() == TEST_COMMAND) {
+        bail!("README.md has no line `{TEST_COMMAND}`: users would run something else than this");
+    }
+    let words: Vec<_> = TEST_COMMAND.split(' ').skip(1).collect();
+    cmd::run(cmd::cargo().args(words))
+}
+
+/// The workspace on this machine, and the blobs each for its bare-metal target.
+fn clippy() -> Result<()> {
+    let deny = ["--", "-D", "warnings"];
+    cmd::run(cmd::cargo().args(["clippy", "--workspace", "--all-targets"]).args(deny))?;
+    for arch in Arch::ALL {
+        let mut command = cmd::cargo();
+        command.args(["clippy", "--package", "dormouse-parasite", "--package", "dormouse-restorer"]);
+        command.args(["--features", "dormouse-parasite/blob,dormouse-restorer/blob", "--target", arch.blob_target()]);
+        cmd::run(command.args(deny))?;
+    }
+    Ok(())
+}
+
+fn emulated(arch: Arch, kernel: &str) -> Result<()> {
+    if vm::run(&vm::Options::new(arch, kernel))? { Ok(()) } else { bail!("see above") }
+}

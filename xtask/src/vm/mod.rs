@@ -1,0 +1,118 @@
+//! `test-vm`: the end-to-end tests on another kernel or architecture, in an emulated machine made from nothing but
+//! Debian's kernel package, a busybox, and our own static binaries.
+
+mod boot;
+mod cpio;
+mod initramfs;
+mod kernel;
+mod packages;
+mod programs;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use dormouse_blob_check::Arch;
+
+use crate::{cmd, dist, setup};
+
+/// Which machine, and what to run in it.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// x86_64 or aarch64.
+    #[arg(long, value_parser = Arch::from_name)]
+    arch: Arch,
+    /// A kernel series that Debian packages, for example 6.1 or 6.12.
+    #[arg(long, default_value = "6.12")]
+    kernel: String,
+    /// Only tests whose name holds one of these.
+    #[arg(long)]
+    filter: Vec<String>,
+    /// Groups of tests.
+    #[arg(long, default_value = "programs")]
+    group: String,
+    /// Accept other skips than those listed in tests/skips/vm-ARCH-KERNEL.txt.
+    #[arg(long)]
+    any_skips: bool,
+    /// Minutes after which the machine is given up.
+    #[arg(long, default_value_t = 60)]
+    minutes: u64,
+    /// A static binary to test in place of ours: the tests themselves are validated with CRIU.
+    #[arg(long)]
+    bin: Option<PathBuf>,
+    /// Further options for the harness.
+    #[arg(last = true)]
+    words: Vec<String>,
+}
+
+impl Options {
+    /// The defaults, for CI.
+    pub fn new(arch: Arch, kernel: &str) -> Self {
+        Self {
+            arch,
+            kernel: kernel.to_owned(),
+            filter: Vec::new(),
+            group: "programs".into(),
+            any_skips: false,
+            minutes: 60,
+            bin: None,
+            words: Vec::new(),
+        }
+    }
+
+    /// The harness's words in the machine.
+    fn harness(&self) -> Vec<String> {
+        let mut words: Vec<String> =
+            ["--bin", "/bin/dormouse", "--programs", "/programs", "--work", "/tmp/e2e", "--group", &self.group]
+                .map(str::to_owned)
+                .into();
+        for filter in &self.filter {
+            words.extend(["--filter".to_owned(), filter.clone()]);
+        }
+        if self.filter.is_empty() && self.group == "programs" && !self.any_skips {
+            words.extend(["--expect-skips", initramfs::SKIPS].map(str::to_owned));
+        }
+        words.extend(self.words.iter().cloned());
+        words
+    }
+}
+
+/// Boots the machine and runs the tests; true when all passed.
+///
+/// # Errors
+/// Something cannot be fetched or built, or the machine does not come up or does not end.
+pub fn run(options: &Options) -> Result<bool> {
+    let arch = options.arch;
+    setup::targets()?;
+    setup::ensure(match arch {
+        Arch::X86_64 => setup::VM_X86_64,
+        Arch::Aarch64 => setup::VM_AARCH64,
+    })?;
+    let dir = cmd::target("vm").join(format!("{arch}-{}", options.kernel));
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let kernel = kernel::fetch(arch, &options.kernel, &dir)?;
+    let busybox = packages::busybox(arch, &cmd::target("vm"))?;
+    let (harness, bin) = match &options.bin {
+        Some(bin) => (dist::build_static(arch, &["dormouse-e2e"])?, bin.clone()),
+        None => {
+            let dir = dist::build_static(arch, &["dormouse-cli", "dormouse-e2e"])?;
+            (dir.clone(), dir.join("dormouse"))
+        }
+    };
+    let harness = harness.join("dormouse-e2e");
+    let programs = programs::build(arch)?;
+    let skips = cmd::root().join(format!("tests/skips/vm-{arch}-{}.txt", options.kernel));
+    let image = dir.join("initramfs.cpio");
+    let parts = initramfs::Parts {
+        kernel: &kernel,
+        busybox: &busybox,
+        bin: &bin,
+        harness: &harness,
+        programs: &programs,
+        skips: &skips,
+    };
+    initramfs::write(&image, &parts, &options.harness())?;
+    println!("booting {} on {arch}", kernel.release);
+    boot::run(arch, &kernel.image, &image, &dir.join("serial.log"), Duration::from_secs(60 * options.minutes))
+}
