@@ -9,9 +9,23 @@ use dormouse_blob_abi::parasite::{
     Entry, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_LEAVING, THREAD_NONE,
 };
 use dormouse_blob_abi::run::{Special, UNKNOWN, run};
-use dormouse_blob_abi::Op;
+use dormouse_blob_abi::{Op, OpKind};
 use dormouse_sys::{futex, nr, syscall};
 
+/// Operations of the leader.
+struct Leader<'a>(&'a Entry);
+
+impl Special for Leader<'_> {
+    unsafe fn special(&mut self, op: &Op) -> i64 {
+        match op.kind {
+            k if k == OpKind::TakeFd as u32 => take_fd(self.0),
+            k if k == OpKind::DropFd as u32 => drop_fd(self.0),
+            _ => UNKNOWN,
+        }
+    }
+}
+
+/// Other threads have none of their own.
 struct Nothing;
 
 impl Special for Nothing {
@@ -21,6 +35,11 @@ impl Special for Nothing {
 }
 
 const EINTR: i64 = -4;
+const EMFILE: i64 = -24;
+const ENOTCONN: i64 = -107;
+const SCM_RIGHTS: u64 = 1;
+const SOL_SOCKET: u64 = 1;
+const MSG_CMSG_CLOEXEC: u64 = 0x4000_0000;
 const AF_UNIX: u64 = 1;
 const SOCK_SEQPACKET_CLOEXEC: u64 = 5 | 0x80000;
 const MSG_NOSIGNAL: u64 = 0x4000;
@@ -51,7 +70,8 @@ fn lead(e: &mut Entry) {
     if !part(e) {
         return;
     }
-    serve(e.sock as u64);
+    serve(e);
+    drop_fd(e);
     close(e.sock);
     let mut patience = 1000;
     while e.thread.load(Ordering::Acquire) == THREAD_IN && patience > 0 {
@@ -118,7 +138,8 @@ fn pause(nanos: u64) {
     unsafe { syscall(nr::PPOLL, [0, 0, &raw const time as u64, 0, 0, 0]) };
 }
 
-fn serve(sock: u64) {
+fn serve(e: &Entry) {
+    let sock = e.sock as u64;
     loop {
         let mut req = Request { ops: 0, n_ops: 0 };
         // SAFETY: reads at most one request into a local.
@@ -130,11 +151,46 @@ fn serve(sock: u64) {
             return;
         }
         // SAFETY: the host composed the list for this address space.
-        let status = unsafe { run(req.ops as *mut Op, req.n_ops, &mut Nothing) };
+        let status = unsafe { run(req.ops as *mut Op, req.n_ops, &mut Leader(e)) };
         if !reply(sock, status) {
             return;
         }
     }
+}
+
+/// recvmsg(2) of one byte and one descriptor, which is remembered to be closed.
+fn take_fd(e: &Entry) -> i64 {
+    drop_fd(e);
+    let mut byte = 0u64;
+    let mut iov = [&raw mut byte as u64, 1];
+    // struct cmsghdr { size_t len; int level; int type } and room for one descriptor.
+    let mut control = [0u64; 3];
+    // struct msghdr: name, name length, iovecs, their number, control, its length, flags.
+    let mut message = [0, 0, &raw mut iov as u64, 1, &raw mut control as u64, 24, 0];
+    let r = loop {
+        // SAFETY: the header names locals.
+        let r = unsafe { syscall(nr::RECVMSG, [e.sock as u64, &raw mut message as u64, MSG_CMSG_CLOEXEC, 0, 0, 0]) }.0;
+        if r != EINTR {
+            break r;
+        }
+    };
+    if r <= 0 {
+        return if r == 0 { ENOTCONN } else { r };
+    }
+    if control[0] != 20 || control[1] != SOL_SOCKET | SCM_RIGHTS << 32 {
+        return EMFILE;
+    }
+    let fd = control[2] as u32;
+    e.given.store(fd.wrapping_add(1), Ordering::Release);
+    i64::from(fd)
+}
+
+fn drop_fd(e: &Entry) -> i64 {
+    let given = e.given.swap(0, Ordering::AcqRel);
+    if given != 0 {
+        close(i64::from(given) - 1);
+    }
+    0
 }
 
 fn reply(sock: u64, status: u64) -> bool {

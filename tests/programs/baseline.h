@@ -117,6 +117,21 @@ static void baseline_stat(struct baseline_text *b)
 				baseline_add(b, "stat field %d: %s\n", field, f);
 }
 
+// Position and flags. O_LARGEFILE says of a pipe only whether it was opened by a name.
+static void baseline_fdinfo(struct baseline_text *b, const char *path, int fd, int is_pipe)
+{
+#ifdef __aarch64__
+	const unsigned largefile = 0400000;
+#else
+	const unsigned largefile = 0100000;
+#endif
+	long pos = 0;
+	unsigned flags = 0;
+	if (baseline_read(path) < 0 || sscanf(baseline_buf, "pos: %ld flags: %o", &pos, &flags) != 2)
+		return;
+	baseline_add(b, "fd %d pos: %ld flags: %o\n", fd, pos, is_pipe ? flags & ~largefile : flags);
+}
+
 static void baseline_fds(struct baseline_text *b)
 {
 	static int fds[4096];
@@ -137,8 +152,7 @@ static void baseline_fds(struct baseline_text *b)
 		}
 		baseline_add(b, "fd %d -> %s\n", fds[i], to);
 		snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fds[i]);
-		// What a terminal or a log gets is written by others; where an appended file stands is the file's end.
-		baseline_file(b, path, (const char *const[]){ "pos:", "flags:", NULL });
+		baseline_fdinfo(b, path, fds[i], !strncmp(to, "pipe", 4));
 	}
 }
 
@@ -209,7 +223,7 @@ static void baseline_maps(struct baseline_text *b)
 		now = (struct baseline_map){ .start = start, .end = end, .offset = offset, .inode = inode };
 		strcpy(now.perms, perms);
 		strcpy(now.dev, dev);
-		if (as_criu && !strncmp(line + at, "/memfd:/dev/zero", 16)) // unnamed shared memory comes back as a memfd
+		if (as_criu && (!strncmp(line + at, "/memfd:/dev/zero", 16) || !strncmp(line + at, "/memfd:/anon_huge", 17))) // unnamed shared memory comes back as a memfd
 			at += 7;
 		snprintf(now.name, sizeof now.name, "%.500s", line + at);
 		if (strstr(now.name, "(deleted)") || !strncmp(now.name, "/memfd:", 7) || !strncmp(now.name, "/dev/zero", 9))

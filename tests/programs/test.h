@@ -158,19 +158,26 @@ __attribute__((unused)) static char test_state(pid_t pid)
 	return close_at ? close_at[2] : 0;
 }
 
-// Fills memory with what only `seed` gives; `test_filled` is the index of the first byte that is not so, or `size`.
-__attribute__((unused)) static void test_fill(void *at, size_t size, unsigned seed)
+// Byte `i` of what only `seed` gives (splitmix64).
+static inline unsigned char test_byte(size_t i, unsigned seed)
 {
-	unsigned char *p = at;
-	for (size_t i = 0; i < size; i++)
-		p[i] = (unsigned char)(((i + 1) * 2654435761u ^ seed * 40503u) >> 13);
+	uint64_t z = ((uint64_t)seed << 32 | i / 8) + 0x9e3779b97f4a7c15u;
+	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+	z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+	return (z ^ z >> 31) >> i % 8 * 8;
 }
 
+__attribute__((unused)) static void test_fill(void *at, size_t size, unsigned seed)
+{
+	for (size_t i = 0; i < size; i++)
+		((unsigned char *)at)[i] = test_byte(i, seed);
+}
+
+// The first byte that is not as `test_fill` made it, or `size`.
 __attribute__((unused)) static size_t test_filled(const void *at, size_t size, unsigned seed)
 {
-	const unsigned char *p = at;
 	for (size_t i = 0; i < size; i++)
-		if (p[i] != (unsigned char)(((i + 1) * 2654435761u ^ seed * 40503u) >> 13))
+		if (((const unsigned char *)at)[i] != test_byte(i, seed))
 			return i;
 	return size;
 }

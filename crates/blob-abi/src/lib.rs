@@ -35,6 +35,11 @@ pub enum OpKind {
     ReadChanged = 8,
     /// Arrives for good: the host takes over the registers from here.
     Park = 9,
+    /// Parasite: receives a descriptor over its socket; its number. It is closed when the session ends, unless
+    /// [`OpKind::DropFd`] has closed it. `-EMFILE` if there is no room for it.
+    TakeFd = 10,
+    /// Parasite: closes the descriptor that [`OpKind::TakeFd`] has received.
+    DropFd = 11,
 }
 
 /// What counts as success of an operation.

@@ -30,8 +30,8 @@ pub struct Entry {
     pub errno: AtomicU32,
     /// Leader: a [`THREAD_NONE`] or other value: whether another thread is in the mapping, which may then not vanish.
     pub thread: AtomicU32,
-    /// Padding.
-    pub pad: u32,
+    /// Leader: one more than the descriptor that [`crate::OpKind::TakeFd`] has received; 0 for none.
+    pub given: AtomicU32,
     /// Other threads: address of the leader's `thread` word.
     pub leader_thread: u64,
 }

@@ -117,12 +117,7 @@ const ROWS: &[Row] = &[
         purpose: "give POSIX timers their ids at once (else slower)",
         next: "use Linux 6.16 or later",
     },
-    Row {
-        names: &["mem_dirty_track"],
-        need: Need::NotYet,
-        purpose: "incremental dumps",
-        next: "nothing uses it yet",
-    },
+    Row { names: &["mem_dirty_track"], need: Need::NotYet, purpose: "incremental dumps", next: "nothing uses it yet" },
     Row {
         names: &["userfaultfd_wp_async"],
         need: Need::NotYet,
@@ -217,7 +212,9 @@ fn feature(name: &str, place: &Place) -> Result<ExitCode> {
             say(&format!("{name} is supported\n"));
             Ok(ExitCode::SUCCESS)
         }
-        (_, Need::NotYet) => bail!("{name} is not supported: {} are not there yet, whatever this kernel can", row.purpose),
+        (_, Need::NotYet) => {
+            bail!("{name} is not supported: {} are not there yet, whatever this kernel can", row.purpose)
+        }
         (Support::No, _) => bail!("{name} is not supported: {}", row.next),
         (Support::Unknown(_), _) => bail!("{name} cannot be found out: {support}; {}", row.next),
     }
@@ -260,7 +257,7 @@ fn support(row: &Row, features: &Features, place: &Place) -> Support {
     match row.names[0] {
         "checkpoint_restore" if features.caps.can_checkpoint_restore() => Support::Yes,
         "checkpoint_restore" => Support::No,
-        "mnt_id" => mnt_id(place).unwrap_or_else(|_| Support::Unknown(nix::errno::Errno::ENOENT as i32)),
+        "mnt_id" => mnt_id(place).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32)),
         name => {
             let found = features.list().into_iter().find(|(known, _)| *known == name);
             found.map_or(Support::Unknown(0), |(_, support)| support)

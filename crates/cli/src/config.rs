@@ -48,7 +48,7 @@ pub fn options(line: &[Given]) -> Result<Vec<Given>> {
 /// Appends the options of one file.
 fn read(text: &[u8], path: &Path, options: &mut Vec<Given>) -> Result<()> {
     for (i, line) in text.split(|byte| *byte == b'\n').enumerate() {
-        let parsed = statement(line).and_then(|word| getopt::parse(word));
+        let parsed = statement(line).and_then(getopt::parse);
         let words = parsed.with_context(|| format!("{}, line {}", path.display(), i + 1))?;
         options.extend(words.options);
     }

@@ -68,10 +68,10 @@ impl Demo {
         fs::create_dir(&images).with_context(|| format!("cannot make {}", images.display()))?;
 
         let took = self.command(2, "dump", &["dump", "-t", &root.to_string()], &images)?;
-        self.root = None;
         let frozen = ImageDir::open(&images)?.read_one(ImageKind::Stats, ImageKind::STATS_DUMP);
         let frozen = frozen.ok().and_then(|stats: pb::StatsEntry| stats.dump).map_or(0, |dump| dump.frozen_time);
-        let files: Vec<u64> = fs::read_dir(&images)?.flatten().flat_map(|file| file.metadata()).map(|m| m.len()).collect();
+        let files: Vec<u64> =
+            fs::read_dir(&images)?.flatten().flat_map(|file| file.metadata()).map(|m| m.len()).collect();
         say(&format!(
             "            {}, of which {} frozen; {} files, {}\n",
             time(took),
@@ -118,19 +118,22 @@ impl Demo {
         let start = Instant::now();
         let mut command = Command::new(&self.program);
         command.args(words).arg("-D").arg(images).args(["-o", &log, "-v3", "--no-default-config"]);
-        let status = command.stdin(Stdio::null()).stderr(Stdio::null()).status().context("cannot start this program")?;
+        let status =
+            command.stdin(Stdio::null()).stderr(Stdio::null()).status().context("cannot start this program")?;
         let took = start.elapsed().as_micros() as u64;
         if !status.success() {
             let log = fs::read_to_string(images.join(&log)).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
             let tail = lines[lines.len().saturating_sub(20)..].join("\n  ");
-            bail!("{name} failed ({status}); `dormouse check` tells what this machine lacks. End of its log:\n  {tail}");
+            bail!(
+                "{name} failed ({status}); `dormouse check` tells what this machine lacks. End of its log:\n  {tail}"
+            );
         }
         Ok(took)
     }
 
     /// Sees to it that nothing runs any more; how far the counter came.
-    fn gone(&self, root: i32, child: i32) -> Result<u64> {
+    fn gone(&mut self, root: i32, child: i32) -> Result<u64> {
         let end = Instant::now() + LIMIT;
         for pid in [root, child] {
             while kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH) {
@@ -140,6 +143,7 @@ impl Demo {
                 pause()?;
             }
         }
+        self.root = None;
         let before = self.read()?.0;
         for _ in 0..10 {
             pause()?;
@@ -183,14 +187,10 @@ impl Demo {
             // It may have ended by itself.
             let _ = killpg(Pid::from_raw(root), Signal::SIGKILL);
         }
-        loop {
-            match waitpid(Pid::from_raw(-1), None) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(_) => break,
-            }
-        }
-        // The system's own cleaning of temporary directories is all that is left if this fails.
+        // Without its directory a counter that was lost track of ends by itself. If it cannot be removed, the system's
+        // own cleaning of temporary directories is all that is left.
         let _ = fs::remove_dir_all(&self.dir);
+        while matches!(waitpid(Pid::from_raw(-1), None), Ok(_) | Err(Errno::EINTR)) {}
     }
 }
 
@@ -208,7 +208,7 @@ fn lines(path: &Path) -> Vec<String> {
 }
 
 fn pause() -> Result<()> {
-    cancel::check()?;
+    ensure!(!cancel::asked(), "interrupted; nothing is left behind");
     std::thread::sleep(TICK);
     Ok(())
 }

@@ -84,7 +84,10 @@ mod tests {
 
     #[test]
     fn numbers_for_people() {
-        assert_eq!([0, 999, 1024, 1536, 5 << 20, 3 << 30].map(size), ["0 B", "999 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.0 GiB"]);
+        assert_eq!(
+            [0, 999, 1024, 1536, 5 << 20, 3 << 30].map(size),
+            ["0 B", "999 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.0 GiB"]
+        );
         assert_eq!([80, 12_340, 2_500_000].map(time), ["0.08 ms", "12.3 ms", "2.50 s"]);
     }
 }

@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 use dormouse_dump::After;
 use dormouse_images::pb;
+use dormouse_infect::supervise::supervised;
 use dormouse_kernel::HostPid;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -78,10 +79,23 @@ impl Place {
     }
 }
 
-/// `dormouse dump`
+/// `dormouse dump`: a child does it, so that whatever ends this process only asks the child to take everything back.
+///
+/// # Errors
+/// The directories or the log are not accessible, or there can be no child; what fails later is told here.
 pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
-    dormouse_infect::cancel::install();
+    let code = supervised(|| put_to_sleep(args, &place).into()).context("cannot start a process for the dump")?;
+    if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {
+        let what =
+            format!("the dumping process was ended by signal {signal}; look after pid {} and dump it again", args.tree);
+        place.log.failure(&anyhow::Error::msg(what), Some("Dumping FAILED."));
+    }
+    Ok(u8::try_from(code).unwrap_or(1).into())
+}
+
+/// Dumps and tells of it; the exit code.
+fn put_to_sleep(args: &DumpArgs, place: &Place) -> u8 {
     let post_dump_failed = Cell::new(false);
     let scripts = Scripts { programs: &args.common.action_script, images: &place.images, log: &place.log };
     let hook = |action: &str, root: Option<i32>| {
@@ -108,7 +122,7 @@ pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
         Ok(report) => report,
         Err(error) => {
             place.log.failure(&error.into(), Some("Dumping FAILED."));
-            return Ok(if post_dump_failed.get() { POST_DUMP_FAILED.into() } else { ExitCode::FAILURE });
+            return if post_dump_failed.get() { POST_DUMP_FAILED } else { 1 };
         }
     };
     place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
@@ -123,10 +137,13 @@ pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
             time(report.total_us)
         );
     }
-    Ok(ExitCode::SUCCESS)
+    0
 }
 
 /// `dormouse restore`
+///
+/// # Errors
+/// The directories or the log are not accessible; what fails later is told here.
 pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
     for (fd, key) in &args.inherit_fd {

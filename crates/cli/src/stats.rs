@@ -101,7 +101,8 @@ mod tests {
     #[test]
     fn image_is_readable_again() {
         let dir = TestDir::new("stats");
-        let report = dormouse_restore::Report { root_pid: 1, tasks: 2, threads: 3, pages: 4, forking_us: 5, total_us: 6 };
+        let report =
+            dormouse_restore::Report { root_pid: 1, tasks: 2, threads: 3, pages: 4, forking_us: 5, total_us: 6 };
         let stats = pb::StatsEntry { dump: None, restore: Some(of_restore(&report)) };
         write(dir.path(), &stats).expect("write");
         let images = ImageDir::open(dir.path()).expect("open");

@@ -160,6 +160,26 @@ impl ImageDir {
         ImageWriter::new(kind, self.create_file(kind, id)?, self.names(kind, id).1)
     }
 
+    /// Writes an image of one record.
+    ///
+    /// # Errors
+    /// As of [`Self::writer`].
+    pub fn write_one<M: Message + Name>(&self, kind: ImageKind, id: u64, record: &M) -> Result<(), ImageError> {
+        self.write_all(kind, id, std::slice::from_ref(record))
+    }
+
+    /// Writes an image of these records, without payloads.
+    ///
+    /// # Errors
+    /// As of [`Self::writer`].
+    pub fn write_all<M: Message + Name>(&self, kind: ImageKind, id: u64, records: &[M]) -> Result<(), ImageError> {
+        let mut writer = self.writer(kind, id)?;
+        for r in records {
+            writer.record(r)?;
+        }
+        writer.finish()
+    }
+
     /// The only record of an image.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use prost::{Message, Name};
 
 use crate::kind::{Body, IMG_COMMON_MAGIC, IMG_SERVICE_MAGIC, ImageKind};
 use crate::required::{self, Fault};
-use crate::schema::{Shape, shapes};
+use crate::schema::{Shape, shape};
 use crate::{ImageError, pb, wire};
 
 /// The longest record that is read or written, in bytes: room for an address space of two million mappings.
@@ -139,7 +139,7 @@ impl<R: BufRead> Records<R> {
             return Ok(None);
         }
         let message = self.kind.message(self.record);
-        let Some(shape) = message.and_then(|m| shapes().find(m)) else {
+        let Some(shape) = message.and_then(shape) else {
             return Err(ImageError::WrongMessage { kind: self.kind, message: "records" });
         };
         self.record_bytes(shape)?;
@@ -224,7 +224,7 @@ impl<R: BufRead> Records<R> {
 
     /// One `ipc_msg` record and its text.
     fn message(&mut self) -> Result<RawMessage, ImageError> {
-        let Some(shape) = shapes().find(pb::IpcMsg::NAME) else { return Ok(Default::default()) };
+        let Some(shape) = shape(pb::IpcMsg::NAME) else { return Ok(Default::default()) };
         self.record -= 1;
         let read = self.record_bytes(shape);
         self.record += 1;
@@ -250,7 +250,7 @@ impl<R: BufRead> Records<R> {
         self.buf = buf;
         read?;
         required::check(shape, &self.buf, self.kind.is_sidecar())
-            .map_err(|fault| fault_error(fault, &self.path, self.record, &shape.name))
+            .map_err(|fault| fault_error(fault, &self.path, self.record, shape.name))
     }
 
     fn word(&mut self) -> Result<u32, ImageError> {
@@ -322,6 +322,6 @@ pub(crate) fn fault_error(fault: Fault, path: &Path, record: u64, message: &str)
             ImageError::MissingField { path, record, field: names.join(".") }
         }
         Fault::Malformed(reason) => ImageError::Decode { path, record, message: message.to_owned(), reason },
-        Fault::Unknown { message, tag } => ImageError::UnknownTag { path, record, message, tag },
+        Fault::Unknown { message, tag } => ImageError::UnknownTag { path, record, message: message.to_owned(), tag },
     }
 }

@@ -1,6 +1,6 @@
 //! Checking a record before it is decoded: prost reads a missing required field as zero and forgets unknown ones.
 
-use crate::schema::{FieldShape, Shape, Wire, shapes};
+use crate::schema::{FieldShape, Shape, Wire, shape_at};
 use crate::wire::{Fields, Raw, check_packed};
 
 /// Messages may nest this deep, as in prost and serde_json.
@@ -10,11 +10,11 @@ const MAX_DEPTH: u32 = 100;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// A required field is missing: its path within the record, outermost name last.
-    Missing(Vec<String>),
+    Missing(Vec<&'static str>),
     /// It is no valid message.
     Malformed(String),
     /// A field is not in the schema.
-    Unknown { message: String, tag: u32 },
+    Unknown { message: &'static str, tag: u32 },
 }
 
 /// Checks a record against the schema; `strict`: also that no field is unknown. A message that comes in several
@@ -22,7 +22,7 @@ pub(crate) enum Fault {
 pub(crate) fn check(shape: &Shape, record: &[u8], strict: bool) -> Result<(), Fault> {
     check_at(shape, record, strict, MAX_DEPTH).map_err(|fault| match fault {
         Fault::Missing(mut path) => {
-            path.push(shape.name.clone());
+            path.push(shape.name);
             Fault::Missing(path)
         }
         other => other,
@@ -38,7 +38,7 @@ fn check_at(shape: &Shape, message: &[u8], strict: bool, depth: u32) -> Result<(
         let (number, raw) = field.map_err(|reason| Fault::Malformed(format!("{}: {reason}", shape.name)))?;
         let Some(field) = shape.fields.get(number as usize).and_then(Option::as_ref) else {
             if strict {
-                return Err(Fault::Unknown { message: shape.name.clone(), tag: number });
+                return Err(Fault::Unknown { message: shape.name, tag: number });
             }
             continue;
         };
@@ -50,7 +50,7 @@ fn check_at(shape: &Shape, message: &[u8], strict: bool, depth: u32) -> Result<(
         return Ok(());
     }
     let field = shape.fields.get(missing.trailing_zeros() as usize).and_then(Option::as_ref);
-    Err(Fault::Missing(vec![field.map_or_else(String::new, |f| f.name.clone())]))
+    Err(Fault::Missing(vec![field.map_or("", |f| f.name)]))
 }
 
 fn check_field(shape: &Shape, field: &FieldShape, raw: Raw<'_>, strict: bool, depth: u32) -> Result<(), Fault> {
@@ -67,9 +67,9 @@ fn check_field(shape: &Shape, field: &FieldShape, raw: Raw<'_>, strict: bool, de
             }
         },
         (Wire::Message(inner), Raw::Bytes(bytes)) => {
-            check_at(shapes().get(inner), bytes, strict, depth - 1).map_err(|fault| match fault {
+            check_at(shape_at(inner), bytes, strict, depth - 1).map_err(|fault| match fault {
                 Fault::Missing(mut path) => {
-                    path.push(field.name.clone());
+                    path.push(field.name);
                     Fault::Missing(path)
                 }
                 other => other,
@@ -90,7 +90,7 @@ mod tests {
     use crate::pb;
 
     fn shape(name: &str) -> &'static Shape {
-        shapes().find(name).expect("it is in the schema")
+        crate::schema::shape(name).expect("it is in the schema")
     }
 
     #[test]
@@ -103,9 +103,9 @@ mod tests {
     fn a_missing_field_is_named_with_its_path() {
         // type, id and an empty `reg`.
         let missing = check(shape("file_entry"), &[0x08, 1, 0x10, 1, 0x1a, 0], false);
-        assert_eq!(missing, Err(Fault::Missing(vec!["id".into(), "reg".into(), "file_entry".into()])));
+        assert_eq!(missing, Err(Fault::Missing(vec!["id", "reg", "file_entry"])));
         let missing = check(shape("file_entry"), &[], false);
-        assert_eq!(missing, Err(Fault::Missing(vec!["type".into(), "file_entry".into()])));
+        assert_eq!(missing, Err(Fault::Missing(vec!["type", "file_entry"])));
     }
 
     #[test]
@@ -113,7 +113,7 @@ mod tests {
         let mut bytes = pb::ThreadExt { tid: 1, ..Default::default() }.encode_to_vec();
         bytes.extend([0x78, 1]);
         assert_eq!(check(shape("thread_ext"), &bytes, false), Ok(()));
-        let unknown = Fault::Unknown { message: "thread_ext".into(), tag: 15 };
+        let unknown = Fault::Unknown { message: "thread_ext", tag: 15 };
         assert_eq!(check(shape("thread_ext"), &bytes, true), Err(unknown));
     }
 

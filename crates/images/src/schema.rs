@@ -1,9 +1,8 @@
 //! The schema at run time: descriptors for JSON, and flat tables for checking records before they are decoded.
 
-use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use prost_reflect::{Cardinality, DescriptorPool, Kind, MessageDescriptor};
+use prost_reflect::{DescriptorPool, MessageDescriptor};
 
 /// The package of every message.
 const PACKAGE: &str = "dormouse.criu";
@@ -13,9 +12,10 @@ static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     DescriptorPool::decode(bytes).expect("the build script encoded it")
 });
 
-static SHAPES: LazyLock<Shapes> = LazyLock::new(Shapes::new);
+include!(concat!(env!("OUT_DIR"), "/shapes.rs"));
 
-/// The descriptors of all messages, enums and display hints.
+/// The descriptors of all messages, enums and display hints. Takes some milliseconds when it is first called; only
+/// JSON needs it.
 pub fn pool() -> &'static DescriptorPool {
     &POOL
 }
@@ -33,99 +33,43 @@ pub(crate) enum Wire {
     /// Eight bytes.
     Fixed64,
     /// Four bytes.
+    #[allow(dead_code, reason = "the schema has no such field today")]
     Fixed32,
     /// Bytes.
     Bytes,
     /// UTF-8.
     Text,
-    /// A message: index into [`Shapes`].
+    /// A message: its index for [`shape_at`].
     Message(usize),
 }
 
 /// A field of a message.
 #[derive(Debug)]
 pub(crate) struct FieldShape {
-    pub name: String,
+    pub name: &'static str,
     pub wire: Wire,
     /// It may also come packed.
     pub list: bool,
 }
 
 /// A message: which fields it has, which it must have.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Shape {
-    pub name: String,
-    /// By field number; no message has numbers above 127 (see the test).
-    pub fields: Vec<Option<FieldShape>>,
-    /// Bit n: field n is required.
+    pub name: &'static str,
+    /// Bit n: field n is required. The build script refuses numbers above 127.
     pub required: u128,
+    /// By field number.
+    pub fields: &'static [Option<FieldShape>],
 }
 
-/// All messages.
-pub(crate) struct Shapes {
-    all: Vec<Shape>,
-    by_name: HashMap<String, usize>,
+/// A message by its short name.
+pub(crate) fn shape(name: &str) -> Option<&'static Shape> {
+    SHAPES.binary_search_by_key(&name, |s| s.name).ok().map(|i| &SHAPES[i])
 }
 
-impl Shapes {
-    fn new() -> Self {
-        let mut shapes = Self { all: Vec::new(), by_name: HashMap::new() };
-        for m in POOL.all_messages().filter(|m| m.package_name() == PACKAGE) {
-            shapes.index(&m);
-        }
-        shapes
-    }
-
-    fn index(&mut self, message: &MessageDescriptor) -> usize {
-        if let Some(i) = self.by_name.get(message.name()) {
-            return *i;
-        }
-        let index = self.all.len();
-        self.by_name.insert(message.name().to_owned(), index);
-        self.all.push(Shape { name: message.name().to_owned(), ..Shape::default() });
-        for f in message.fields() {
-            let wire = match f.kind() {
-                Kind::Int32
-                | Kind::Int64
-                | Kind::Uint32
-                | Kind::Uint64
-                | Kind::Sint32
-                | Kind::Sint64
-                | Kind::Bool
-                | Kind::Enum(_) => Wire::Varint,
-                Kind::Fixed64 | Kind::Sfixed64 | Kind::Double => Wire::Fixed64,
-                Kind::Fixed32 | Kind::Sfixed32 | Kind::Float => Wire::Fixed32,
-                Kind::Bytes => Wire::Bytes,
-                Kind::String => Wire::Text,
-                Kind::Message(m) => Wire::Message(self.index(&m)),
-            };
-            let number = f.number() as usize;
-            let shape = &mut self.all[index];
-            if shape.fields.len() <= number {
-                shape.fields.resize_with(number + 1, || None);
-            }
-            if f.cardinality() == Cardinality::Required {
-                shape.required |= 1 << number;
-            }
-            shape.fields[number] = Some(FieldShape { name: f.name().to_owned(), wire, list: f.is_list() });
-        }
-        index
-    }
-
-    /// A message by its index.
-    pub fn get(&self, index: usize) -> &Shape {
-        &self.all[index]
-    }
-
-    /// A message by its short name.
-    pub fn find(&self, name: &str) -> Option<&Shape> {
-        self.by_name.get(name).map(|i| &self.all[*i])
-    }
-}
-
-/// The tables of all messages.
-pub(crate) fn shapes() -> &'static Shapes {
-    &SHAPES
+/// A message by the index in [`Wire::Message`].
+pub(crate) fn shape_at(index: usize) -> &'static Shape {
+    &SHAPES[index]
 }
 
 #[cfg(test)]
@@ -133,12 +77,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn field_numbers_fit_the_mask_of_required_ones() {
+    fn tables_and_descriptors_agree() {
         let messages: Vec<_> = POOL.all_messages().filter(|m| m.package_name() == PACKAGE).collect();
-        assert!(messages.len() > 150, "{}", messages.len());
+        assert_eq!(messages.len(), SHAPES.len());
         for m in messages {
-            assert!(m.fields().all(|f| f.number() < 128), "{}", m.name());
-            assert_eq!(shapes().find(m.name()).map(|s| s.name.as_str()), Some(m.name()));
+            let shape = shape(m.name()).expect("it has a shape");
+            assert_eq!(shape.fields.iter().flatten().count(), m.fields().len(), "{}", m.name());
+            for f in m.fields() {
+                let field = shape.fields[f.number() as usize].as_ref().expect("it is in the table");
+                assert_eq!((field.name, field.list), (f.name(), f.is_list()));
+                let required = f.cardinality() == prost_reflect::Cardinality::Required;
+                assert_eq!(shape.required >> f.number() & 1 == 1, required);
+                if let prost_reflect::Kind::Message(inner) = f.kind() {
+                    assert!(matches!(field.wire, Wire::Message(i) if shape_at(i).name == inner.name()));
+                }
+            }
         }
     }
 }

@@ -4,17 +4,18 @@ use std::fs::File;
 use std::io;
 use std::mem::offset_of;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use dormouse_blob_abi::DONE;
+use dormouse_blob_abi::{DONE, OpKind, Policy};
 use dormouse_blob_abi::parasite::{
     Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_NONE,
 };
 use dormouse_blobs::PARASITE;
-use dormouse_kernel::ids::HostPid;
+use dormouse_kernel::ids::{HostPid, TargetFd};
 use dormouse_sys::{futex, nr};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::arch;
 use crate::arena::{Arena, Batch};
@@ -124,12 +125,14 @@ impl<'a> Parasite<'a> {
     }
 
     fn exchange(&self, request: &Request) -> Result<u64, InfectError> {
+        self.request(request)?;
+        self.receive()
+    }
+
+    fn request(&self, request: &Request) -> Result<(), InfectError> {
         // SAFETY: sends 16 bytes of a plain record.
         let n = unsafe { libc::send(self.socket.as_raw_fd(), (request as *const Request).cast(), 16, libc::MSG_NOSIGNAL) };
-        if n != 16 {
-            return Err(InfectError::Gone(self.pid()));
-        }
-        self.receive()
+        if n == 16 { Ok(()) } else { Err(InfectError::Gone(self.pid())) }
     }
 
     fn receive(&self) -> Result<u64, InfectError> {
@@ -145,6 +148,46 @@ impl<'a> Parasite<'a> {
             }
             return Err(InfectError::Gone(self.pid()));
         }
+    }
+
+    /// Gives the target a copy of a descriptor of ours (SCM_RIGHTS), in the place of one given before. The target's copy is
+    /// closed by [`Parasite::drop_fd`], or when the session ends, however it ends.
+    ///
+    /// # Errors
+    /// The target has no free descriptor (`EMFILE`), a security module forbids it, or the target ended.
+    pub fn give_fd(&mut self, fd: impl AsFd) -> Result<TargetFd, InfectError> {
+        cancel::check()?;
+        let mut batch = Batch::new();
+        let take = batch.push("receiving a descriptor", OpKind::TakeFd, Policy::Must, 0, [0; 6]);
+        let mark = self.arena.mark();
+        let ops = batch.place(&mut self.arena);
+        // The parasite begins with the request and finds the descriptor right behind it.
+        let status = self.request(&Request { ops, n_ops: 1 }).and_then(|()| self.send_fd(fd)).and_then(|()| self.receive());
+        batch.fetch(&self.arena, ops);
+        self.arena.reset(mark);
+        self.judge(self.pid(), &batch, status?)?;
+        Ok(TargetFd(batch.ret(take) as i32))
+    }
+
+    /// Closes the target's copy of what [`Parasite::give_fd`] gave it.
+    ///
+    /// # Errors
+    /// The target ended.
+    pub fn drop_fd(&mut self) -> Result<(), InfectError> {
+        let mut batch = Batch::new();
+        batch.push("closing a descriptor", OpKind::DropFd, Policy::Must, 0, [0; 6]);
+        self.run(&mut batch)
+    }
+
+    fn send_fd(&self, fd: impl AsFd) -> Result<(), InfectError> {
+        let fds = [fd.as_fd().as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let byte = [io::IoSlice::new(&[0])];
+        let send = |rights: &[ControlMessage<'_>]| {
+            sendmsg::<()>(self.socket.as_raw_fd(), &byte, rights, MsgFlags::MSG_NOSIGNAL, None)
+        };
+        // A byte without a descriptor is an answer too, without which the parasite would wait for ever.
+        send(&rights).or_else(|_| send(&[])).map(drop).map_err(|e| failed("sendmsg to the parasite", self.pid(), e.into()))
     }
 
     /// The descriptor of the parasite's own socket in the target: not part of what is dumped.

@@ -10,10 +10,10 @@ use crate::{InfectError, cancel, failed, last};
 
 const NT_PRSTATUS: i32 = 1;
 const PTRACE_EVENT_STOP: i32 = 128;
-const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
-const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
-const PTRACE_PEEKSIGINFO: libc::c_uint = 0x4209;
-const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const PTRACE_GETSIGMASK: i32 = 0x420a;
+const PTRACE_SETSIGMASK: i32 = 0x420b;
+const PTRACE_PEEKSIGINFO: i32 = 0x4209;
+const PTRACE_GET_RSEQ_CONFIGURATION: i32 = 0x420f;
 const PTRACE_O_SUSPEND_SECCOMP: usize = 1 << 21;
 
 /// What a wait on a seized thread ended with.
@@ -91,7 +91,7 @@ impl Tracee {
             options |= libc::PTRACE_O_EXITKILL as usize;
         }
         // SAFETY: seizing changes no memory of ours.
-        if unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid.0, null_mut::<u8>(), options as *mut u8) } < 0 {
+        if unsafe { libc::ptrace(libc::PTRACE_SEIZE as _, tid.0, null_mut::<u8>(), options as *mut u8) } < 0 {
             return Err(last("PTRACE_SEIZE", tid));
         }
         Ok(Self { tid, attached: true, group_stop: None })
@@ -102,7 +102,7 @@ impl Tracee {
     /// # Errors
     /// The thread is gone.
     pub fn release_from_exit(&self) -> Result<(), InfectError> {
-        self.request(libc::PTRACE_SETOPTIONS as _, libc::PTRACE_O_TRACESYSGOOD, "PTRACE_SETOPTIONS")
+        self.request(libc::PTRACE_SETOPTIONS as i32, libc::PTRACE_O_TRACESYSGOOD, "PTRACE_SETOPTIONS")
     }
 
     /// The thread's id.
@@ -115,7 +115,7 @@ impl Tracee {
     /// # Errors
     /// The thread is gone.
     pub fn interrupt(&self) -> Result<(), InfectError> {
-        self.request(libc::PTRACE_INTERRUPT, 0, "PTRACE_INTERRUPT")
+        self.request(libc::PTRACE_INTERRUPT as i32, 0, "PTRACE_INTERRUPT")
     }
 
     /// Lets it run, delivering `signal` (0: none).
@@ -123,10 +123,10 @@ impl Tracee {
     /// # Errors
     /// The thread is gone.
     pub fn cont(&self, signal: i32) -> Result<(), InfectError> {
-        self.request(libc::PTRACE_CONT, signal, "PTRACE_CONT")
+        self.request(libc::PTRACE_CONT as i32, signal, "PTRACE_CONT")
     }
 
-    fn request(&self, request: libc::c_uint, data: i32, name: &'static str) -> Result<(), InfectError> {
+    fn request(&self, request: i32, data: i32, name: &'static str) -> Result<(), InfectError> {
         // SAFETY: these requests touch no memory of ours.
         if unsafe { libc::ptrace(request as _, self.tid.0, null_mut::<u8>(), data as usize as *mut u8) } < 0 {
             return Err(last(name, self.tid));
@@ -203,7 +203,7 @@ impl Tracee {
         // SAFETY: a register block is plain integers.
         let mut regs: GpRegs = unsafe { std::mem::zeroed() };
         let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<GpRegs>() };
-        self.regset(libc::PTRACE_GETREGSET, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_GETREGSET", self.tid, e))?;
+        self.regset(libc::PTRACE_GETREGSET as i32, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_GETREGSET", self.tid, e))?;
         Ok(regs)
     }
 
@@ -214,10 +214,10 @@ impl Tracee {
     pub fn set_regs(&self, regs: &GpRegs) -> Result<(), InfectError> {
         let mut regs = *regs;
         let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<GpRegs>() };
-        self.regset(libc::PTRACE_SETREGSET, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_SETREGSET", self.tid, e))
+        self.regset(libc::PTRACE_SETREGSET as i32, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_SETREGSET", self.tid, e))
     }
 
-    fn regset(&self, request: libc::c_uint, note: i32, iov: &mut libc::iovec) -> io::Result<()> {
+    fn regset(&self, request: i32, note: i32, iov: &mut libc::iovec) -> io::Result<()> {
         // SAFETY: `iov` names memory of ours that is as long as it says.
         if unsafe { libc::ptrace(request as _, self.tid.0, note as usize as *mut u8, iov as *mut libc::iovec) } < 0 {
             return Err(io::Error::last_os_error());
@@ -232,7 +232,7 @@ impl Tracee {
     pub fn get_set(&self, note: i32) -> Result<Option<Vec<u8>>, InfectError> {
         let mut bytes = vec![0u8; 20 * 1024];
         let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-        match self.regset(libc::PTRACE_GETREGSET, note, &mut iov) {
+        match self.regset(libc::PTRACE_GETREGSET as i32, note, &mut iov) {
             Ok(()) => {
                 bytes.truncate(iov.iov_len);
                 Ok(Some(bytes))
@@ -249,7 +249,7 @@ impl Tracee {
     pub fn set_set(&self, note: i32, bytes: &[u8]) -> Result<(), InfectError> {
         let mut bytes = bytes.to_vec();
         let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-        self.regset(libc::PTRACE_SETREGSET, note, &mut iov)
+        self.regset(libc::PTRACE_SETREGSET as i32, note, &mut iov)
             .map_err(|e| failed("PTRACE_SETREGSET of the extended state", self.tid, e))
     }
 
@@ -374,7 +374,7 @@ impl Tracee {
     pub fn pass_syscall(&mut self) -> Result<io::Result<u64>, InfectError> {
         for _ in 0..2 {
             loop {
-                self.request(libc::PTRACE_SYSCALL as _, 0, "PTRACE_SYSCALL")?;
+                self.request(libc::PTRACE_SYSCALL as i32, 0, "PTRACE_SYSCALL")?;
                 match self.wait(false)? {
                     (Stop::Syscall, 0) => break,
                     (Stop::Ended(_), _) => {
@@ -412,7 +412,7 @@ impl Tracee {
     /// The thread is gone.
     pub fn detach(mut self) -> Result<(), InfectError> {
         self.attached = false;
-        self.request(libc::PTRACE_DETACH, 0, "PTRACE_DETACH")
+        self.request(libc::PTRACE_DETACH as i32, 0, "PTRACE_DETACH")
     }
 
     /// The thread was killed or handed on: nothing is to be undone.
@@ -424,7 +424,7 @@ impl Tracee {
 impl Drop for Tracee {
     fn drop(&mut self) {
         if self.attached {
-            let _ = self.request(libc::PTRACE_DETACH, 0, "PTRACE_DETACH");
+            let _ = self.request(libc::PTRACE_DETACH as i32, 0, "PTRACE_DETACH");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! System call numbers; the same name has its own number on each architecture (`None`-less: only calls both have, unless noted).
+//! System call numbers; the same name has its own number on each architecture (only calls that both have, unless noted).
 
 /// `read(2)`.
 pub const READ: u64 = if cfg!(target_arch = "x86_64") { 0 } else { 63 };
@@ -127,7 +127,7 @@ pub const MLOCKALL: u64 = if cfg!(target_arch = "x86_64") { 151 } else { 230 };
 /// `futex(2)`.
 pub const FUTEX: u64 = if cfg!(target_arch = "x86_64") { 202 } else { 98 };
 /// `clone3(2)`.
-pub const CLONE3: u64 = if cfg!(target_arch = "x86_64") { 435 } else { 435 };
+pub const CLONE3: u64 = 435;
 /// `rt_sigqueueinfo(2)`.
 pub const RT_SIGQUEUEINFO: u64 = if cfg!(target_arch = "x86_64") { 129 } else { 138 };
 /// `rt_tgsigqueueinfo(2)`.
@@ -153,7 +153,7 @@ pub const PPOLL: u64 = if cfg!(target_arch = "x86_64") { 271 } else { 73 };
 /// `nanosleep(2)`.
 pub const NANOSLEEP: u64 = if cfg!(target_arch = "x86_64") { 35 } else { 101 };
 /// `close_range(2)`.
-pub const CLOSE_RANGE: u64 = if cfg!(target_arch = "x86_64") { 436 } else { 436 };
+pub const CLOSE_RANGE: u64 = 436;
 /// `openat(2)`.
 pub const OPENAT: u64 = if cfg!(target_arch = "x86_64") { 257 } else { 56 };
 /// `membarrier(2)`.
@@ -173,9 +173,9 @@ pub const VMSPLICE: u64 = if cfg!(target_arch = "x86_64") { 278 } else { 75 };
 /// `userfaultfd(2)`.
 pub const USERFAULTFD: u64 = if cfg!(target_arch = "x86_64") { 323 } else { 282 };
 /// `pidfd_getfd(2)`.
-pub const PIDFD_GETFD: u64 = if cfg!(target_arch = "x86_64") { 438 } else { 438 };
+pub const PIDFD_GETFD: u64 = 438;
 /// `pidfd_open(2)`.
-pub const PIDFD_OPEN: u64 = if cfg!(target_arch = "x86_64") { 434 } else { 434 };
+pub const PIDFD_OPEN: u64 = 434;
 /// `kcmp(2)`.
 pub const KCMP: u64 = if cfg!(target_arch = "x86_64") { 312 } else { 272 };
 /// `memfd_create(2)`.

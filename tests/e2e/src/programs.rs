@@ -20,7 +20,7 @@ pub struct Options {
     pub dump: Vec<String>,
     /// More words for the restore.
     pub restore: Vec<String>,
-    /// More words for the harness: `tty` runs the program as a job on a terminal.
+    /// More words for the harness: `tty` runs the program as a job on a terminal, `hugepages` reserves some for it.
     pub harness: Vec<String>,
 }
 
@@ -89,7 +89,9 @@ fn run(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
         return Ok(Outcome::needs(format!("the built program {name}")));
     }
     let options = Options::parse(text, &case.dir);
-    if options.harness.iter().any(|word| word == "tty") {
+    let wants = |what: &str| options.harness.iter().any(|word| word == what);
+    let _reserved = wants("hugepages").then(HugePages::reserve);
+    if wants("tty") {
         return tty::run(case, &program, &options);
     }
     let mut command = case.command(&program);
@@ -103,6 +105,33 @@ fn run(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
         ask(case, round)?;
     }
     Ok(Outcome::PASSED)
+}
+
+/// Huge pages reserved for one test.
+struct HugePages;
+
+impl HugePages {
+    const COUNT: i64 = 8;
+    const FILE: &str = "/proc/sys/vm/nr_hugepages";
+
+    /// Reserves more, as far as the machine has them; a program that finds too few says so.
+    fn reserve() -> Self {
+        Self::add(Self::COUNT);
+        Self
+    }
+
+    fn add(more: i64) {
+        let now = fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse::<i64>().ok());
+        if let Some(now) = now {
+            fs::write(Self::FILE, (now + more).max(0).to_string()).ok();
+        }
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        Self::add(-Self::COUNT);
+    }
 }
 
 /// Waits until the program has set itself up; what it needs when it cannot.

@@ -17,8 +17,8 @@ pub(super) fn check(tree: &mut Tree) {
             if !lines.next().is_some_and(|l| l.starts_with("// ") && l.len() > 20) {
                 found.push((file.path.clone(), "the first line is to say in a comment what survives".to_owned()));
             }
-            if lines.next() != Some("// SPDX-License-Identifier: Apache-2.0 OR MIT") {
-                found.push((file.path.clone(), "the second line is to be the licence (SPDX)".to_owned()));
+            if !lines.take(4).any(|l| l == "// SPDX-License-Identifier: Apache-2.0 OR MIT") {
+                found.push((file.path.clone(), "the licence (SPDX) is to be at its head".to_owned()));
             }
         }
         for (number, line) in file.text.lines().enumerate() {

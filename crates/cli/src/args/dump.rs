@@ -84,7 +84,8 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "G" | "g" => 1 << 30,
         other => return Err(format!("{other:?} is no unit; use K, M or G")),
     };
-    let number: u64 = digits.parse().map_err(|_| "not a number of bytes; write for example 1048576 or 1M".to_owned())?;
+    let number: u64 =
+        digits.parse().map_err(|_| "not a number of bytes; write for example 1048576 or 1M".to_owned())?;
     number.checked_mul(unit).ok_or_else(|| "more than 16 exbibytes".to_owned())
 }
 

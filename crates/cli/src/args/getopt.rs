@@ -64,7 +64,8 @@ fn resolve(name: &str) -> Result<(&'static Known, bool)> {
         [one] => Ok(one),
         [] => bail!("unknown option --{name}; `dormouse help dump` and `dormouse help restore` list them"),
         _ => {
-            let name_of = |(known, negated): &(&Known, bool)| format!("--{}{}", if *negated { "no-" } else { "" }, known.long);
+            let name_of =
+                |(known, negated): &(&Known, bool)| format!("--{}{}", if *negated { "no-" } else { "" }, known.long);
             let names: Vec<String> = found.iter().map(name_of).collect();
             bail!("option --{name} may be {}; write more of it", names.join(" or "))
         }

@@ -25,8 +25,10 @@ use crate::{config, version};
 /// Puts trees of Linux processes to sleep on disk and wakes them up again; commands, options and images are CRIU's
 #[derive(Debug, clap::Parser)]
 #[command(name = "dormouse", disable_version_flag = true, args_override_self = true, infer_long_args = true)]
-#[command(after_help = "Options of dump, restore and check may stand before or after the command, may be abbreviated, \
-    and, if they take no value, negated (--no-shell-job). `dormouse help COMMAND` lists them.")]
+#[command(
+    after_help = "Options of dump, restore and check may stand before or after the command, may be abbreviated, \
+    and, if they take no value, negated (--no-shell-job). `dormouse help COMMAND` lists them."
+)]
 pub struct Cli {
     /// What to do
     #[command(subcommand)]

@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 use crate::kind::ImageKind;
 use crate::reader::{MAX_RECORD, Records};
 use crate::required::{self, Fault};
-use crate::schema::shapes;
+use crate::schema::shape;
 use crate::{ImageError, ImageReader};
 use record::At;
 
@@ -147,7 +147,7 @@ fn complete(message: &DynamicMessage, at: At<'_>) -> Result<Vec<u8>, ImageError>
         return Err(at.fail(format!("the record would be {} bytes long, more than {MAX_RECORD}", bytes.len())));
     }
     let desc = message.descriptor();
-    let shape = shapes().find(desc.name());
+    let shape = shape(desc.name());
     match shape.map_or(Ok(()), |shape| required::check(shape, &bytes, false)) {
         Ok(()) => Ok(bytes),
         Err(Fault::Missing(mut names)) => {

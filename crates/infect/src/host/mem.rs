@@ -1,11 +1,14 @@
 //! Host calls: memory that is made or moved for targets.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::fs::File;
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ptr::NonNull;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Major and minor number of the file system that memfds and shared anonymous memory lie on.
 ///
@@ -75,6 +78,60 @@ pub fn send_file(to: impl AsFd, from: impl AsFd, offset: u64, len: u64) -> io::R
     if moved < 0 { Err(io::Error::last_os_error()) } else { Ok(moved as u64) }
 }
 
+/// A shared object mapped into this process: the only way to fill huge pages, whose file system knows no write(2).
+#[derive(Debug)]
+pub struct MappedObject {
+    base: NonNull<c_void>,
+    len: usize,
+}
+
+impl MappedObject {
+    /// Maps `len` bytes of an object, readable and writable.
+    ///
+    /// # Errors
+    /// mmap(2)'s: `ENOMEM` where fewer huge pages are free.
+    pub fn new(object: &OwnedFd, len: u64) -> io::Result<Self> {
+        let length = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let length = NonZeroUsize::new(length).ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mmap(None, length, prot, MapFlags::MAP_SHARED, object, 0) }?;
+        Ok(Self { base, len: length.get() })
+    }
+
+    /// Reads `len` bytes at `offset` of `file` into the object at `at`.
+    ///
+    /// # Errors
+    /// pread(2)'s; `UnexpectedEof` if the file is shorter; `InvalidInput` outside of the object.
+    pub fn read_from(&mut self, at: u64, len: u64, file: &File, offset: u64) -> io::Result<()> {
+        let end = at.checked_add(len).filter(|end| *end <= self.len as u64).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut done = at;
+        while done < end {
+            // SAFETY: inside of the mapping, as just checked; the kernel writes there and nobody holds a reference to it.
+            let n = unsafe {
+                let to = self.base.as_ptr().byte_add(done as usize);
+                libc::pread64(file.as_raw_fd(), to, (end - done) as usize, (offset + (done - at)) as i64)
+            };
+            match n {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n if n > 0 => done += n as u64,
+                _ => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e => return Err(e),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for MappedObject {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`; no reference into it exists.
+        let _ = unsafe { munmap(self.base, self.len) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
@@ -102,5 +159,19 @@ mod tests {
         let mut bytes = [0; 8];
         to.read_exact_at(&mut bytes, 0).expect("read");
         assert_eq!(&bytes, b"dormouse");
+    }
+
+    #[test]
+    fn a_mapped_object_takes_bytes_of_a_file_and_no_more() {
+        let file = File::from(new_memfd(c"test", 8192).expect("memfd"));
+        file.write_all_at(b"dormouse", 100).expect("write");
+        let object = new_memfd(c"test", 4096).expect("memfd");
+        let mut mapped = MappedObject::new(&object, 4096).expect("mmap");
+        mapped.read_from(8, 8, &file, 100).expect("read");
+        let mut bytes = [0; 16];
+        File::from(object).read_exact_at(&mut bytes, 0).expect("read");
+        assert_eq!(&bytes, b"\0\0\0\0\0\0\0\0dormouse");
+        assert!(mapped.read_from(4000, 97, &file, 0).is_err(), "outside of the object");
+        assert!(mapped.read_from(0, 4096, &file, 8000).is_err(), "the file is shorter");
     }
 }

@@ -107,37 +107,6 @@ pub fn membarrier_registrations_can_be_read() -> bool {
     result(unsafe { libc::syscall(libc::SYS_membarrier, GET_REGISTRATIONS, 0, 0) }).is_ok()
 }
 
-/// One of the three segments that set_thread_area(2) gives a thread, as (entry, base, limit, flags) of its
-/// `struct user_desc`; `None` if it was never set, or the kernel runs no 32-bit programs. The thread is in ptrace-stop.
-///
-/// # Errors
-/// The thread is gone, or not traced by the caller.
-#[cfg(target_arch = "x86_64")]
-pub fn thread_area(tid: HostPid, entry: u32) -> io::Result<Option<[u32; 4]>> {
-    const PTRACE_GET_THREAD_AREA: libc::c_uint = 25;
-    const NOT_PRESENT: u32 = 1 << 5;
-    let mut desc = [0u32; 4];
-    // SAFETY: the kernel writes 16 bytes to `desc`.
-    let r = unsafe { libc::ptrace(PTRACE_GET_THREAD_AREA, tid.0, entry as usize as *mut u8, desc.as_mut_ptr()) };
-    match result(r) {
-        Ok(_) => Ok(Some(desc).filter(|d| d[1] != 0 || d[2] != 0 || d[3] & NOT_PRESENT == 0)),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
-/// Copies bytes out of another process (process_vm_readv(2)); the number that could be read, from the front.
-///
-/// # Errors
-/// EPERM without ptrace access, EFAULT if nothing is mapped there.
-pub fn read_memory(pid: HostPid, address: u64, into: &mut [u8]) -> io::Result<usize> {
-    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    let remote = libc::iovec { iov_base: address as *mut _, iov_len: into.len() };
-    // SAFETY: the kernel writes at most `into.len()` bytes to `into`.
-    let n = unsafe { libc::process_vm_readv(pid.0, &local, 1, &remote, 1, 0) };
-    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
-}
-
 /// The restartable sequence that the C library has registered for the calling thread and every process forked from it
 /// inherits (rseq(2); glibc 2.35 and newer); `None` if it registers none. The size may be smaller than the registered one.
 pub fn own_rseq() -> Option<RseqConfig> {
@@ -193,21 +162,12 @@ mod tests {
         assert_eq!(own_securebits().unwrap(), 0);
     }
 
-    #[test]
-    fn memory_is_read_from_where_it_is() {
-        let word = 0x1234_5678_9abc_def0u64;
-        let mut got = [0u8; 8];
-        assert_eq!(read_memory(HostPid::current(), &raw const word as u64, &mut got).unwrap(), 8);
-        assert_eq!(u64::from_ne_bytes(got), word);
-        assert!(read_memory(HostPid::current(), 0, &mut got).is_err());
-    }
-
     #[cfg(target_env = "gnu")]
     #[test]
     fn the_registered_sequence_lies_in_our_memory() {
         if let Some(c) = own_rseq() {
             let mut area = [0u8; 20];
-            assert_eq!(read_memory(HostPid::current(), c.pointer, &mut area).unwrap(), 20);
+            crate::host::process::read_memory(HostPid::current(), c.pointer, &mut area).unwrap();
         }
     }
 }

@@ -1,114 +1,167 @@
-//! File descriptions: the host opens each one once; tasks get their descriptors by forking and dup3(2).
+//! The restore's side: the host opens every description once; tasks get their descriptors by forking and dup3(2).
 
-use std::collections::HashMap;
-use std::ffi::CString;
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 
-use dormouse_images::{ImageKind, pb};
+use dormouse_images::pb;
+use dormouse_infect::arena::{Arena, Batch};
+use dormouse_infect::host::fd as host;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
+use super::fifo::Fifos;
+use super::ghost::Made;
+use super::paths::{Paths, again};
+use super::pipe::Pipes;
+use super::tty::Given;
+use super::{FdKind, kind_of_type, reg};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
-use crate::{RestoreOptions, ResourceError, call, invalid, special};
+use crate::{RestoreOptions, Result, TaskImage, call, invalid};
 
-/// `fd_types` of the image format.
-pub mod kind {
-    /// Regular file, directory, device node.
-    pub const REG: i32 = 1;
-    /// Pipe.
-    pub const PIPE: i32 = 2;
-    /// Named pipe.
-    pub const FIFO: i32 = 3;
-    /// Terminal.
-    pub const TTY: i32 = 11;
-    /// Memfd.
-    pub const MEMFD: i32 = 18;
-}
+/// Status flags that can be set on an open description (fcntl(2), `F_SETFL`).
+const SETTABLE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK | libc::O_NOATIME;
+/// `remap_file_path_entry.remap_id` of old images marks ghosts by this bit.
+const OLD_GHOST: u32 = 1 << 31;
 
-const STRIP: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC;
-
-/// Moves a descriptor to a number that no task of the tree uses.
-pub fn raise(fd: OwnedFd, base: RawFd) -> Result<OwnedFd, ResourceError> {
+/// Moves a descriptor to a number that no task of the tree uses. It is closed on exec.
+pub fn raise(fd: OwnedFd, base: RawFd) -> Result<OwnedFd> {
     if fd.as_raw_fd() >= base {
+        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| call("cannot set FD_CLOEXEC")(e.into()))?;
         return Ok(fd);
     }
-    // SAFETY: copies a descriptor of ours to a free number.
-    let n = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, base) };
-    if n < 0 {
-        return Err(call(format!("no descriptor number above {base} is free (see RLIMIT_NOFILE)"))(io::Error::last_os_error()));
-    }
-    // SAFETY: the number is new and ours.
-    Ok(unsafe { OwnedFd::from_raw_fd(n) })
+    host::dup_above(&fd, base).map_err(call(format!("no descriptor number above {base} is free (see RLIMIT_NOFILE)")))
 }
 
-/// Opens a path with exactly these flags.
-pub fn open(path: &Path, flags: i32) -> io::Result<OwnedFd> {
-    use std::os::unix::ffi::OsStrExt;
-    let c = CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-    // SAFETY: the path is a valid string; the new descriptor is ours.
-    unsafe {
-        let fd = libc::open(c.as_ptr(), flags);
-        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
-    }
+/// A copy of a descriptor known by its number.
+pub fn copy_of(fd: RawFd) -> Result<OwnedFd> {
+    host::copy_number(fd).map_err(call(format!("cannot copy descriptor {fd}; is it open in this process?")))
 }
 
-/// Another description of an open file, with these flags.
-pub fn reopen(fd: RawFd, flags: i32) -> io::Result<OwnedFd> {
-    open(format!("/proc/self/fd/{fd}").as_ref(), flags & !STRIP & !libc::O_NOFOLLOW)
+/// Another description of an open file, with these flags. O_CLOEXEC is left out: it would show in the flags that a task
+/// reads.
+pub fn reopen(fd: &impl AsFd, flags: i32) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    Ok(open(path.as_str(), again(flags & !libc::O_NOFOLLOW), Mode::empty())?)
+}
+
+/// Sets those status flags of a description that can be set.
+pub fn set_status(fd: &impl AsFd, flags: i32, what: &str) -> Result<()> {
+    let settable = OFlag::from_bits_retain(flags & SETTABLE);
+    fcntl(fd, FcntlArg::F_SETFL(settable)).map_err(|e| call(format!("cannot set the flags of {what}"))(e.into()))?;
+    Ok(())
+}
+
+/// Sets the offset of a description. `u64::MAX` stands for one that has none; 0 is what it is opened with.
+pub fn seek(fd: &OwnedFd, pos: u64, name: &str) -> Result<()> {
+    if pos != 0 && pos != u64::MAX {
+        let to = |e: nix::errno::Errno| call(format!("cannot set the offset of {name} to {pos}"))(e.into());
+        lseek(fd, pos as i64, Whence::SeekSet).map_err(to)?;
+    }
+    Ok(())
 }
 
 /// All descriptions of a tree that are open in the host.
 pub struct Files<'a> {
     image: &'a TreeImage,
-    request: &'a RestoreOptions,
+    options: &'a RestoreOptions,
     base: RawFd,
+    paths: Paths,
     open: HashMap<u32, OwnedFd>,
     mapped: HashMap<(u32, i32), OwnedFd>,
     pages: HashMap<i32, OwnedFd>,
-    ghosts: HashMap<u32, OwnedFd>,
-    pipes: special::Pipes,
-    /// Temporary names to remove once the restore has succeeded.
+    /// Files that were compared with their records.
+    checked: HashSet<u32>,
+    /// Memfds whose first description was given.
+    memfds: HashSet<u32>,
+    /// Descriptions whose work inside a task was given to one.
+    late: HashSet<u32>,
+    pub(super) ghosts: HashMap<u32, Made>,
+    pub(super) pipes: Pipes,
+    pub(super) fifos: Fifos,
+    pub(super) ttys: Given,
+    /// Temporary names to remove once the restore has succeeded ([`Self::remove_link_remaps`]).
     pub link_remaps: Vec<PathBuf>,
 }
 
 impl<'a> Files<'a> {
-    /// Nothing is opened yet. `base` is above every descriptor number of the tree.
-    pub fn new(request: &'a RestoreOptions, image: &'a TreeImage, base: RawFd) -> Result<Self, ResourceError> {
-        let pipes = special::Pipes::load(image)?;
+    /// Checks the records; nothing is opened yet. `base` is above every descriptor number of the tree.
+    ///
+    /// # Errors
+    /// A record is missing, contradicts another or is of a kind that cannot be restored; all before anything is made.
+    pub fn new(options: &'a RestoreOptions, image: &'a TreeImage, base: RawFd) -> Result<Self> {
+        check(image)?;
         Ok(Self {
             image,
-            request,
+            options,
             base,
+            paths: Paths::new(options)?,
             open: HashMap::new(),
             mapped: HashMap::new(),
             pages: HashMap::new(),
+            checked: HashSet::new(),
+            memfds: HashSet::new(),
+            late: HashSet::new(),
             ghosts: HashMap::new(),
-            pipes,
+            pipes: Pipes::load(image)?,
+            fifos: Fifos::load(image)?,
+            ttys: Given::load(image, options)?,
             link_remaps: Vec::new(),
         })
     }
 
-    fn entry(&self, id: u32) -> Result<&'a pb::FileEntry, ResourceError> {
-        self.image.files.get(&id).ok_or_else(|| invalid!("files.img: file {id} is missing"))
+    fn entry(&self, id: u32) -> Result<(&'a pb::FileEntry, &'static dyn FdKind)> {
+        entry_of(self.image, id)
     }
 
-    fn reg(&self, id: u32) -> Result<&'a pb::RegFileEntry, ResourceError> {
-        let e = self.entry(id)?;
-        e.reg.as_ref().ok_or_else(|| invalid!("files.img: file {id} is not a regular file (type {})", e.r#type as i32))
+    /// The record of a file that is opened by name.
+    pub(super) fn reg(&self, id: u32) -> Result<&'a pb::RegFileEntry> {
+        let (e, kind) = self.entry(id)?;
+        e.reg.as_ref().ok_or_else(|| invalid!("files.img: file {id} is a {}, where one with a name is needed", kind.name()))
     }
 
-    /// The owner-and-signal settings of a description, if it has any.
+    /// What stands in for a file's name.
+    pub(super) fn remap(&self, id: u32) -> Option<pb::RemapFilePathEntry> {
+        self.image.remaps.get(&id).map(normal)
+    }
+
+    pub(super) fn image(&self) -> &'a TreeImage {
+        self.image
+    }
+
+    pub(super) fn options(&self) -> &'a RestoreOptions {
+        self.options
+    }
+
+    pub(super) fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// A copy of the descriptor that the user gave for this key (`--inherit-fd fd[N]:KEY`), if any.
+    pub(super) fn inherited(&self, key: &str) -> Result<Option<OwnedFd>> {
+        let given = self.options.inherit_fd.iter().find(|(_, k)| k == key);
+        given.map(|(n, _)| copy_of(*n)).transpose()
+    }
+
+    /// Whether this is the first call for this memfd.
+    pub(super) fn first_memfd(&mut self, inode: u32) -> bool {
+        self.memfds.insert(inode)
+    }
+
+    /// Who is told of events on a description, and by which signal; `None` if nobody is.
     pub fn fown(&self, id: u32) -> Option<&'a pb::FownEntry> {
-        let e = self.image.files.get(&id)?;
-        let f = e.reg.as_ref().map(|r| &r.fown);
-        let f = f.or(e.pipe.as_ref().map(|p| &p.fown)).or(e.tty.as_ref().map(|t| &t.fown));
-        f.filter(|f| f.pid != 0 || f.signum != 0)
+        let (e, kind) = self.entry(id).ok()?;
+        kind.owner(self, e).filter(|f| f.pid != 0 || f.signum != 0)
     }
 
-    /// The pages image of a task.
-    pub fn pages_fd(&mut self, pid: i32) -> Result<RawFd, ResourceError> {
+    /// The pages image of a task; -1 if it has no pages.
+    ///
+    /// # Errors
+    /// There is no such task, or the image cannot be opened.
+    pub fn pages_fd(&mut self, pid: i32) -> Result<RawFd> {
         if let Some(fd) = self.pages.get(&pid) {
             return Ok(fd.as_raw_fd());
         }
@@ -117,113 +170,44 @@ impl<'a> Files<'a> {
         if map.runs.is_empty() {
             return Ok(-1);
         }
-        let fd = open(&map.path, libc::O_RDONLY).map_err(call(format!("cannot open {}", map.path.display())))?;
-        let fd = raise(fd, self.base)?;
-        let n = fd.as_raw_fd();
-        self.pages.insert(pid, fd);
-        Ok(n)
+        let fd = open(&map.path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+        let fd = fd.map_err(|e| call(format!("cannot open {}", map.path.display()))(e.into()))?;
+        Ok(keep_in(&mut self.pages, pid, raise(fd, self.base)?))
     }
 
-    /// The description with this id.
-    pub fn fd(&mut self, id: u32, shared: &Shared) -> Result<RawFd, ResourceError> {
+    /// The description with this id, which is opened at the first call.
+    ///
+    /// # Errors
+    /// It cannot be opened as it was; the message names file and record, and what to do.
+    pub fn fd(&mut self, id: u32, shared: &Shared) -> Result<RawFd> {
         if let Some(fd) = self.open.get(&id) {
             return Ok(fd.as_raw_fd());
         }
-        let e = self.entry(id)?;
-        let fd = match e.r#type as i32 {
-            kind::REG => self.open_reg(id)?,
-            kind::PIPE => {
-                let p = e.pipe.as_ref().ok_or_else(|| invalid!("files.img: pipe {id} has no record"))?;
-                self.pipes.pipe_end(p)?
-            }
-            kind::FIFO => {
-                let f = e.fifo.as_ref().ok_or_else(|| invalid!("files.img: fifo {id} has no record"))?;
-                let reg = self.reg(f.regf_id.unwrap_or(id))?;
-                let path = self.path_of(reg)?;
-                self.pipes.fifo_end(f.pipe_id, &path, reg.flags as i32 & !STRIP)?
-            }
-            kind::TTY => {
-                let t = e.tty.as_ref().ok_or_else(|| invalid!("files.img: terminal {id} has no record"))?;
-                special::open_tty(self.request, self.image, t)?
-            }
-            kind::MEMFD => {
-                let m = e.memfd.as_ref().ok_or_else(|| invalid!("files.img: memfd {id} has no record"))?;
-                let fd = reopen(shared.memfd(m.inode_id)?, m.flags as i32).map_err(call("cannot reopen a memfd"))?;
-                seek(&fd, m.pos, "a memfd")?;
-                fd
-            }
-            other => {
-                return Err(invalid!("files.img: file {id} is of type {other}, which cannot be restored yet; \
-                     `dormouse show files.img` prints it"));
-            }
-        };
-        let fd = raise(fd, self.base)?;
-        let n = fd.as_raw_fd();
-        self.open.insert(id, fd);
-        Ok(n)
+        let (entry, kind) = self.entry(id)?;
+        let fd = kind.open(self, entry, shared)?;
+        Ok(keep_in(&mut self.open, id, raise(fd, self.base)?))
     }
 
-    fn open_reg(&mut self, id: u32) -> Result<OwnedFd, ResourceError> {
-        let reg = self.reg(id)?;
-        if let Some((fd, _)) = self.request.inherit_fd.iter().find(|(_, k)| *k == reg.name.trim_start_matches('/')) {
-            return special::dup(*fd);
-        }
-        let flags = reg.flags as i32 & !STRIP | libc::O_NOCTTY;
-        let fd = self.open_path(id, reg, flags)?;
-        if flags & libc::O_PATH == 0 {
-            seek(&fd, reg.pos, &reg.name)?;
-        }
-        Ok(fd)
-    }
-
-    /// Opens the file of a record, through whatever replaces its name.
-    fn open_path(&mut self, id: u32, reg: &pb::RegFileEntry, flags: i32) -> Result<OwnedFd, ResourceError> {
-        match self.image.remaps.get(&id) {
-            Some(r) if r.remap_type.map_or(1, |t| t as i32) == 1 => {
-                let ghost = self.ghost(r.remap_id, Path::new(&reg.name))?;
-                reopen(ghost, flags).map_err(call(format!("cannot reopen deleted file {}", reg.name)))
-            }
-            Some(r) if r.remap_type.map_or(1, |t| t as i32) == 0 => {
-                let path = PathBuf::from(&self.reg(r.remap_id)?.name);
-                self.link_remaps.push(path.clone());
-                open_linked(&path, Path::new(&reg.name), flags)
-            }
-            Some(_) => Err(invalid!("{}: files of other processes under /proc cannot be restored yet", reg.name)),
-            None => {
-                let path = self.path_of(reg)?;
-                let fd = open(&path, flags).map_err(call(format!("cannot open {} (put it back and retry)", path.display())))?;
-                check_unchanged(&fd, reg)?;
-                Ok(fd)
-            }
-        }
-    }
-
-    fn path_of(&self, reg: &pb::RegFileEntry) -> Result<PathBuf, ResourceError> {
-        let path = Path::new("/").join(&reg.name);
-        if reg.name.as_bytes().contains(&0) {
-            return Err(invalid!("files.img: file {}: its name holds a NUL byte", reg.id));
-        }
-        Ok(path)
-    }
-
-    /// A descriptor to map a file with, and the file's name.
-    pub fn vma_fd(&mut self, id: u32, v: &pb::VmaEntry, shared: Option<RawFd>) -> Result<(RawFd, String), ResourceError> {
-        let writable = v.status & 0x80 != 0 && v.prot & 2 != 0;
-        let mode = v.fdflags.map_or(if writable { libc::O_RDWR } else { libc::O_RDONLY }, |f| f as i32 & libc::O_ACCMODE);
-        let e = self.entry(id)?;
-        let name = e.reg.as_ref().map_or_else(|| "a memfd".to_owned(), |r| r.name.clone());
+    /// A descriptor to map a file with, and the file's name. `shared` is the memfd's own descriptor if it is one.
+    ///
+    /// # Errors
+    /// As [`Self::fd`].
+    pub fn vma_fd(&mut self, id: u32, v: &pb::VmaEntry, shared: Option<RawFd>) -> Result<(RawFd, String)> {
+        const VMA_FILE_SHARED: u32 = 0x80;
+        let writable = v.status & VMA_FILE_SHARED != 0 && v.prot & libc::PROT_WRITE as u32 != 0;
+        let guess = if writable { libc::O_RDWR } else { libc::O_RDONLY };
+        let mode = v.fdflags.map_or(guess, |f| f as i32 & libc::O_ACCMODE);
+        let (e, kind) = self.entry(id)?;
+        let name = e.reg.as_ref().map_or_else(|| format!("memfd (file {id})"), |r| r.name.clone());
         if let Some(fd) = self.mapped.get(&(id, mode)) {
             return Ok((fd.as_raw_fd(), name));
         }
         let fd = match (&e.reg, shared) {
-            (Some(reg), _) => self.open_path(id, reg, mode)?,
-            (None, Some(memfd)) => reopen(memfd, mode).map_err(call("cannot reopen a memfd"))?,
-            _ => return Err(invalid!("files.img: file {id} cannot be mapped (type {})", e.r#type as i32)),
+            (Some(reg), _) => reg::open_file(self, reg, mode)?,
+            (None, Some(memfd)) => reopen(&copy_of(memfd)?, mode).map_err(call(format!("cannot reopen {name}")))?,
+            (None, None) => return Err(invalid!("files.img: file {id} is a {}, which cannot be mapped", kind.name())),
         };
-        let fd = raise(fd, self.base)?;
-        let n = fd.as_raw_fd();
-        self.mapped.insert((id, mode), fd);
-        Ok((n, name))
+        Ok((keep_in(&mut self.mapped, (id, mode), raise(fd, self.base)?), name))
     }
 
     /// The memfd inode behind a file id, if it is one.
@@ -232,118 +216,164 @@ impl<'a> Files<'a> {
     }
 
     /// The executable, opened for reading, and its name.
-    pub fn exe_fd(&mut self, id: u32) -> Result<(RawFd, String), ResourceError> {
+    ///
+    /// # Errors
+    /// As [`Self::fd`].
+    pub fn exe_fd(&mut self, id: u32) -> Result<(RawFd, String)> {
         let v = pb::VmaEntry { fdflags: Some(0), ..Default::default() };
         self.vma_fd(id, &v, None)
     }
 
-    /// Makes a deleted file anew: under its old name for a moment, then without any.
-    fn ghost(&mut self, remap_id: u32, name: &Path) -> Result<RawFd, ResourceError> {
-        if let Some(fd) = self.ghosts.get(&remap_id) {
+    /// Descriptors of a task's working directory and, if it is not the tree's own, of its root directory.
+    ///
+    /// # Errors
+    /// As [`Self::fd`].
+    pub fn fs_fds(&mut self, fs: &pb::FsEntry) -> Result<(RawFd, Option<RawFd>)> {
+        let cwd = self.directory(fs.cwd_id)?;
+        let is_top = matches!(self.reg(fs.root_id)?.name.as_str(), "/" | "/.");
+        let root = if is_top && self.paths.root().is_none() { None } else { Some(self.directory(fs.root_id)?) };
+        Ok((cwd, root))
+    }
+
+    fn directory(&mut self, id: u32) -> Result<RawFd> {
+        let key = (id, libc::O_DIRECTORY);
+        if let Some(fd) = self.mapped.get(&key) {
             return Ok(fd.as_raw_fd());
         }
-        let kind = ImageKind::GhostFile;
-        let records = self.image.dir.read_ghost(remap_id)?;
-        let what = kind.file_name(remap_id.into());
-        let fd = make_ghost(&records, &Path::new("/").join(name), &what)?;
-        let fd = raise(fd, self.base)?;
-        let n = fd.as_raw_fd();
-        self.ghosts.insert(remap_id, fd);
-        Ok(n)
+        let fd = reg::open_file(self, self.reg(id)?, libc::O_RDONLY | libc::O_DIRECTORY)?;
+        Ok(keep_in(&mut self.mapped, key, raise(fd, self.base)?))
+    }
+
+    /// With `--shell-job`: the terminal of this process that takes the place of the one the tree had. Once the groups
+    /// exist, its foreground group has to be set (tcsetpgrp(3)).
+    pub fn terminal(&self) -> Option<RawFd> {
+        self.ttys.terminal()
+    }
+
+    /// Adds what a task has to do about its descriptors once all of them are in their places: part of what makes a
+    /// description can only be done where its number is known. Each description is some task's.
+    ///
+    /// # Errors
+    /// The image is damaged.
+    pub fn task_ops(&mut self, b: &mut Batch, arena: &mut Arena, task: &TaskImage) -> Result<()> {
+        for f in &task.fds {
+            if self.late.insert(f.id) {
+                let (entry, kind) = self.entry(f.id)?;
+                kind.task_ops(b, arena, task, entry, f.fd)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the temporary names that kept files while they had none: the restore has succeeded.
+    pub fn remove_link_remaps(&mut self) {
+        for path in self.link_remaps.drain(..) {
+            let found = self.paths.parent(&path.to_string_lossy());
+            let removed = found.and_then(|(dir, last)| Ok(unlinkat(&dir, last.as_os_str(), UnlinkatFlags::NoRemoveDir)?));
+            if let Err(e) = removed {
+                tracing::warn!("cannot remove {}, which kept a file without a name: {e}", path.display());
+            }
+        }
+    }
+
+    /// Compares a file with its record once, as CRIU does: size of regular files, type and mode of all.
+    pub(super) fn check_unchanged(&mut self, fd: &OwnedFd, reg: &pb::RegFileEntry) -> Result<()> {
+        if !self.checked.insert(reg.id) {
+            return Ok(());
+        }
+        let st = fstat(fd).map_err(|e| call(format!("cannot look at {}", reg.name))(e.into()))?;
+        let kind = |mode: u32| mode & SFlag::S_IFMT.bits();
+        if let Some(size) = reg.size
+            && kind(st.st_mode) == SFlag::S_IFREG.bits()
+            && st.st_size as u64 != size
+        {
+            return Err(invalid!(
+                "{} has {} bytes, but had {size} when it was dumped (files.img: file {}); put the old file back and retry",
+                reg.name, st.st_size, reg.id
+            ));
+        }
+        let Some(mode) = reg.mode else { return Ok(()) };
+        if kind(st.st_mode) != kind(mode) {
+            return Err(invalid!(
+                "{} is of another type ({:o}) than when it was dumped ({mode:o}); put the old file back and retry",
+                reg.name, st.st_mode
+            ));
+        }
+        if !self.options.skip_file_rwx_check && st.st_mode != mode {
+            return Err(invalid!(
+                "{} has mode {:o}, but had {mode:o} when it was dumped; change it back, or ignore it (--skip-file-rwx-check)",
+                reg.name, st.st_mode
+            ));
+        }
+        Ok(())
     }
 }
 
-fn seek(fd: &OwnedFd, pos: u64, name: &str) -> Result<(), ResourceError> {
-    // SAFETY: moves the offset of a descriptor of ours.
-    let r = unsafe { libc::lseek(fd.as_raw_fd(), pos as i64, libc::SEEK_SET) };
-    if pos != 0 && pos != u64::MAX && r < 0 {
-        return Err(call(format!("cannot set the offset of {name} to {pos}"))(io::Error::last_os_error()));
+fn keep_in<K: std::hash::Hash + Eq>(map: &mut HashMap<K, OwnedFd>, key: K, fd: OwnedFd) -> RawFd {
+    let n = fd.as_raw_fd();
+    map.insert(key, fd);
+    n
+}
+
+fn entry_of(image: &TreeImage, id: u32) -> Result<(&pb::FileEntry, &'static dyn FdKind)> {
+    let e = image.files.get(&id);
+    let e = e.ok_or_else(|| invalid!("files.img: file {id} is missing; the checkpoint is incomplete, dump again"))?;
+    let kind = kind_of_type(e.r#type).ok_or_else(|| {
+        let name = pb::FdTypes::try_from(e.r#type).map_or("unknown", |t| t.as_str_name());
+        invalid!("files.img: file {id} is of type {} ({name}), which cannot be restored yet", e.r#type)
+    })?;
+    Ok((e, kind))
+}
+
+/// A remap with its type spelled out.
+fn normal(r: &pb::RemapFilePathEntry) -> pb::RemapFilePathEntry {
+    let mut r = *r;
+    if r.remap_type.is_none() {
+        let ghost = r.remap_id & OLD_GHOST != 0;
+        r.remap_type = Some(if ghost { pb::RemapType::Ghost } else { pb::RemapType::Linked } as i32);
+        r.remap_id &= !OLD_GHOST;
+    }
+    r
+}
+
+/// Checks all records against each other.
+fn check(image: &TreeImage) -> Result<()> {
+    for (id, e) in &image.files {
+        let (_, kind) = entry_of(image, *id)?;
+        match kind.record_id(e) {
+            Some(inner) if inner == *id => {}
+            Some(inner) => return Err(invalid!("files.img: file {id} holds the record of file {inner}; the image is damaged")),
+            None => return Err(invalid!("files.img: file {id} ({}) has no record of its kind; the image is damaged", kind.name())),
+        }
+        if e.reg.as_ref().is_some_and(|r| r.name.is_empty() || r.name.contains('\0')) {
+            return Err(invalid!("files.img: file {id} has no proper name; the image is damaged"));
+        }
+    }
+    for r in image.remaps.values().map(normal) {
+        let what = format!("remap-fpath.img: the record of file {}", r.orig_id);
+        if image.files.get(&r.orig_id).is_none_or(|e| e.reg.is_none()) {
+            return Err(invalid!("{what}: files.img has no such file with a name"));
+        }
+        match r.remap_type.map(pb::RemapType::try_from) {
+            Some(Ok(pb::RemapType::Linked)) if image.files.get(&r.remap_id).is_none_or(|e| e.reg.is_none()) => {
+                return Err(invalid!("{what}: its link, file {}, is missing in files.img", r.remap_id));
+            }
+            Some(Ok(_)) => {}
+            other => return Err(invalid!("{what}: its type {other:?} is not known")),
+        }
+    }
+    for task in &image.tasks {
+        let mut taken = HashSet::new();
+        for f in &task.fds {
+            let what = || format!("fdinfo of pid {}: descriptor {}", task.pid(), f.fd);
+            let (e, kind) = entry_of(image, f.id)?;
+            if e.r#type != f.r#type {
+                return Err(invalid!("{}: type {} there, but file {} is a {}", what(), f.r#type, f.id, kind.name()));
+            }
+            if i32::try_from(f.fd).is_err() || !taken.insert(f.fd) {
+                return Err(invalid!("{}: the number is used twice or is none", what()));
+            }
+        }
     }
     Ok(())
-}
-
-fn check_unchanged(fd: &OwnedFd, reg: &pb::RegFileEntry) -> Result<(), ResourceError> {
-    let Ok(meta) = std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd())) else { return Ok(()) };
-    if let Some(size) = reg.size
-        && meta.is_file()
-        && meta.len() != size
-    {
-        return Err(invalid!("{} has {} bytes, but had {size} when it was dumped; put the old file back and retry",
-            reg.name, meta.len()));
-    }
-    if let Some(mode) = reg.mode
-        && meta.mode() != mode
-    {
-        return Err(invalid!("{} has mode {:o}, but had {mode:o} when it was dumped; change it back and retry",
-            reg.name, meta.mode()));
-    }
-    Ok(())
-}
-
-/// Opens a file that was kept under a temporary name, by its own name if that is still free.
-fn open_linked(kept: &Path, name: &Path, flags: i32) -> Result<OwnedFd, ResourceError> {
-    let kept = Path::new("/").join(kept);
-    let name = Path::new("/").join(name);
-    if std::fs::hard_link(&kept, &name).is_ok() {
-        let fd = open(&name, flags);
-        let _ = std::fs::remove_file(&name);
-        return fd.map_err(call(format!("cannot open {}", name.display())));
-    }
-    open(&kept, flags).map_err(call(format!("cannot open {}", kept.display())))
-}
-
-/// The records of a ghost image: the file, and its contents by offset.
-pub struct Ghost {
-    /// Owner, mode, times, size.
-    pub entry: pb::GhostFileEntry,
-    /// (offset, bytes).
-    pub chunks: Vec<(u64, Vec<u8>)>,
-}
-
-fn make_ghost(g: &Ghost, name: &Path, what: &str) -> Result<OwnedFd, ResourceError> {
-    let e = &g.entry;
-    let fail = |op: &str| call(format!("{what}: cannot {op} the deleted file {}", name.display()));
-    let dir = e.mode & libc::S_IFMT == libc::S_IFDIR;
-    if !dir && e.mode & libc::S_IFMT != libc::S_IFREG {
-        return Err(invalid!("{what}: deleted {} has mode {:o}: only files and directories can be restored yet", name.display(), e.mode));
-    }
-    let path = free_name(name);
-    let fd = if dir {
-        std::fs::create_dir(&path).map_err(fail("make"))?;
-        let fd = open(&path, libc::O_RDONLY | libc::O_DIRECTORY);
-        let _ = std::fs::remove_dir(&path);
-        fd.map_err(fail("open"))?
-    } else {
-        let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).map_err(fail("make"))?;
-        let kept = open(&path, libc::O_RDONLY);
-        let _ = std::fs::remove_file(&path);
-        if let Some(size) = e.size {
-            file.set_len(size).map_err(fail("size"))?;
-        }
-        for (offset, bytes) in &g.chunks {
-            file.write_all_at(bytes, *offset).map_err(fail("fill"))?;
-        }
-        kept.map_err(fail("open"))?
-    };
-    let file = std::fs::File::from(fd.try_clone().map_err(fail("dup"))?);
-    std::os::unix::fs::fchown(&file, Some(e.uid), Some(e.gid)).map_err(fail("chown"))?;
-    file.set_permissions(std::fs::Permissions::from_mode(e.mode & 0o7777)).map_err(fail("chmod"))?;
-    if let (Some(a), Some(m)) = (&e.atim, &e.mtim) {
-        let at = |t: &pb::Timeval| libc::timespec { tv_sec: t.tv_sec as i64, tv_nsec: t.tv_usec as i64 * 1000 };
-        let times = [at(a), at(m)];
-        // SAFETY: two timespecs for a descriptor of ours; failing to set times loses nothing that a task relies on.
-        unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) };
-    }
-    Ok(fd)
-}
-
-/// The name itself if nothing has taken it, else one beside it that nobody else chooses.
-fn free_name(name: &Path) -> PathBuf {
-    if std::fs::symlink_metadata(name).is_err() {
-        return name.to_owned();
-    }
-    let unique = dormouse_kernel::session::Session::new().map_or_else(|_| std::process::id().to_string(), |s| s.hex());
-    let mut other = name.as_os_str().to_owned();
-    other.push(format!(".dormouse-{unique}"));
-    PathBuf::from(other)
 }

@@ -69,6 +69,10 @@ pub(crate) fn reason(v: &Vma, kind: Kind) -> Option<(String, String)> {
     if let Some((_, what, next_step)) = FLAGS.iter().find(|(code, ..)| v.vm_flags.has(code)) {
         return Some((format!("{what} {place}"), (*next_step).to_owned()));
     }
+    if kind == Kind::Memfd && v.vm_flags.has("ht") {
+        let what = format!("a memfd of huge pages {place}, which cannot be dumped yet");
+        return Some((what, "unmap it and retry".to_owned()));
+    }
     let io = (v.vm_flags.has("io") || v.vm_flags.has("pf")) && kind != Kind::Vvar;
     let name = String::from_utf8_lossy(&v.name);
     io.then(|| (format!("memory of a device {place} ({name})"), "end the use of the device and retry".to_owned()))

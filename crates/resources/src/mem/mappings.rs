@@ -32,7 +32,7 @@ pub enum Kind {
         /// What brk(2) moves.
         heap: bool,
     },
-    /// Shared anonymous memory (`/dev/zero (deleted)`).
+    /// Shared anonymous memory (`/dev/zero (deleted)`); kept as a memfd, as CRIU does.
     SharedAnonymous,
     /// Anonymous memory in huge pages that are reserved by number (`/anon_hugepage (deleted)`).
     HugeAnonymous,
@@ -146,9 +146,9 @@ impl Mappings {
         Ok(all)
     }
 
-    /// Ranges of droppable memory, whose pages are nobody's business: the random number generators of libraries.
-    pub(crate) fn droppable(&self) -> Result<Vec<Range<u64>>> {
-        Ok(self.smaps()?.iter().filter(|v| v.vm_flags.has("dp")).map(|v| v.start..v.end).collect())
+    /// The mappings that have this code among their VmFlags.
+    pub(crate) fn flagged(&self, code: &str) -> Result<Vec<Range<u64>>> {
+        Ok(self.smaps()?.iter().filter(|v| v.vm_flags.has(code)).map(|v| v.start..v.end).collect())
     }
 
     fn smaps(&self) -> Result<&[Vma]> {
@@ -244,8 +244,8 @@ fn entry(v: &Vma, kind: Kind) -> pb::VmaEntry {
         Kind::Anonymous { heap: true } => (vma::VMA_REGULAR | vma::VMA_HEAP | vma::VMA_ANON_PRIVATE, true),
         Kind::Anonymous { heap: false } => (vma::VMA_REGULAR | vma::VMA_ANON_PRIVATE, true),
         Kind::HugeAnonymous if !v.shared => (vma::VMA_REGULAR | vma::VMA_ANON_PRIVATE, true),
-        Kind::SharedAnonymous | Kind::HugeAnonymous => (vma::VMA_REGULAR | vma::VMA_ANON_SHARED, true),
-        Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
+        Kind::HugeAnonymous => (vma::VMA_REGULAR | vma::VMA_ANON_SHARED, true),
+        Kind::SharedAnonymous | Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
         Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
     };
     if v.vm_flags.has("ss") {

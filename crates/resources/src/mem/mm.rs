@@ -6,14 +6,15 @@ use dormouse_images::pb;
 use dormouse_infect::arena::{Batch, OpId};
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::{maps, misc, stat};
+use dormouse_kernel::proc::{misc, stat};
 use dormouse_sys::nr;
 
+use super::map_files::MapFiles;
 use super::mappings::{Kind, Mappings};
 use super::shared::SharedDump;
-use super::vma::{VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, flag};
+use super::vma::{VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED};
 use crate::fd::FileTable;
-use crate::{ResourceError, Result, RestoreCtx, call, invalid};
+use crate::{Result, RestoreCtx};
 
 const PR_GET_DUMPABLE: u64 = 3;
 const PR_SET_MM: u64 = 35;
@@ -82,6 +83,31 @@ pub fn mm_entry(
     Ok(mm)
 }
 
+/// Whether new pages may be huge; inherited by fork(2), so always set.
+pub fn thp_op(b: &mut Batch, mm: &pb::MmEntry) {
+    let disabled = u64::from(mm.thp_disabled == Some(true));
+    b.must("PR_SET_THP_DISABLE", nr::PRCTL, &[PR_SET_THP_DISABLE, disabled]);
+}
+
+/// `struct prctl_mm_map` (prctl(2), PR_SET_MM_MAP, Linux 3.18): all fields of the address space in one call. Changing the
+/// executable by it needs CAP_SYS_ADMIN or, since Linux 5.9, CAP_CHECKPOINT_RESTORE, in the task's user namespace.
+///
+/// # Errors
+/// The executable is not there.
+pub fn mm_map_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, mm: &pb::MmEntry) -> Result<()> {
+    let (exe, name) = c.files.exe_fd(mm.exe_file_id)?;
+    let auxv = c.arena.put_words(&mm.mm_saved_auxv);
+    let words = [
+        mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk, mm.mm_brk,
+        mm.mm_start_stack, mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end, auxv,
+        (mm.mm_saved_auxv.len() as u64 * 8) | (exe as u64) << 32,
+    ];
+    let map = c.arena.put_words(&words);
+    let args = [PR_SET_MM, PR_SET_MM_MAP, map, words.len() as u64 * 8, 0];
+    b.must(format!("PR_SET_MM_MAP (exe {name}; needs CAP_CHECKPOINT_RESTORE)"), nr::PRCTL, &args);
+    Ok(())
+}
+
 /// The words of the auxiliary vector; without the zeros at its end where CRIU could not take it with them.
 fn auxv(pid: HostPid) -> Result<Vec<u64>> {
     let bytes = misc::auxv(pid)?;
@@ -98,11 +124,10 @@ fn entries(mappings: &Mappings, files: &mut FileTable<'_>, shared: &mut SharedDu
     let dir = MapFiles::open(pid)?;
     let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
     let mut vmas = Vec::with_capacity(mappings.len());
-    let mut sealed = false;
     for m in mappings.finished()? {
         let mut v = m.entry;
         if m.map.has_file() && m.kind != Kind::Special {
-            v.fdflags = Some(dir.open_mode(m.map)?);
+            v.fdflags = Some(dir.access(m.map)?);
         }
         if v.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED) != 0 {
             let key = (m.map.dev_major, m.map.dev_minor, m.map.inode);

@@ -1,8 +1,29 @@
 //! The address space: mappings, pages, shared objects, the vDSO.
+//!
+//! Dump: [`blockers`] before anything is touched, then for each stopped process [`Mappings`], [`dump_pages`] and
+//! [`mm_entry`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
 
+mod blockers;
+mod chunks;
+mod copier;
+mod fill;
+mod inherit;
 pub mod layout;
 pub mod map;
+mod map_files;
+mod mappings;
+mod mm;
+mod pages;
+mod records;
+mod route;
 mod shared;
+mod vdso;
+pub mod vma;
 
-pub use map::Vdso;
-pub use shared::Shared;
+pub use blockers::blockers;
+pub use map_files::MapFiles;
+pub use mappings::{Kind, Mapping, Mappings};
+pub use mm::mm_entry;
+pub use pages::{PageIds, PageStats, dump_pages};
+pub use shared::{Shared, SharedDump};
+pub use vdso::Vdso;

@@ -1,17 +1,166 @@
-//! Shared anonymous memory and memfds: each object is made and filled once, by the host, before any task exists.
+//! Shared memory that no file holds: memfds and shared anonymous mappings. Each object is saved once, whoever maps it, and
+//! made and filled once, by the host, before any restored task exists.
 
-use std::collections::HashMap;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 
-use dormouse_images::{ImageKind, pb};
+use dormouse_blob_abi::PAGE;
+use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::cancel;
+use dormouse_infect::host::mem::{MappedObject, anonymous_object, new_memfd_with, send_file};
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::maps::Vma;
+use dormouse_pages::runs::PE_PRESENT;
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 
-use crate::fd::files::raise;
+use super::map_files::MapFiles;
+use super::pages::PageIds;
+use super::records::Records;
+use super::vma::{VMA_ANON_SHARED, VMA_GUARD, flag};
 use crate::checkpoint::{PageMap, TreeImage, optional, read_page_map};
-use crate::mem::map::{VMA_ANON_SHARED, VMA_GUARD};
-use crate::{ResourceError, call, invalid};
+use crate::fd::files::raise;
+use crate::{Result, call, invalid};
 
-/// The objects, by the image's id.
+/// Bytes that are copied at once where the kernel has no way of its own.
+const BUFFER: usize = 1 << 20;
+
+/// `MFD_HUGETLB` of memfd_create(2), Linux 4.14.
+const MFD_HUGETLB: u32 = 4;
+/// `MFD_CLOEXEC`.
+const MFD_CLOEXEC: u32 = 1;
+/// `MFD_ALLOW_SEALING`.
+const MFD_ALLOW_SEALING: u32 = 2;
+/// `F_SEAL_SEAL`: what a memfd has that was made without [`MFD_ALLOW_SEALING`].
+const F_SEAL_SEAL: u32 = 1;
+
+/// The shared objects of a dump.
+pub struct SharedDump<'a> {
+    images: &'a ImageDir,
+    ids: &'a PageIds,
+    objects: BTreeMap<(u64, u64), Object>,
+    taken: HashSet<u64>,
+}
+
+struct Object {
+    shmid: u64,
+    file: File,
+    size: u64,
+}
+
+impl<'a> SharedDump<'a> {
+    /// No object yet. Pages images are numbered by `ids`.
+    pub fn new(images: &'a ImageDir, ids: &'a PageIds) -> Self {
+        Self { images, ids, objects: BTreeMap::new(), taken: HashSet::new() }
+    }
+
+    /// Takes in an object, unless it is known, by the device and inode of its file; its number in the images, which is the
+    /// inode's as in CRIU's. `file` is open for reading; `size` is in bytes.
+    ///
+    /// # Errors
+    /// The descriptor cannot be copied.
+    pub fn add(&mut self, dev: u64, ino: u64, file: &OwnedFd, size: u64) -> Result<u64> {
+        if let Some(known) = self.objects.get_mut(&(dev, ino)) {
+            known.size = known.size.max(size);
+            return Ok(known.shmid);
+        }
+        // Objects on different devices (plain and huge pages) may have the same inode number.
+        let shmid = (ino..).chain(1..ino).find(|id| !self.taken.contains(id)).unwrap_or(ino);
+        self.taken.insert(shmid);
+        let file = File::from(file.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?);
+        self.objects.insert((dev, ino), Object { shmid, file, size });
+        Ok(shmid)
+    }
+
+    /// Takes in the object of a shared anonymous mapping; its number in the images.
+    ///
+    /// # Errors
+    /// The object cannot be opened, see [`MapFiles::file`].
+    pub fn add_mapping(&mut self, pid: HostPid, v: &Vma) -> Result<u64> {
+        let dev = nix::sys::stat::makedev(v.dev_major.into(), v.dev_minor.into());
+        if let Some(known) = self.objects.get(&(dev, v.inode)) {
+            return Ok(known.shmid);
+        }
+        let file = MapFiles::open(pid)?.file(v)?;
+        let size = nix::sys::stat::fstat(&file).map_err(|e| call("cannot stat shared memory")(e.into()))?.st_size;
+        self.add(dev, v.inode, &file, size as u64)
+    }
+
+    /// Writes the pages of all objects; (pages found, pages written).
+    ///
+    /// # Errors
+    /// An image cannot be written, an object not read, or somebody asked us to stop.
+    pub fn finish(self) -> Result<(u64, u64)> {
+        let (mut found, mut written) = (0, 0);
+        for object in self.objects.values().filter(|o| o.size > 0) {
+            let id = self.ids.next();
+            let records = Records::new(self.images.writer(ImageKind::ShmemPagemap, object.shmid)?, id)?;
+            let image = self.images.create_file(ImageKind::Pages, id.into())?;
+            let pages = object.save(records, &image)?;
+            found += object.size.div_ceil(PAGE);
+            written += pages;
+        }
+        Ok((found, written))
+    }
+}
+
+impl Object {
+    /// Saves all pages but holes; how many.
+    fn save(&self, mut records: Records, image: &File) -> Result<u64> {
+        let failed = || format!("cannot read shared memory {}", self.shmid);
+        let mut end = 0;
+        let mut at = 0;
+        while at < self.size {
+            let data = match lseek(&self.file, at as i64, Whence::SeekData) {
+                Ok(data) => data as u64 & !(PAGE - 1),
+                Err(Errno::ENXIO) => break,
+                Err(e) => return Err(call(failed())(e.into())),
+            };
+            if data >= self.size {
+                break;
+            }
+            let hole = lseek(&self.file, data as i64, Whence::SeekHole).map_err(|e| call(failed())(e.into()))?;
+            at = (hole as u64).min(self.size).next_multiple_of(PAGE);
+            records.add(data, at - data, PE_PRESENT)?;
+            self.copy(data, at.min(self.size) - data, image, end).map_err(call(failed()))?;
+            cancel::check()?;
+            end += at - data;
+        }
+        // Behind the last byte of an object the rest of its last page is zeros.
+        image.set_len(end).map_err(call("cannot write a pages image"))?;
+        records.finish()?;
+        Ok(end / PAGE)
+    }
+
+    /// Copies bytes to the image, which is written from beginning to end.
+    fn copy(&self, from: u64, len: u64, image: &File, to: u64) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            lseek(image, (to + done) as i64, Whence::SeekSet)?;
+            match send_file(image, &self.file, from + done, len - done) {
+                Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Ok(moved) => done += moved,
+                // Huge pages are on a file system that cannot be spliced from.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let mut buffer = vec![0; if done < len { BUFFER } else { 0 }];
+        while done < len {
+            let now = &mut buffer[..(len - done).min(BUFFER as u64) as usize];
+            self.file.read_exact_at(now, from + done)?;
+            image.write_all_at(now, to + done)?;
+            done += now.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The objects of a restore, by the image's id.
 pub struct Shared {
     anonymous: HashMap<u64, OwnedFd>,
     memfds: HashMap<u32, Memfd>,
@@ -24,21 +173,25 @@ struct Memfd {
 
 impl Shared {
     /// Makes every object that a mapping or a descriptor of the tree names.
-    pub fn make(image: &TreeImage, base: RawFd) -> Result<Self, ResourceError> {
-        let mut sizes: HashMap<u64, u64> = HashMap::new();
+    ///
+    /// # Errors
+    /// An image is missing or contradicts another, or an object cannot be made.
+    pub fn make(image: &TreeImage, base: RawFd) -> Result<Self> {
+        let mut sizes: HashMap<u64, (u64, u32)> = HashMap::new();
         for v in image.tasks.iter().filter_map(|t| t.mm.as_ref()).flat_map(|mm| &mm.vmas) {
             if v.status & VMA_ANON_SHARED != 0 && v.status & VMA_GUARD == 0 {
                 let end = v.pgoff.checked_add(v.end - v.start);
                 let end = end.ok_or_else(|| invalid!("shared memory {}: its size overflows", v.shmid))?;
-                let size = sizes.entry(v.shmid).or_default();
+                let (size, huge) = sizes.entry(v.shmid).or_default();
                 *size = end.max(*size);
+                *huge |= v.flags & (flag::HUGETLB | 0x3f << flag::HUGE_SHIFT);
             }
         }
         let mut anonymous = HashMap::new();
-        for (shmid, size) in sizes {
+        for (shmid, (size, huge)) in sizes {
             let map = read_page_map(&image.dir, &image.path, ImageKind::ShmemPagemap, shmid)?;
-            let fd = anonymous_object(size)?;
-            fill(&fd, size, &map)?;
+            let fd = unnamed(size, huge)?;
+            fill(&fd, size, huge != 0, &map)?;
             anonymous.insert(shmid, raise(fd, base)?);
         }
         let mut memfds = HashMap::new();
@@ -50,96 +203,97 @@ impl Shared {
     }
 
     /// Descriptor of a shared anonymous object.
-    pub fn fd(&self, shmid: u64) -> Result<RawFd, ResourceError> {
+    ///
+    /// # Errors
+    /// There is none with this number.
+    pub fn fd(&self, shmid: u64) -> Result<RawFd> {
         self.anonymous.get(&shmid).map(AsRawFd::as_raw_fd).ok_or_else(|| invalid!("shared memory {shmid} is not there"))
     }
 
     /// Descriptor of a memfd.
-    pub fn memfd(&self, inode_id: u32) -> Result<RawFd, ResourceError> {
+    ///
+    /// # Errors
+    /// memfd.img holds no such inode.
+    pub fn memfd(&self, inode_id: u32) -> Result<RawFd> {
         self.memfds.get(&inode_id).map(|m| m.fd.as_raw_fd()).ok_or_else(|| invalid!("memfd.img: inode {inode_id} is missing"))
     }
 
     /// Puts the seals on, once every mapping exists.
-    pub fn seal(&self) -> Result<(), ResourceError> {
-        for m in self.memfds.values().filter(|m| m.seals & !1 != 0) {
-            // SAFETY: sets flags of a file of ours.
-            if unsafe { libc::fcntl(m.fd.as_raw_fd(), libc::F_ADD_SEALS, m.seals) } < 0 {
-                return Err(call("cannot put the seals on a memfd")(std::io::Error::last_os_error()));
-            }
+    ///
+    /// # Errors
+    /// A seal cannot be set.
+    pub fn seal(&self) -> Result<()> {
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        for m in self.memfds.values().filter(|m| m.seals & !F_SEAL_SEAL != 0) {
+            let seals = FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(m.seals as i32));
+            fcntl(&m.fd, seals).map_err(|e| call(format!("cannot put seals {:#x} on a memfd", m.seals))(e.into()))?;
         }
         Ok(())
     }
 }
 
-/// An unnamed shared mapping's file (`/dev/zero (deleted)`), or a memfd where it cannot be opened.
-fn anonymous_object(size: u64) -> Result<OwnedFd, ResourceError> {
-    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address of the kernel's choice.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), size as usize, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-    if at == libc::MAP_FAILED {
-        return Err(call(format!("cannot map {size} bytes of shared memory"))(std::io::Error::last_os_error()));
-    }
-    let path = format!("/proc/self/map_files/{:x}-{:x}", at as usize, at as usize + size as usize);
-    let opened = std::fs::File::options().read(true).write(true).open(path);
-    // SAFETY: unmaps what was mapped above.
-    unsafe { libc::munmap(at, size as usize) };
-    match opened {
-        Ok(f) => Ok(f.into()),
-        Err(_) => new_memfd(c"", libc::MFD_CLOEXEC, size),
-    }
+/// An unnamed shared mapping's file (`/dev/zero (deleted)`), or a memfd where it cannot be opened. `huge` holds flags of
+/// mmap(2).
+fn unnamed(size: u64, huge: u32) -> Result<OwnedFd> {
+    anonymous_object(size, huge as i32)
+        .or_else(|_| {
+            let huge = if huge == 0 { 0 } else { MFD_HUGETLB | (huge & !flag::HUGETLB) };
+            new_memfd_with(c"", MFD_CLOEXEC | huge, size)
+        })
+        .map_err(call(format!("cannot make {size} bytes of shared memory")))
 }
 
-fn new_memfd(name: &std::ffi::CStr, flags: u32, size: u64) -> Result<OwnedFd, ResourceError> {
-    // SAFETY: the name is a valid string.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(call("memfd_create")(std::io::Error::last_os_error()));
-    }
-    // SAFETY: the descriptor is new and ours.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let file = std::fs::File::from(fd);
-    file.set_len(size).map_err(call(format!("cannot size a memfd to {size} bytes")))?;
-    Ok(file.into())
-}
-
-fn memfd(image: &TreeImage, m: &pb::MemfdInodeEntry) -> Result<OwnedFd, ResourceError> {
-    let anonymous = m.name == "/dev/zero";
-    let name = std::ffi::CString::new(m.name.as_str()).map_err(|_| invalid!("memfd.img: a name holds a NUL byte"))?;
-    let mut flags = libc::MFD_CLOEXEC | m.hugetlb_flag.unwrap_or(0);
-    if m.seals != 1 {
-        flags |= libc::MFD_ALLOW_SEALING;
-    }
-    let fd = if anonymous { anonymous_object(m.size.max(4096))? } else { new_memfd(&name, flags, m.size)? };
+fn memfd(image: &TreeImage, m: &pb::MemfdInodeEntry) -> Result<OwnedFd> {
+    let huge = m.hugetlb_flag.unwrap_or(0);
+    // CRIU keeps shared anonymous memory among the memfds, under the names that the kernel gives it.
+    let anonymous = m.name == "/dev/zero" || (huge != 0 && m.name == "/anon_hugepage");
+    let fd = if anonymous {
+        let huge = if huge == 0 { 0 } else { flag::HUGETLB | (huge & !MFD_HUGETLB) };
+        unnamed(m.size.max(PAGE), huge)?
+    } else {
+        let name = CString::new(m.name.as_str()).map_err(|_| invalid!("memfd.img: a name holds a NUL byte"))?;
+        let sealing = if m.seals == F_SEAL_SEAL { 0 } else { MFD_ALLOW_SEALING };
+        let made = new_memfd_with(&name, MFD_CLOEXEC | huge | sealing, m.size);
+        made.map_err(call(format!("cannot make memfd {:?} of {} bytes", m.name, m.size)))?
+    };
     if m.size > 0 {
         let map = read_page_map(&image.dir, &image.path, ImageKind::ShmemPagemap, m.shmid.into())?;
-        fill(&fd, m.size, &map)?;
+        fill(&fd, m.size, huge != 0, &map)?;
     }
     if !anonymous {
-        let file = std::fs::File::from(fd.try_clone().map_err(call("dup"))?);
-        std::os::unix::fs::fchown(&file, Some(m.uid), Some(m.gid)).map_err(call("fchown of a memfd"))?;
+        let file = File::from(fd.try_clone().map_err(call("cannot copy the descriptor of a memfd"))?);
+        std::os::unix::fs::fchown(&file, Some(m.uid), Some(m.gid)).map_err(call("cannot set the owner of a memfd"))?;
         if let Some(mode) = m.mode {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(mode & 0o7777);
-            file.set_permissions(mode).map_err(call("fchmod of a memfd"))?;
+            file.set_permissions(mode).map_err(call("cannot set the mode of a memfd"))?;
         }
     }
     Ok(fd)
 }
 
-fn fill(fd: &OwnedFd, size: u64, map: &PageMap) -> Result<(), ResourceError> {
+/// Reads an object's pages from their image. Huge pages cannot be written but through a mapping.
+fn fill(fd: &OwnedFd, size: u64, huge: bool, map: &PageMap) -> Result<()> {
     if map.runs.is_empty() {
         return Ok(());
     }
-    let from = std::fs::File::open(&map.path).map_err(call(format!("cannot open {}", map.path.display())))?;
-    let to = std::fs::File::from(fd.try_clone().map_err(call("dup"))?);
-    let mut buf = vec![0u8; 1 << 20];
-    for r in &map.runs {
-        let len = r.len.min(size.saturating_sub(r.start));
+    let read_failed = || format!("cannot read {}", map.path.display());
+    let from = File::open(&map.path).map_err(call(format!("cannot open {}", map.path.display())))?;
+    let inside = map.runs.iter().map(|r| (r, r.len.min(size.saturating_sub(r.start))));
+    if huge {
+        let mut object = MappedObject::new(fd, size).map_err(call(format!("cannot map {size} bytes of huge pages")))?;
+        for (r, len) in inside {
+            object.read_from(r.start, len, &from, r.offset).map_err(call(read_failed()))?;
+        }
+        return Ok(());
+    }
+    let to = File::from(fd.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?);
+    let mut buffer = vec![0u8; BUFFER];
+    for (r, len) in inside {
         let mut done = 0;
         while done < len {
-            let n = (len - done).min(buf.len() as u64) as usize;
-            from.read_exact_at(&mut buf[..n], r.offset + done)
-                .map_err(call(format!("cannot read {}", map.path.display())))?;
-            to.write_all_at(&buf[..n], r.start + done).map_err(call("cannot fill shared memory"))?;
+            let n = (len - done).min(BUFFER as u64) as usize;
+            from.read_exact_at(&mut buffer[..n], r.offset + done).map_err(call(read_failed()))?;
+            to.write_all_at(&buffer[..n], r.start + done).map_err(call("cannot fill shared memory"))?;
             done += n as u64;
         }
     }

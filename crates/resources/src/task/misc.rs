@@ -10,7 +10,7 @@ use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::misc as proc_misc;
 use dormouse_sys::nr;
 
-use crate::{Result, call, invalid};
+use crate::{Result, TaskImage, call, invalid};
 
 const PR_SET_PDEATHSIG: u64 = 1;
 const PR_GET_PDEATHSIG: u64 = 2;
@@ -118,10 +118,7 @@ pub fn name_to_image(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
 }
 
-/// Process-wide settings, before the threads exist.
-///
-/// # Errors
-/// None so far; the signature is that of its siblings.
+/// Process-wide settings.
 pub fn process_ops(b: &mut Batch, tc: &pb::TaskCoreEntry) {
     let personality = personality(tc.personality);
     if personality != 0 {
@@ -176,20 +173,20 @@ pub fn guard_ops(b: &mut Batch) {
     b.must("PR_SET_PDEATHSIG", nr::PRCTL, &[PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0]);
 }
 
-/// Sets what the host sets in `/proc` for a process: its OOM score adjustment. What could not be set and does no harm
-/// is told in words.
+/// Sets what the host sets in `/proc` for a process: its OOM score adjustment. Where that cannot be set, it is told and
+/// the process lives on with ours: it only matters once memory is short.
 ///
 /// # Errors
 /// The process is gone, or its file cannot be read.
-pub fn host_settings(pid: HostPid, tc: &pb::TaskCoreEntry) -> Result<Vec<String>> {
-    let mut notes = Vec::new();
-    if let Some(wanted) = tc.oom_score_adj
-        && proc_misc::oom_score_adj(pid)? != wanted
+pub fn host_settings(t: &TaskImage) -> Result<()> {
+    let pid = HostPid(t.pid());
+    let Some(wanted) = t.tc().oom_score_adj else { return Ok(()) };
+    if proc_misc::oom_score_adj(pid)? != wanted
         && let Err(e) = fs::write(pid.proc_path("oom_score_adj"), wanted.to_string())
     {
-        notes.push(format!("pid {pid}: oom_score_adj stays as it is, {wanted} cannot be set: {e}; grant CAP_SYS_RESOURCE"));
+        tracing::warn!("pid {pid}: its oom_score_adj of {wanted} cannot be set ({e}); grant CAP_SYS_RESOURCE");
     }
-    Ok(notes)
+    Ok(())
 }
 
 /// Our own login uid while a tree is forked from us: a task may only set its own, and inherits ours.

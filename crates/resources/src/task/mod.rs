@@ -22,6 +22,6 @@ pub mod sigaltstack;
 pub mod signal;
 
 pub use blockers::blockers;
-pub use dump::{ProcessAsk, ProcessView, ThreadAsk, ThreadView, state_of, zombie_core};
+pub use dump::{ProcessAsk, ProcessView, ThreadAsk, ThreadView, zombie_core};
 pub use misc::{LoginUid, host_settings};
 pub use restore::{after_creds_ops, drain_ops, guard_ops, process_ops, signal_ops, thread_ops, timer_ops};

@@ -10,9 +10,10 @@ use crate::{RestoreCtx, Result};
 
 const SIGCHLD: u64 = 17;
 
-/// Process-wide state: signal actions but SIGCHLD's, personality, limits, subreaper, memory barriers.
+/// Process-wide state: signal actions, personality, limits, subreaper, memory barriers.
 ///
-/// Done by the leader when its memory and descriptors are there (limits bind their making), before its threads.
+/// Done by the leader when its memory and descriptors are there (limits bind their making), and when helpers have ended
+/// (see [`sigaction::restore_ops`]).
 ///
 /// # Errors
 /// The images ask for something that cannot be set; see the kinds.
@@ -34,16 +35,11 @@ pub fn timer_ops(b: &mut Batch, arena: &mut Arena, t: &TaskImage) -> Result<()> 
     itimer::restore_ops(b, arena, t.pid(), timers)
 }
 
-/// Throws away the SIGCHLDs of helpers and zombies, which the tree never saw, and sets SIGCHLD's action: until now it
-/// is the default one, so that children which the restore needs as zombies stay. SIGCHLD is blocked meanwhile.
-///
-/// # Errors
-/// See [`sigaction::restore_ops`].
-pub fn drain_ops(b: &mut Batch, arena: &mut Arena, t: &TaskImage) -> Result<()> {
+/// Throws away the SIGCHLDs of helpers and zombies, which the tree never saw; SIGCHLD is blocked meanwhile.
+pub fn drain_ops(b: &mut Batch, arena: &mut Arena) {
     let set = arena.put_words(&[1 << (SIGCHLD - 1)]);
     let zero = arena.put_words(&[0, 0]);
     b.push("throwing away SIGCHLDs of helpers", OpKind::DrainSignals, Policy::Must, 0, [set, zero, 0, 0, 0, 0]);
-    sigaction::restore_sigchld_op(b, arena, t.pid(), &t.tc().sigactions)
 }
 
 /// Pending signals of the process (leader only) and of this thread. Those of [`signal::late`] are left to the host.

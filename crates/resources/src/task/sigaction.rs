@@ -7,7 +7,6 @@ use dormouse_sys::nr;
 use crate::{Result, invalid};
 
 const SIGKILL: u64 = 9;
-const SIGCHLD: u64 = 17;
 const SIGSTOP: u64 = 19;
 /// Bytes of the kernel's `struct sigaction`: handler, flags, restorer, mask. Both architectures have the restorer.
 const BYTES: u64 = 32;
@@ -50,26 +49,12 @@ impl Ask {
     }
 }
 
-/// All actions but that of SIGCHLD, which waits until the children that only the restore had are gone.
+/// Sets the actions: once the children that only the restore had are gone, for SIGCHLD's may make them vanish early.
 ///
 /// # Errors
 /// The image is a 32-bit process's.
 pub fn restore_ops(b: &mut Batch, arena: &mut Arena, pid: i32, actions: &[pb::SaEntry]) -> Result<()> {
-    for (signal, a) in numbers().zip(actions).filter(|(signal, _)| *signal != SIGCHLD) {
-        restore_one(b, arena, pid, signal, a)?;
-    }
-    Ok(())
-}
-
-/// The action of SIGCHLD.
-///
-/// # Errors
-/// As [`restore_ops`].
-pub fn restore_sigchld_op(b: &mut Batch, arena: &mut Arena, pid: i32, actions: &[pb::SaEntry]) -> Result<()> {
-    match numbers().zip(actions).find(|(signal, _)| *signal == SIGCHLD) {
-        Some((signal, a)) => restore_one(b, arena, pid, signal, a),
-        None => Ok(()),
-    }
+    numbers().zip(actions).try_for_each(|(signal, a)| restore_one(b, arena, pid, signal, a))
 }
 
 fn restore_one(b: &mut Batch, arena: &mut Arena, pid: i32, signal: u64, a: &pb::SaEntry) -> Result<()> {

@@ -33,11 +33,12 @@ pub struct Interruption {
     pub recalled: Option<u64>,
 }
 
-/// Fills the image's record (architecture, registers, extended state); the thread part is left empty.
+/// Fills the image's record (architecture, registers, extended state), the thread part left empty, and the sidecar's
+/// record if there is anything to say in it.
 ///
 /// # Errors
 /// The thread runs in a mode that images have no place for.
-pub fn to_core(tid: i32, state: &State, clear_tid: u64, how: Interruption) -> Result<(pb::CoreEntry, pb::ThreadExt)> {
+pub fn to_core(tid: i32, state: &State, clear_tid: u64, how: Interruption) -> Result<(pb::CoreEntry, Option<pb::ThreadExt>)> {
     if let Some(why) = arch::unsupported(&state.regs) {
         return Err(invalid!("cannot dump thread {tid}: {why}; only 64-bit code in the usual segments can be dumped"));
     }
@@ -46,13 +47,13 @@ pub fn to_core(tid: i32, state: &State, clear_tid: u64, how: Interruption) -> Re
         tracing::warn!("thread {tid}: its interrupted system call is not known any more and will fail with EINTR after a restore");
     }
     let mut ext = pb::ThreadExt { tid: tid as u32, ..Default::default() };
-    let mut core = this::to_core(tid, state, &regs, clear_tid)?;
-    core.thread_core = None;
+    let core = this::to_core(tid, state, &regs, clear_tid)?;
     this::to_ext(state, &mut ext);
     if let Some(raw) = arch::awaiting(&regs) {
         ext.reg_sets.push(pb::RegSet { note: NT_PRSTATUS, data: this::regs_to_bytes(&raw) });
     }
-    Ok((core, ext))
+    let says = ext.xstate.is_some() || !ext.reg_sets.is_empty();
+    Ok((core, says.then_some(ext)))
 }
 
 fn as_interrupted(regs: &arch::GpRegs, how: Interruption) -> arch::GpRegs {

@@ -1,0 +1,265 @@
+//! The dump's side: every description of a tree once, with an id, and everything that their images need.
+
+use std::collections::HashMap;
+
+use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::host::fd as host;
+use dormouse_kernel::proc::{self, fdinfo, maps::Vma};
+use dormouse_kernel::{HostPid, TargetFd};
+
+use super::ids::Ids;
+use super::link::LinkGuard;
+use super::memfd::{self, Inode};
+use super::pipe::Contents;
+use super::tty::Terminals;
+use super::{FdKind, FdView, Look, Place, Process, kind_of, locks, mapping_name, reg};
+use crate::mem::SharedDump;
+use crate::{DumpOptions, Result, invalid};
+
+/// A file: device and inode.
+type File = (u64, u64);
+
+/// All file descriptions of a dump.
+///
+/// Tasks are added one after the other while all of them are frozen; [`Self::finish`] writes the images. Temporary links
+/// are removed again when the table is dropped, unless it was finished or they were taken ([`Self::take_links`]).
+pub struct FileTable<'a> {
+    images: &'a ImageDir,
+    look: Look<'a>,
+    ids: Ids,
+    entries: Vec<pb::FileEntry>,
+    remaps: Vec<pb::RemapFilePathEntry>,
+    ghosts: HashMap<File, u32>,
+    link_ids: HashMap<File, u32>,
+    links: LinkGuard,
+    /// Files that are no descriptions: mapped, executed, or a directory of a process.
+    places: HashMap<(File, Vec<u8>), u32>,
+    pipes: Contents<'a>,
+    fifos: Contents<'a>,
+    terminals: Terminals,
+    memfds: Vec<Inode>,
+    memfd_ids: HashMap<File, u64>,
+}
+
+impl<'a> FileTable<'a> {
+    /// An empty table that writes to `images`.
+    pub fn new(images: &'a ImageDir, options: &'a DumpOptions) -> Self {
+        Self {
+            images,
+            look: Look::new(options),
+            ids: Ids::default(),
+            entries: Vec::new(),
+            remaps: Vec::new(),
+            ghosts: HashMap::new(),
+            link_ids: HashMap::new(),
+            links: LinkGuard::default(),
+            places: HashMap::new(),
+            pipes: Contents::new(images, ImageKind::PipesData),
+            fifos: Contents::new(images, ImageKind::FifoData),
+            terminals: Terminals::default(),
+            memfds: Vec::new(),
+            memfd_ids: HashMap::new(),
+        }
+    }
+
+    /// The descriptor table of a frozen process, without the descriptors in `skip`. Descriptions that were seen before,
+    /// in this or another process, keep their id.
+    ///
+    /// # Errors
+    /// A descriptor cannot be dumped, the process is gone, or an image could not be written.
+    pub fn add_task(&mut self, pid: HostPid, skip: &[TargetFd]) -> Result<Vec<pb::FdinfoEntry>> {
+        let process = Process::open(pid)?;
+        let mut table = Vec::new();
+        for fd in proc::fds(pid)?.into_iter().map(TargetFd).filter(|fd| !skip.contains(fd)) {
+            let info = fdinfo::read(pid, fd)?;
+            let flags = u32::from(info.flags as i32 & libc::O_CLOEXEC != 0);
+            if !info.locks.is_empty() {
+                let link = String::from_utf8_lossy(&proc::fd_link(pid, fd)?).into_owned();
+                if let Some(blocker) = locks(pid, Place::Fd(fd), &link, &info) {
+                    return Err(invalid!("{blocker}"));
+                }
+            }
+            let (id, fd_type) = match self.ids.find(process.identity(fd)?, (pid, fd))? {
+                Ok(known) => (known.id, known.fd_type),
+                Err(slot) => {
+                    let (id, fd_type) = self.add(&process.descriptor(fd, info)?)?;
+                    self.ids.insert(slot, id, fd_type);
+                    (id, fd_type)
+                }
+            };
+            table.push(pb::FdinfoEntry { id, flags, r#type: fd_type as i32, fd: fd.0 as u32, ..Default::default() });
+        }
+        Ok(table)
+    }
+
+    /// The id of a mapped file of a frozen process: a regular file, a deleted one, a memfd, a memory device.
+    ///
+    /// # Errors
+    /// It cannot be dumped, or /proc/PID/map_files may not be used (CAP_CHECKPOINT_RESTORE, Linux 5.9).
+    pub fn add_mapped(&mut self, pid: HostPid, vma: &Vma) -> Result<u32> {
+        self.add_place(pid, Place::Mapping(vma.start), &mapping_name(vma))
+    }
+
+    /// The id of a frozen process's executable.
+    ///
+    /// # Errors
+    /// It cannot be dumped.
+    pub fn add_exe(&mut self, pid: HostPid) -> Result<u32> {
+        self.add_place(pid, Place::Exe, "exe")
+    }
+
+    /// Working and root directory of a frozen process.
+    ///
+    /// # Errors
+    /// One of them cannot be dumped.
+    pub fn fs_entry(&mut self, pid: HostPid, umask: u32) -> Result<pb::FsEntry> {
+        let cwd_id = self.add_place(pid, Place::Cwd, "cwd")?;
+        let root_id = self.add_place(pid, Place::Root, "root")?;
+        Ok(pb::FsEntry { cwd_id, root_id, umask: Some(umask) })
+    }
+
+    fn add_place(&mut self, pid: HostPid, place: Place, name: &str) -> Result<u32> {
+        let view = Process::open(pid)?.place(place, name)?;
+        let key = ((view.stat.st_dev, view.stat.st_ino), view.link.clone());
+        if let Some(id) = self.places.get(&key) {
+            return Ok(*id);
+        }
+        let (id, _) = self.add(&view)?;
+        self.places.insert(key, id);
+        Ok(id)
+    }
+
+    /// Makes and keeps the record of a new description.
+    fn add(&mut self, view: &FdView) -> Result<(u32, pb::FdTypes)> {
+        let kind: &dyn FdKind = kind_of(view).map_err(|b| invalid!("{b}"))?;
+        if let Some(blocker) = kind.blocker(view, &mut self.look)? {
+            return Err(invalid!("{blocker}"));
+        }
+        let id = self.ids.fresh();
+        let entry = kind.dump(view, id, self)?;
+        self.entries.push(entry);
+        Ok((id, kind.fd_type()))
+    }
+
+    /// Writes every image of the table; memfds give their content to `shared`. Links made for files without a name stay
+    /// from now on, unless they were taken before.
+    ///
+    /// # Errors
+    /// An image could not be written, or a memfd not be read.
+    pub fn finish(&mut self, shared: &mut SharedDump<'_>) -> Result<()> {
+        self.pipes.finish()?;
+        self.fifos.finish()?;
+        let memfds = self.memfds.iter().map(|m| m.finish(shared)).collect::<Result<Vec<_>>>()?;
+        if !memfds.is_empty() {
+            self.images.write_all(ImageKind::MemfdInode, 0, &memfds)?;
+        }
+        let terminals = self.terminals.finish()?;
+        if !terminals.is_empty() {
+            self.images.write_all(ImageKind::TtyInfo, 0, &terminals)?;
+        }
+        if !self.remaps.is_empty() {
+            self.images.write_all(ImageKind::RemapFpath, 0, &self.remaps)?;
+        }
+        // A checkpoint without descriptions has this one too: CRIU takes its absence for images of an old version.
+        self.images.write_all(ImageKind::Files, 0, &self.entries)?;
+        std::mem::take(&mut self.links).keep();
+        Ok(())
+    }
+
+    /// Takes over the temporary links, so that they are removed again if a step after [`Self::finish`] fails: keep the
+    /// guard until the checkpoint is complete, then call [`LinkGuard::keep`].
+    pub fn take_links(&mut self) -> LinkGuard {
+        std::mem::take(&mut self.links)
+    }
+
+    /// Where images go.
+    pub(super) fn images(&self) -> &'a ImageDir {
+        self.images
+    }
+
+    /// What kinds decide by.
+    pub(super) fn look(&mut self) -> &mut Look<'a> {
+        &mut self.look
+    }
+
+    /// The contents of pipes.
+    pub(super) fn pipes(&mut self) -> &mut Contents<'a> {
+        &mut self.pipes
+    }
+
+    /// The contents of FIFOs.
+    pub(super) fn fifos(&mut self) -> &mut Contents<'a> {
+        &mut self.fifos
+    }
+
+    /// The terminals.
+    pub(super) fn terminals(&mut self) -> &mut Terminals {
+        &mut self.terminals
+    }
+
+    /// An id that nothing has yet.
+    pub(super) fn fresh_id(&mut self) -> u32 {
+        self.ids.fresh()
+    }
+
+    /// Keeps a record.
+    pub(super) fn push(&mut self, entry: pb::FileEntry) {
+        self.entries.push(entry);
+    }
+
+    /// Keeps a record of type `REG` for a description of another kind that is opened by name; its id.
+    pub(super) fn dump_named(&mut self, view: &FdView) -> Result<u32> {
+        let id = self.ids.fresh();
+        let reg = reg::record(view, id, self)?;
+        self.push(pb::FileEntry { r#type: pb::FdTypes::Reg as i32, id, reg: Some(reg), ..Default::default() });
+        Ok(id)
+    }
+
+    /// Something stands in for the name of file `id`.
+    pub(super) fn remap(&mut self, id: u32, by: u32, how: pb::RemapType) {
+        self.remaps.push(pb::RemapFilePathEntry { orig_id: id, remap_id: by, remap_type: Some(how as i32) });
+    }
+
+    /// The number of a deleted file, and whether it is new.
+    pub(super) fn ghost_id(&mut self, file: File) -> (u32, bool) {
+        let next = self.ghosts.len() as u32 + 1;
+        let id = *self.ghosts.entry(file).or_insert(next);
+        (id, id == next)
+    }
+
+    /// The temporary link of a file, by the id of its record.
+    pub(super) fn link_id(&self, file: File) -> Option<u32> {
+        self.link_ids.get(&file).copied()
+    }
+
+    /// Notes a temporary link.
+    pub(super) fn set_link_id(&mut self, file: File, id: u32) {
+        self.link_ids.insert(file, id);
+    }
+
+    /// The temporary links.
+    pub(super) fn links(&mut self) -> &mut LinkGuard {
+        &mut self.links
+    }
+
+    /// The number of a memfd's inode; `new` makes what is kept of it when it is seen first.
+    pub(super) fn memfd(&mut self, file: File, new: impl FnOnce(u64) -> Result<memfd::Inode>) -> Result<u64> {
+        if let Some(id) = self.memfd_ids.get(&file) {
+            return Ok(*id);
+        }
+        let id = self.memfds.len() as u64 + 1;
+        self.memfds.push(new(id)?);
+        self.memfd_ids.insert(file, id);
+        Ok(id)
+    }
+}
+
+/// Who is told of events on a description.
+pub(super) fn fown(view: &FdView) -> Result<pb::FownEntry> {
+    let is_descriptor = matches!(view.place, Place::Fd(_));
+    if !is_descriptor || view.is_path() {
+        return Ok(pb::FownEntry::default());
+    }
+    let o = host::owner(&view.own).map_err(crate::call(format!("cannot read the owner of {}", view.subject())))?;
+    Ok(pb::FownEntry { uid: o.uid, euid: o.euid, signum: o.signal as u32, pid_type: o.kind, pid: o.pid as u32 })
+}

@@ -1,0 +1,256 @@
+//! The dump of private pages: found by one walk of the page tables, and written once, by the target into the image itself.
+//!
+//! Pages that were never touched, the zero page, pages of files that nobody changed, guard pages, the vDSO's data and
+//! droppable memory are not stored. Memory that the target may not read is read from outside.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use dormouse_blob_abi::PAGE;
+use dormouse_images::{ImageDir, ImageKind};
+use dormouse_infect::parasite::Parasite;
+use dormouse_kernel::proc::maps::Vma;
+use dormouse_kernel::proc::status;
+use dormouse_pages::runs::{PE_LAZY, PE_PRESENT};
+use dormouse_pages::{PageRun, PageScanner, Want, category};
+
+use super::copier::Copier;
+use super::mappings::{Kind, Mappings, may_have_guards};
+use super::records::Records;
+use super::route::Route;
+use super::vdso;
+use crate::{ResourceError, Result, call};
+
+/// From this size on, a mapping that holds nothing to save is left out of a walk.
+const LARGE_GAP: u64 = 2 << 20;
+
+/// Numbers of pages images (`pages-1.img`, …), one sequence for all tasks and shared objects of a dump.
+#[derive(Debug)]
+pub struct PageIds(AtomicU32);
+
+impl PageIds {
+    /// The first number is 1.
+    pub fn new() -> Self {
+        Self(AtomicU32::new(1))
+    }
+
+    /// A number that nobody else has.
+    pub fn next(&self) -> u32 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl Default for PageIds {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What a dump of pages did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageStats {
+    /// Pages found in memory or swap.
+    pub scanned: u64,
+    /// Pages written.
+    pub written: u64,
+    /// Of these, pages that may be fetched later.
+    pub lazy: u64,
+    /// Of these, pages that this program copied.
+    pub outside: u64,
+}
+
+/// Writes `pagemap-<pid>.img` and a pages image with the private memory of the parasite's process.
+///
+/// # Errors
+/// An image cannot be written, memory cannot be read, or the process is gone. The images are then incomplete.
+pub fn dump_pages(parasite: &mut Parasite<'_>, mappings: &Mappings, images: &ImageDir, ids: &PageIds) -> Result<PageStats> {
+    let pid = mappings.pid();
+    let id = ids.next();
+    let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
+    let scanner = PageScanner::open(pid).map_err(scan_failed())?;
+    let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
+    let image = images.create_file(ImageKind::Pages, id.into())?;
+    let mut dump = Dump::new(parasite, mappings, records, image)?;
+    for group in groups(mappings.lines(), scanner.uses_ioctl()) {
+        match group {
+            Group::Vdso(v) => dump.vdso(v)?,
+            Group::Walk(range) => {
+                let walk = scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
+                walk.map_err(|stopped| match stopped {
+                    Stopped::Scan(e) => scan_failed()(e),
+                    Stopped::Dump(e) => e,
+                })?;
+            }
+            Group::Guards(range) if scanner.knows_guards() => {
+                let mut runs = Vec::new();
+                scanner.scan_guard(range.start, range.end, &mut runs).map_err(scan_failed())?;
+                runs.iter().for_each(|run| dump.guard(run));
+            }
+            Group::Guards(_) => {}
+        }
+    }
+    dump.finish()
+}
+
+/// What ended a walk.
+enum Stopped {
+    Scan(io::Error),
+    Dump(ResourceError),
+}
+
+impl From<io::Error> for Stopped {
+    fn from(e: io::Error) -> Self {
+        Self::Scan(e)
+    }
+}
+
+impl From<ResourceError> for Stopped {
+    fn from(e: ResourceError) -> Self {
+        Self::Dump(e)
+    }
+}
+
+/// What is done with a stretch of the address space.
+#[derive(Debug, PartialEq, Eq)]
+enum Group<'a> {
+    /// All of it is saved, whatever the page tables say.
+    Vdso(&'a Vma),
+    /// A walk finds pages to save and guard pages.
+    Walk(Range<u64>),
+    /// A walk finds guard pages only.
+    Guards(Range<u64>),
+}
+
+/// Private memory in as few walks as possible; `far` if walks may cross holes at no cost.
+fn groups(lines: &[(Vma, Kind)], far: bool) -> Vec<Group<'_>> {
+    let mut groups = Vec::new();
+    for (v, kind) in lines {
+        if *kind == Kind::Vdso {
+            groups.push(Group::Vdso(v));
+        } else if is_saved(v, *kind) {
+            match groups.last_mut() {
+                Some(Group::Walk(range)) if v.start == range.end || far => range.end = v.end,
+                _ => groups.push(Group::Walk(v.start..v.end)),
+            }
+        } else if may_have_guards(*kind) && v.len() >= LARGE_GAP {
+            groups.push(Group::Guards(v.start..v.end));
+        } else if may_have_guards(*kind) {
+            // Small shared mappings are walked over with what is around them.
+            match groups.last_mut() {
+                Some(Group::Walk(range)) if v.start == range.end || far => range.end = v.end,
+                _ => groups.push(Group::Walk(v.start..v.end)),
+            }
+        }
+    }
+    groups
+}
+
+/// Does the mapping hold pages of the process's own?
+fn is_saved(v: &Vma, kind: Kind) -> bool {
+    !v.shared && matches!(kind, Kind::Anonymous { .. } | Kind::HugeAnonymous | Kind::Memfd | Kind::File)
+}
+
+/// A dump under way.
+struct Dump<'a, 'p> {
+    copier: Copier<'a, 'p>,
+    mappings: &'a Mappings,
+    records: Records,
+    guards: Vec<Range<u64>>,
+    /// Index of the first line that ends behind the last run.
+    at: usize,
+    /// Where the pages of each mapping lie in the image: its first address, the bytes.
+    spans: Vec<(u64, Range<u64>)>,
+    /// Mappings whose pages must be in memory: not to be fetched later.
+    locked: Vec<Range<u64>>,
+    stats: PageStats,
+}
+
+impl<'a, 'p> Dump<'a, 'p> {
+    fn new(parasite: &'a mut Parasite<'p>, mappings: &'a Mappings, records: Records, image: File) -> Result<Self> {
+        let pid = mappings.pid();
+        // Smaps takes its time, so it is waited for only where something is locked.
+        let any = status::read(pid)?.vm_lck_kb.is_none_or(|kb| kb > 0);
+        let locked = if any { mappings.flagged("lo")? } else { Vec::new() };
+        let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
+        let route = Route::choose(pid, saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add))?;
+        let copier = Copier::new(parasite, pid, image, route)?;
+        Ok(Self { copier, mappings, records, guards: Vec::new(), at: 0, spans: Vec::new(), locked, stats: PageStats::default() })
+    }
+
+    /// Takes in a run of pages, which may reach over several mappings.
+    fn run(&mut self, run: &PageRun) -> Result<()> {
+        if run.categories & category::GUARD != 0 {
+            self.guard(run);
+            return Ok(());
+        }
+        let lines = self.mappings.lines();
+        self.at += lines[self.at..].iter().take_while(|(v, _)| v.end <= run.start).count();
+        for (v, kind) in lines[self.at..].iter().take_while(|(v, _)| v.start < run.end) {
+            if is_saved(v, *kind) {
+                self.pages(v, *kind, run.start.max(v.start)..run.end.min(v.end))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn guard(&mut self, run: &PageRun) {
+        match self.guards.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => self.guards.push(run.start..run.end),
+        }
+    }
+
+    /// Saves pages of one mapping.
+    fn pages(&mut self, v: &Vma, kind: Kind, range: Range<u64>) -> Result<()> {
+        let plain = matches!(kind, Kind::Anonymous { .. }) && !self.locked.iter().any(|l| l.contains(&range.start));
+        let mut at = range.start;
+        while at < range.end {
+            // The page that a thread's stack pointer is in is never fetched later.
+            let page = self.mappings.stacks().iter().map(|sp| sp & !(PAGE - 1)).filter(|p| (at..range.end).contains(p)).min();
+            let end = match page {
+                Some(page) if page == at => at + PAGE,
+                Some(page) => page,
+                None => range.end,
+            };
+            let lazy = plain && page != Some(at);
+            self.records.add(at, end - at, if lazy { PE_PRESENT | PE_LAZY } else { PE_PRESENT })?;
+            self.stats.lazy += if lazy { (end - at) / PAGE } else { 0 };
+            at = end;
+        }
+        let bytes = range.end - range.start;
+        self.stats.written += bytes / PAGE;
+        let begin = self.copier.end();
+        match self.spans.last_mut() {
+            Some((start, places)) if *start == v.start => places.end = begin + bytes,
+            _ => self.spans.push((v.start, begin..begin + bytes)),
+        }
+        self.copier.add(range, v.read)
+    }
+
+    /// Saves the vDSO's code as it is without what the parasite keeps in its padding.
+    fn vdso(&mut self, v: &Vma) -> Result<()> {
+        let mut bytes = vec![0; v.len() as usize];
+        self.copier.read(v.start, &mut bytes)?;
+        vdso::without_additions(&mut bytes);
+        self.records.add(v.start, v.len(), PE_PRESENT)?;
+        self.stats.written += v.len() / PAGE;
+        self.copier.put(&bytes)
+    }
+
+    fn finish(mut self) -> Result<PageStats> {
+        self.copier.finish()?;
+        // Droppable memory is known only now, from smaps: what was saved of it becomes zeros, as if it had been dropped.
+        let droppable = self.mappings.flagged("dp")?;
+        for (start, places) in self.spans.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
+            tracing::debug!("pid {}: erasing droppable memory at {start:#x}", self.mappings.pid());
+            self.copier.erase(places)?;
+        }
+        self.records.finish()?;
+        self.mappings.found_guards(self.guards);
+        self.stats.scanned = self.stats.written;
+        self.stats.outside = self.copier.outside / PAGE;
+        Ok(self.stats)
+    }
+}
