@@ -3,11 +3,12 @@
 use std::time::Instant;
 
 use dormouse_images::{ImageDir, pb};
+use dormouse_infect::arch;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::freeze::Task;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::rseq;
-use dormouse_infect::ptrace::{State, Tracee};
+use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_kernel::proc::{stat, status, timers};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::fd::FileTable;
@@ -51,9 +52,12 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task) -> Result<Saved, DumpErr
     for (thread, state) in task.threads.iter().zip(&mut states) {
         rseq::abort_section(pid, thread, state)?;
     }
+    // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
+    let shared = task.threads.first().expect("a live task has a leader").pending(true)?;
+    let asked = task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
     let stopped = task.stopped;
     let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
-    let threads = Threads { pid, states: &states, stopped };
+    let threads = Threads { pid, states: &states, stopped, shared: &shared, asked: &asked };
     let mut parasite = Parasite::infect(leader, states[0].clone())?;
     let saved = with_parasite(savings, &threads, &mut parasite, others);
     // Cured whatever has happened; the first error is the one that counts.
@@ -68,6 +72,10 @@ struct Threads<'a> {
     pid: HostPid,
     states: &'a [State],
     stopped: Option<i32>,
+    /// Pending signals of the process.
+    shared: &'a [[u8; 128]],
+    /// Pending signals and restartable sequence of each thread.
+    asked: &'a [(Vec<[u8; 128]>, Option<RseqConfig>)],
 }
 
 fn with_parasite(
@@ -77,7 +85,7 @@ fn with_parasite(
     others: &mut [Tracee],
 ) -> Result<Saved, DumpError> {
     let pid = threads.pid;
-    let mappings = Mappings::read(pid, parasite.own_range())?;
+    let mappings = Mappings::read(pid, parasite.own_range())?.with_stacks(threads.states.iter().map(|s| arch::sp(&s.regs)));
     let start = Instant::now();
     let pages = mem::dump_pages(parasite, &mappings, savings.images, savings.page_ids)?;
     savings.report.memory_us += start.elapsed().as_micros() as u64;
@@ -108,30 +116,29 @@ fn cores(threads: &Threads<'_>, parasite: &mut Parasite<'_>, others: &mut [Trace
         pid,
         stat: &stat,
         status: &status,
-        timers: &posix_timers,
+        state: &threads.states[0],
         stopped: threads.stopped,
-        pending: &parasite.leader().pending(true)?,
+        pending: threads.shared,
     };
     let tc = process.collect(&batch, &parasite.arena, &view)?;
     let mut ext = Vec::new();
     let mut cores = Vec::with_capacity(threads.states.len());
     let state = &threads.states[0];
-    let tracee = parasite.leader();
-    let (pending, rseq) = (tracee.pending(false)?, tracee.rseq()?);
-    let thread_view = ThreadView { pid, tid: pid, state, pending: &pending, rseq: rseq.as_ref(), status: &status, stat: &stat };
+    let (pending, rseq) = &threads.asked[0];
+    let thread_view = ThreadView { pid, tid: pid, state, pending, rseq: rseq.as_ref(), status: &status };
     let (mut core, more) = leader.collect(&batch, &parasite.arena, &thread_view)?;
     core.tc = Some(tc);
     ext.extend(more);
     cores.push((pid, core));
     parasite.arena.reset(mark);
-    for (thread, state) in others.iter_mut().zip(&threads.states[1..]) {
+    let known = threads.states.iter().zip(threads.asked).skip(1);
+    for (thread, (state, (pending, rseq))) in others.iter_mut().zip(known) {
         let tid = thread.tid();
         let mut batch = Batch::new();
         let ask = ThreadAsk::new(&mut batch, &mut parasite.arena);
         parasite.run_in(thread, state, &mut batch)?;
-        let (stat, status) = (stat::read_thread(pid, tid)?, status::read_thread(pid, tid)?);
-        let (pending, rseq) = (thread.pending(false)?, thread.rseq()?);
-        let view = ThreadView { pid, tid, state, pending: &pending, rseq: rseq.as_ref(), status: &status, stat: &stat };
+        let status = status::read_thread(pid, tid)?;
+        let view = ThreadView { pid, tid, state, pending, rseq: rseq.as_ref(), status: &status };
         let (core, more) = ask.collect(&batch, &parasite.arena, &view)?;
         ext.extend(more);
         cores.push((tid, core));

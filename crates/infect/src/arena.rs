@@ -179,6 +179,9 @@ pub struct Batch {
     names: Vec<String>,
 }
 
+/// Result of an operation that has not been run; no system call gives it.
+const NOT_RUN: i64 = i64::MIN;
+
 /// Index of an operation in its [`Batch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpId(pub usize);
@@ -191,7 +194,7 @@ impl Batch {
 
     /// Appends any operation; `what` names it in errors ("mapping of /usr/bin/x at 0x400000").
     pub fn push(&mut self, what: impl Into<String>, kind: OpKind, policy: Policy, nr: u64, args: [u64; 6]) -> OpId {
-        self.ops.push(Op { kind: kind as u32, policy: policy as u32, nr, args, ret: 0 });
+        self.ops.push(Op { kind: kind as u32, policy: policy as u32, nr, args, ret: NOT_RUN });
         self.names.push(what.into());
         OpId(self.ops.len() - 1)
     }
@@ -242,7 +245,12 @@ impl Batch {
         }
     }
 
-    /// Raw result of an operation of a list that was placed at `addr` and may still be running; 0 before it ran.
+    /// Name of the operation that a list placed at `addr` is at; `None` if it is at its end.
+    pub fn placed_at(&self, arena: &Arena, addr: u64) -> Option<&str> {
+        (0..self.len()).find(|i| self.placed_result(arena, addr, OpId(*i)) == NOT_RUN).map(|i| self.name(i))
+    }
+
+    /// Raw result of an operation of a list that was placed at `addr` and may still be running; negative before it ran.
     pub fn placed_result(&self, arena: &Arena, addr: u64, id: OpId) -> i64 {
         arena.word(addr + (id.0 * size_of::<Op>()) as u64 + 64) as i64
     }

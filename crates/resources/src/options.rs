@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// Options of a dump that kinds look at.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct DumpOptions {
     /// The tree may have the terminal and session of a shell outside of it.
     pub shell_job: bool,
@@ -21,6 +21,22 @@ pub struct DumpOptions {
     pub prev_images_dir: Option<PathBuf>,
     /// Never leave the target running, so nothing of its needs restoring (all is killed after the dump).
     pub final_dump: bool,
+}
+
+impl Default for DumpOptions {
+    fn default() -> Self {
+        Self {
+            shell_job: false,
+            // CRIU's.
+            ghost_limit: 1 << 20,
+            link_remap: false,
+            file_locks: false,
+            evasive_devices: false,
+            external: Vec::new(),
+            prev_images_dir: None,
+            final_dump: false,
+        }
+    }
 }
 
 /// Options of a restore that kinds look at.

@@ -82,6 +82,12 @@ impl<'p, 'a> Watch<'p, 'a> {
         self.plan.births.iter().filter_map(made).collect()
     }
 
+    fn died(&self, list: usize, pid: HostPid, how: &str) -> RestoreError {
+        let list = &self.plan.lists[list];
+        let at = list.batch.placed_at(&self.plan.arena, list.ops).unwrap_or("the end of its list");
+        RestoreError::Died { pid: pid.0, how: format!("{how}, at: {at}") }
+    }
+
     fn look_for_the_dead(&self) -> Result<(), RestoreError> {
         let root = HostPid(self.plan.lists[0].tid);
         let all = std::iter::once((0, root)).chain(self.born());
@@ -92,11 +98,11 @@ impl<'p, 'a> Watch<'p, 'a> {
                 Ok(s) => {
                     self.check()?;
                     let how = format!("state {}, wait status {:#x}", s.state as char, s.exit_code);
-                    return Err(RestoreError::Died { pid: pid.0, how });
+                    return Err(self.died(list, pid, &how));
                 }
                 Err(e) if e.is_gone() => {
                     self.check()?;
-                    return Err(RestoreError::Died { pid: pid.0, how: "it is gone".into() });
+                    return Err(self.died(list, pid, "it is gone"));
                 }
                 Err(_) => {}
             }

@@ -13,6 +13,7 @@ use dormouse_infect::{InfectError, arch};
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
 use dormouse_resources::checkpoint::TASK_STOPPED;
+use dormouse_resources::task::LoginUid;
 use dormouse_resources::{TreeImage, task};
 use dormouse_sys::nr;
 
@@ -24,17 +25,22 @@ use crate::{Report, Request, RestoreError, process as root_process};
 const END: Duration = Duration::from_secs(10);
 
 /// Runs the plan. On an error nothing of the tree is left.
-pub fn execute(request: &Request<'_>, image: &TreeImage, plan: Plan<'_>) -> Result<Report, RestoreError> {
+pub fn execute(request: &Request<'_>, image: &TreeImage, mut plan: Plan<'_>) -> Result<Report, RestoreError> {
     let start = Instant::now();
     let subreaper = process::Subreaper::new().map_err(crate::call("cannot become a child subreaper"))?;
+    let logins = image.tasks.iter().filter(|t| !t.is_zombie()).map(|t| t.tc());
+    let login = LoginUid::take(logins)?;
     let list = &plan.lists[0];
     let root = root_process::fork_root(&plan.arena, list.args, plan.arena.base() + RESTORER.entry, list.tid)?;
+    drop(login);
     let watch = Watch::new(&plan);
     let mut tracees = Vec::new();
     let done = run_stages(request, image, &plan, &watch, root, &mut tracees);
     match done {
         Ok(forking_us) => {
             drop(subreaper);
+            drop(watch);
+            plan.files.remove_link_remaps();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
             let pages = image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();
             tracing::info!("restored pid {root} in {} us", start.elapsed().as_micros());
@@ -103,7 +109,6 @@ fn run_stages(
             process::stop(HostPid(t.pid())).map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
         }
     }
-    plan.files.remove_link_remaps();
     for t in tracees.iter() {
         t.release_from_exit()?;
     }

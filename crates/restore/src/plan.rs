@@ -10,6 +10,7 @@ use dormouse_blob_abi::restorer::{CloneArgs, Control, TaskArgs};
 use dormouse_blob_abi::{OpKind, Policy};
 use dormouse_blobs::RESTORER;
 use dormouse_infect::arena::{Arena, Batch, OpId};
+use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::fd::Files;
 use dormouse_resources::mem::{Shared, Vdso, layout, map};
@@ -212,7 +213,7 @@ struct Writer<'w, 'f> {
     births: Vec<(usize, OpId, usize)>,
 }
 
-impl Writer<'_, '_> {
+impl<'f> Writer<'_, 'f> {
     fn write(&mut self) -> Result<(), RestoreError> {
         for (i, n) in self.forest.nodes.iter().enumerate() {
             self.add_list(i, n.pid, n.task.is_some_and(|t| !self.image.tasks[t].is_zombie()));
@@ -291,6 +292,12 @@ impl Writer<'_, '_> {
     fn begin(&mut self, b: &mut Batch, i: usize) {
         let node = &self.forest.nodes[i];
         if node.forker.is_none() {
+            if let Some((at, lengths)) = process::own_rseq() {
+                for len in lengths {
+                    let args = [at, len, RSEQ_FLAG_UNREGISTER, dormouse_sys::arch::RSEQ_SIGNATURE];
+                    b.attempt("ending the inherited restartable sequence", nr::RSEQ, &args);
+                }
+            }
             self.vdso.park_ops(b, self.park);
             b.must("munmap of the restoring program's memory", nr::MUNMAP, &[0, self.hole.start]);
             let rest = layout::TASK_SIZE - self.hole.end;
@@ -370,6 +377,7 @@ impl Writer<'_, '_> {
             let flags = if f.flags & 1 != 0 { libc::O_CLOEXEC as u64 } else { 0 };
             b.must(format!("descriptor {}", f.fd), nr::DUP3, &[fd as u64, f.fd.into(), flags]);
         }
+        self.files.task_ops(&mut b, self.arena, task)?;
         for list in threads {
             self.birth(&mut b, i, *list, OpKind::Thread);
         }
@@ -401,7 +409,7 @@ impl Writer<'_, '_> {
         Ok(b)
     }
 
-    fn ctx(&mut self, forked_with_memory: bool) -> RestoreCtx<'_, '_> {
+    fn ctx(&mut self, forked_with_memory: bool) -> RestoreCtx<'_, 'f> {
         RestoreCtx {
             arena: self.arena,
             files: self.files,
@@ -433,7 +441,7 @@ impl Writer<'_, '_> {
             let Some(owner) = self.files.fown(f.id) else { continue };
             if owner.signum != 0 {
                 let what = format!("F_SETSIG of descriptor {}", f.fd);
-                b.must(what, nr::FCNTL, &[f.fd.into(), libc::F_SETSIG as u64, owner.signum.into()]);
+                b.must(what, nr::FCNTL, &[f.fd.into(), F_SETSIG, owner.signum.into()]);
             }
             if owner.pid != 0 {
                 // struct f_owner_ex { int type; pid_t pid }
@@ -445,6 +453,10 @@ impl Writer<'_, '_> {
     }
 }
 
+/// rseq(2).
+const RSEQ_FLAG_UNREGISTER: u64 = 1;
+/// fcntl(2).
+const F_SETSIG: u64 = 10;
 /// fcntl(2), Linux 2.6.32.
 const F_SETOWN_EX: u64 = 15;
 
@@ -464,5 +476,5 @@ pub fn state_of(image: &TreeImage, list: &List, forest: &Forest) -> Result<dormo
     } else {
         &task.threads.iter().find(|(tid, _)| *tid == list.tid).expect("lists are made of threads").1
     };
-    Ok(regs::from_core(core, image.ext.get(&(list.tid as u32)))?)
+    Ok(regs::from_core(list.tid, core, image.ext.get(&(list.tid as u32)))?)
 }

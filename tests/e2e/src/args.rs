@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-const USAGE: &str = "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange]...
+const USAGE: &str =
+    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
     [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)

@@ -87,8 +87,6 @@ impl<'a> Case<'a> {
 
     /// Starts a target: a session of its own, descriptors 0 to 2 on /dev/null and the file `out`.
     pub fn start(&self, mut command: Command) -> Result<Child> {
-        let out = OpenOptions::new().create(true).append(true).open(self.path("out"))?;
-        command.stdout(out.try_clone()?).stderr(out);
         // SAFETY: setsid is async-signal-safe and touches nothing of the parent.
         unsafe {
             command.pre_exec(|| {
@@ -96,6 +94,13 @@ impl<'a> Case<'a> {
                 Ok(())
             });
         }
+        self.start_in_our_session(command)
+    }
+
+    /// The same, in the harness's own session.
+    pub fn start_in_our_session(&self, mut command: Command) -> Result<Child> {
+        let out = OpenOptions::new().create(true).append(true).open(self.path("out"))?;
+        command.stdout(out.try_clone()?).stderr(out);
         command.spawn().with_context(|| format!("start {:?}", command.get_program()))
     }
 

@@ -7,6 +7,7 @@ mod args;
 mod case;
 mod damage;
 mod exchange;
+mod gifts;
 mod kill;
 mod proc;
 mod programs;
@@ -15,6 +16,8 @@ mod real_cases;
 mod refuse;
 mod report;
 mod rng;
+mod target;
+mod tmpfs;
 mod tty;
 
 use std::process::ExitCode;

@@ -31,8 +31,7 @@ pub type Tree = BTreeMap<i32, Process>;
 /// The numbers that name entries of a directory.
 pub fn numbers(dir: &str) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    let mut found: Vec<i32> =
-        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    let mut found: Vec<i32> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
     found.sort_unstable();
     found
 }
@@ -73,6 +72,11 @@ pub fn tree(root: i32) -> Tree {
         todo.extend(all.iter().filter(|(_, child)| child.parent == pid).map(|(pid, _)| *pid));
     }
     found
+}
+
+/// The children of a process.
+pub fn children(pid: i32) -> Vec<i32> {
+    numbers("/proc").into_iter().filter(|child| read(*child).is_some_and(|process| process.parent == pid)).collect()
 }
 
 /// The first difference between two trees, in words.

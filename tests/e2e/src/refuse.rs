@@ -1,2 +1,332 @@
-//! x
-pub fn tests() -> Vec<crate::report::Test> { vec![] }
+//! What must be refused: with an exit code, a message that names the thing and a next step, and without any harm done.
+
+use std::fs::{self, OpenOptions};
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{Pid, gettid};
+
+use crate::case::{Case, Ran, TOOL_LIMIT, pid_of};
+use crate::gifts::{self, GIFTS, Gift};
+use crate::proc;
+use crate::report::{Outcome, Test};
+use crate::target::{Session, Target, nothing_left, refused, word};
+use crate::tmpfs::Tmpfs;
+
+/// The program that is left alone, or not.
+const PROGRAM: &str = "sleep_counter";
+
+/// The value of a step, unless that finds the machine unfit for the test.
+macro_rules! ready {
+    ($step:expr) => {
+        match $step? {
+            Ok(value) => value,
+            Err(outcome) => return Ok(outcome),
+        }
+    };
+}
+
+/// All tests of the group.
+pub fn tests() -> Vec<Test> {
+    let mut tests = vec![
+        Test::new("refuse/every_reason_at_once", every_reason_at_once),
+        Test::new("refuse/traced_process", traced_process),
+        Test::new("refuse/zombie_root", zombie_root),
+        Test::new("refuse/kernel_thread", kernel_thread),
+        Test::new("refuse/no_such_process", no_such_process),
+        Test::new("refuse/shell_job_without_option", shell_job),
+        Test::new("refuse/dump_directory_missing", dump_directory_missing),
+        Test::new("refuse/dump_directory_is_a_file", dump_directory_is_a_file),
+        Test::new("refuse/dump_directory_read_only", dump_directory_read_only),
+        Test::new("refuse/dump_directory_full", dump_directory_full),
+        Test::new("refuse/restore_directory_missing", restore_directory_missing),
+        Test::new("refuse/restore_directory_empty", restore_directory_empty),
+        Test::new("refuse/restore_pid_busy", restore_pid_busy),
+        Test::new("refuse/restore_file_missing", restore_file_missing),
+        Test::new("refuse/restore_program_missing", restore_program_missing),
+        Test::new("refuse/restore_file_of_another_size", restore_file_of_another_size),
+        Test::new("refuse/restore_image_missing", restore_image_missing),
+    ];
+    for gift in GIFTS {
+        tests.push(Test::new(format!("refuse/{}", gift.name), move |case| with_gift(case, gift)));
+    }
+    tests
+}
+
+/// Dumps the target, which must be refused with all of `words` and leave neither a checkpoint nor a trace.
+fn refused_dump(case: &Case<'_>, target: &mut Target<'_>, options: &[&str], words: &[&str]) -> Result<Outcome> {
+    let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options)?;
+    refused(case, &ran, words)?;
+    ensure!(!images.join("inventory.img").exists(), "a refused dump has left a checkpoint");
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn with_gift(case: &Case<'_>, gift: &Gift) -> Result<Outcome> {
+    let Ok(pair) = (gift.open)(&case.path("given")) else {
+        return Ok(Outcome::needs(gift.needs));
+    };
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[pair.given.as_fd()]));
+    let (pid, fd) = (target.pid.to_string(), pair.number());
+    let _kept = pair.kept;
+    drop(pair.given);
+    let mut words = vec![pid.as_str(), fd.as_str()];
+    words.extend(gift.words);
+    refused_dump(case, &mut target, gift.options, &words)
+}
+
+/// Each process of a tree has two descriptors that cannot be dumped: all are told of in one refusal.
+fn every_reason_at_once(case: &Case<'_>) -> Result<Outcome> {
+    let (Ok(ring), Ok(event)) = (gifts::io_uring(), gifts::perf_event()) else {
+        return Ok(Outcome::needs("io_uring and perf events"));
+    };
+    let mut target = ready!(Target::start(case, "tree", Session::Own, &[ring.given.as_fd(), event.given.as_fd()]));
+    let (ring, event) = (ring.number(), event.number());
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &[])?;
+    for pid in target.tree.keys().map(i32::to_string) {
+        refused(case, &ran, &[&pid, &ring, "io_uring"])?;
+        refused(case, &ran, &[&pid, &event, "perf_event"])?;
+    }
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn traced_process(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
+    let (pid, tracer) = (Pid::from_raw(target.pid), gettid());
+    ptrace::seize(pid, ptrace::Options::empty()).context("trace the target")?;
+    let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &[])?;
+    refused(case, &ran, &[&pid.to_string(), "traced"])?;
+    // Only the main thread is traced, by us still.
+    let status = proc::status(target.pid, "TracerPid").unwrap_or_default();
+    ensure!(status == tracer.to_string(), "the target's tracer was {tracer}, is {status}");
+    ptrace::interrupt(pid)?;
+    waitpid(pid, Some(WaitPidFlag::__WALL))?;
+    ptrace::detach(pid, None)?;
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn zombie_root(case: &Case<'_>) -> Result<Outcome> {
+    let mut command = case.command(std::env::current_exe()?);
+    command.arg("--help");
+    let child = case.start(command)?;
+    let pid = pid_of(&child);
+    while proc::read(pid).is_some_and(|process| process.state != 'Z') {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let ran = case.dump(&case.args.bin, pid, &case.path("img"), &[])?;
+    refused(case, &ran, &[&pid.to_string(), "zombie"])?;
+    ensure!(proc::read(pid).is_some_and(|process| process.state == 'Z'), "the zombie is gone");
+    ensure!(proc::is_free(pid) || proc::is_free(pid), "the zombie cannot be reaped");
+    Ok(Outcome::PASSED)
+}
+
+fn kernel_thread(case: &Case<'_>) -> Result<Outcome> {
+    let is_one =
+        |pid: &i32| fs::read_link(format!("/proc/{pid}/exe")).is_err() && proc::status(*pid, "VmSize").is_none();
+    let alive = |pid: &i32| proc::read(*pid).is_some_and(|process| process.state != 'Z');
+    let Some(pid) = proc::numbers("/proc").into_iter().filter(is_one).find(alive) else {
+        return Ok(Outcome::needs("a kernel thread in sight"));
+    };
+    let ran = case.dump(&case.args.bin, pid, &case.path("img"), &[])?;
+    refused(case, &ran, &[&pid.to_string(), "kernel thread"])?;
+    Ok(Outcome::PASSED)
+}
+
+fn no_such_process(case: &Case<'_>) -> Result<Outcome> {
+    let mut child = case.start({
+        let mut command = case.command(std::env::current_exe()?);
+        command.arg("--help");
+        command
+    })?;
+    let pid = pid_of(&child);
+    child.wait()?;
+    let ran = case.dump(&case.args.bin, pid, &case.path("img"), &[])?;
+    refused(case, &ran, &[&pid.to_string(), "no process"])?;
+    Ok(Outcome::PASSED)
+}
+
+fn shell_job(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Ours, &[]));
+    let pid = target.pid.to_string();
+    refused_dump(case, &mut target, &[], &[&pid, "--shell-job"])
+}
+
+// ---- directories ----------------------------------------------------------------------------------------------------
+
+/// Dumps into a directory that the harness neither makes nor changes.
+fn dump_into(case: &Case<'_>, target: &Target<'_>, images: &Path) -> Result<Ran> {
+    let mut command = case.command(&case.args.bin);
+    command.args(["dump", "-t", &target.pid.to_string(), "-o", "dump.log", "-v4", "-D"]).arg(images);
+    let child = case.start_tool(command, "dump")?;
+    case.wait_tool(child, "dump", &images.join("dump.log"), TOOL_LIMIT)
+}
+
+fn dump_refused_for_its_directory(case: &Case<'_>, images: &Path, words: &[&str]) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
+    let ran = dump_into(case, &target, images)?;
+    refused(case, &ran, words)?;
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn dump_directory_missing(case: &Case<'_>) -> Result<Outcome> {
+    let images = case.path("nowhere");
+    let outcome = dump_refused_for_its_directory(case, &images, &[word(&images)])?;
+    ensure!(!images.exists(), "a refused dump has made {}", images.display());
+    Ok(outcome)
+}
+
+fn dump_directory_is_a_file(case: &Case<'_>) -> Result<Outcome> {
+    let images = case.path("file");
+    fs::write(&images, "text")?;
+    dump_refused_for_its_directory(case, &images, &[word(&images)])
+}
+
+fn dump_directory_read_only(case: &Case<'_>) -> Result<Outcome> {
+    let Some(mounted) = Tmpfs::read_only(&case.path("readonly"))? else {
+        return Ok(Outcome::needs("the right to mount a tmpfs"));
+    };
+    dump_refused_for_its_directory(case, mounted.path(), &["Read-only file system"])
+}
+
+fn dump_directory_full(case: &Case<'_>) -> Result<Outcome> {
+    let Some(mounted) = Tmpfs::of_size(&case.path("small"), "64k")? else {
+        return Ok(Outcome::needs("the right to mount a tmpfs"));
+    };
+    let outcome = dump_refused_for_its_directory(case, mounted.path(), &["No space left on device"])?;
+    ensure!(!mounted.path().join("inventory.img").exists(), "a dump that failed has left a checkpoint");
+    Ok(outcome)
+}
+
+fn restore_directory_missing(case: &Case<'_>) -> Result<Outcome> {
+    let images = case.path("nowhere");
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    refused(case, &ran, &[word(&images)])?;
+    Ok(Outcome::PASSED)
+}
+
+fn restore_directory_empty(case: &Case<'_>) -> Result<Outcome> {
+    let images = case.path("empty");
+    fs::create_dir(&images)?;
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    refused(case, &ran, &["inventory.img"])?;
+    Ok(Outcome::PASSED)
+}
+
+// ---- restores -------------------------------------------------------------------------------------------------------
+
+/// The target is still there when its checkpoint is restored: the pid is in use, and its holder goes on.
+fn restore_pid_busy(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &["--leave-running".into()])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    target.unharmed()?;
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    refused(case, &ran, &[&target.pid.to_string()])?;
+    target.unharmed()?;
+    let left = case.left();
+    ensure!(left == [target.pid], "processes {left:?} are left, the target is pid {}", target.pid);
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// Puts a target with an open file to sleep, then has `spoil` change the world, so that the restore must be refused and
+/// leave nothing, and `repair` change it back, so that it must succeed.
+fn refused_until_repaired(
+    case: &Case<'_>,
+    words: &[&str],
+    spoil: impl FnOnce() -> Result<()>,
+    repair: impl FnOnce() -> Result<()>,
+) -> Result<Outcome> {
+    let path = case.path("opened");
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+    fs::write(&path, "text of the file")?;
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[opened.as_fd()]));
+    drop(opened);
+    let images = case.path("img");
+    case.put_to_sleep(&case.args.bin, target.pid, &images, &[])?;
+    spoil()?;
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    refused(case, &ran, words)?;
+    nothing_left(case, &target)?;
+    repair()?;
+    case.wake_up(&case.args.bin, &images, &[], &target.tree).context("after the repair")?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn restore_file_missing(case: &Case<'_>) -> Result<Outcome> {
+    let (path, aside) = (case.path("opened"), case.path("aside"));
+    let words = [word(&path)];
+    refused_until_repaired(case, &words, || Ok(fs::rename(&path, &aside)?), || Ok(fs::rename(&aside, &path)?))
+}
+
+fn restore_program_missing(case: &Case<'_>) -> Result<Outcome> {
+    // A copy of the program for this test alone.
+    let program = crate::programs::find(case, PROGRAM)?;
+    let (own, aside) = (case.path("program"), case.path("aside"));
+    if !program.exists() {
+        return Ok(Outcome::needs(format!("the built program {PROGRAM}")));
+    }
+    fs::copy(&program, &own)?;
+    let mut target = ready!(Target::start_program(case, &own, Session::Own, &[]));
+    let images = case.path("img");
+    case.put_to_sleep(&case.args.bin, target.pid, &images, &[])?;
+    fs::rename(&own, &aside)?;
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    refused(case, &ran, &[word(&own)])?;
+    nothing_left(case, &target)?;
+    fs::rename(&aside, &own)?;
+    case.wake_up(&case.args.bin, &images, &[], &target.tree).context("after the repair")?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn restore_file_of_another_size(case: &Case<'_>) -> Result<Outcome> {
+    let path = case.path("opened");
+    let words = [word(&path), "size"];
+    refused_until_repaired(
+        case,
+        &words,
+        || Ok(fs::write(&path, "another text")?),
+        || Ok(fs::write(&path, "text of the file")?),
+    )
+}
+
+/// Without one of its images a checkpoint is refused, with the image's name; with all of them it is restored.
+fn restore_image_missing(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "tree", Session::Own, &[]));
+    let images = case.path("img");
+    case.put_to_sleep(&case.args.bin, target.pid, &images, &[])?;
+    let mut names: Vec<String> = ["inventory.img", "pstree.img", "files.img"].map(str::to_owned).into();
+    for kind in ["core", "mm", "pagemap", "fs"] {
+        let last = target.tree.keys().next_back().context("a tree has processes")?;
+        names.push(format!("{kind}-{}.img", target.pid));
+        names.push(format!("{kind}-{last}.img"));
+    }
+    names.push("pages-1.img".into());
+    for name in &names {
+        let (path, aside) = (images.join(name), case.path("aside"));
+        fs::rename(&path, &aside).with_context(|| format!("take {name} away"))?;
+        let ran = case.restore(&case.args.bin, &images, &[])?;
+        refused(case, &ran, &[name]).with_context(|| format!("without {name}"))?;
+        nothing_left(case, &target).with_context(|| format!("without {name}"))?;
+        fs::rename(&aside, &path)?;
+    }
+    case.wake_up(&case.args.bin, &images, &[], &target.tree).context("with all images")?;
+    target.ask()?;
+    Ok(Outcome::Passed(format!("{} images", names.len())))
+}

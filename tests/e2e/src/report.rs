@@ -46,10 +46,7 @@ pub struct Test {
 
 impl Test {
     /// A test that may run beside others.
-    pub fn new(
-        name: impl Into<String>,
-        body: impl Fn(&Case<'_>) -> Result<Outcome> + Send + Sync + 'static,
-    ) -> Self {
+    pub fn new(name: impl Into<String>, body: impl Fn(&Case<'_>) -> Result<Outcome> + Send + Sync + 'static) -> Self {
         Self { name: name.into(), alone: false, body: Box::new(body) }
     }
 

@@ -202,10 +202,30 @@ pub fn sigframe(regs: &GpRegs, mask: u64, xstate: &[u8], addr: u64) -> (Vec<u8>,
     // UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
     put(FRAME_UC, if xstate.len() > 576 { 7 } else { 6 });
     let context = [
-        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp,
-        r.rip, r.eflags,
+        r.r8,
+        r.r9,
+        r.r10,
+        r.r11,
+        r.r12,
+        r.r13,
+        r.r14,
+        r.r15,
+        r.rdi,
+        r.rsi,
+        r.rbp,
+        r.rbx,
+        r.rdx,
+        r.rax,
+        r.rcx,
+        r.rsp,
+        r.rip,
+        r.eflags,
         (r.cs & 0xffff) | (r.gs & 0xffff) << 16 | (r.fs & 0xffff) << 32 | (r.ss & 0xffff) << 48,
-        0, 0, 0, 0, addr + FP_AT as u64,
+        0,
+        0,
+        0,
+        0,
+        addr + FP_AT as u64,
     ];
     for (i, v) in context.into_iter().enumerate() {
         put(UC_SIGCONTEXT + i * 8, v);

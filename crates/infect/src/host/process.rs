@@ -142,3 +142,25 @@ pub fn read_memory(pid: HostPid, addr: u64, into: &mut [u8]) -> io::Result<()> {
         Err(_) => Err(io::Error::last_os_error()),
     }
 }
+
+/// The restartable sequence that the C library has registered for this thread: address and possible lengths, longest
+/// first. A forked process inherits it (rseq(2)), and must end it before it unmaps the memory.
+pub fn own_rseq() -> Option<(u64, [u64; 2])> {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: looks names up; the symbols are variables of glibc 2.35 and later, of these types.
+        let (offset, size) = unsafe {
+            let offset = libc::dlsym(libc::RTLD_DEFAULT, c"__rseq_offset".as_ptr()).cast::<isize>();
+            let size = libc::dlsym(libc::RTLD_DEFAULT, c"__rseq_size".as_ptr()).cast::<u32>();
+            if offset.is_null() || size.is_null() || *size == 0 {
+                return None;
+            }
+            (*offset, u64::from(*size))
+        };
+        let at = (arch::thread_pointer() as isize).wrapping_add(offset) as u64;
+        // The registered length is at least that of the first version of the structure, whatever is said to be in use.
+        Some((at, [size.max(32), size]))
+    }
+    #[cfg(not(target_env = "gnu"))]
+    None
+}

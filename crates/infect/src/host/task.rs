@@ -107,8 +107,8 @@ pub fn membarrier_registrations_can_be_read() -> bool {
     result(unsafe { libc::syscall(libc::SYS_membarrier, GET_REGISTRATIONS, 0, 0) }).is_ok()
 }
 
-/// The restartable sequence that the C library has registered for the calling thread and every process forked from it
-/// inherits (rseq(2); glibc 2.35 and newer); `None` if it registers none. The size may be smaller than the registered one.
+/// The restartable sequence that the C library has registered for the calling thread (rseq(2); glibc 2.35 and newer),
+/// and that every process forked from it inherits; `None` if it registers none. The registered size may be larger.
 pub fn own_rseq() -> Option<RseqConfig> {
     // Signature in front of abort handlers (linux/rseq.h of each architecture).
     let signature = if cfg!(target_arch = "x86_64") { 0x5305_3053 } else { 0xd428_bc00 };

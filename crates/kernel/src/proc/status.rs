@@ -192,3 +192,15 @@ fn push(mut out: Vec<u8>, byte: u8) -> Vec<u8> {
     out.push(byte);
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shadow_stack_features_are_kept_as_words() {
+        let file = b"Name:\tx\nState:\tR (running)\nx86_Thread_features:\tshstk wrss \nx86_Thread_features_locked:\t\n";
+        let status = parse(Path::new("status"), file).unwrap();
+        assert_eq!(status.x86_thread_features, b"shstk wrss");
+    }
+}

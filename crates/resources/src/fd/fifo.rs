@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use dormouse_images::{ImageKind, pb};
 use nix::sys::stat::SFlag;
 
+use super::files::set_status;
 use super::pipe::Saved;
 use super::{FdKind, FdView, FileTable, Files, Look, reg};
 use crate::checkpoint::TreeImage;
@@ -61,7 +62,10 @@ impl FdKind for Fifo {
             files.fifos.saved.put_back(f.pipe_id, &both, packet, &reg.name)?;
             files.fifos.both.insert(f.pipe_id, both);
         }
-        reg::open_file(files, reg, reg.flags as i32)
+        let flags = reg.flags as i32;
+        let fd = reg::open_file(files, reg, flags & !libc::O_DIRECT)?;
+        set_status(&fd, flags, &reg.name)?;
+        Ok(fd)
     }
 }
 

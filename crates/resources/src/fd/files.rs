@@ -120,7 +120,9 @@ impl<'a> Files<'a> {
     /// The record of a file that is opened by name.
     pub(super) fn reg(&self, id: u32) -> Result<&'a pb::RegFileEntry> {
         let (e, kind) = self.entry(id)?;
-        e.reg.as_ref().ok_or_else(|| invalid!("files.img: file {id} is a {}, where one with a name is needed", kind.name()))
+        e.reg
+            .as_ref()
+            .ok_or_else(|| invalid!("files.img: file {id} is a {}, where one with a name is needed", kind.name()))
     }
 
     /// What stands in for a file's name.
@@ -244,10 +246,14 @@ impl<'a> Files<'a> {
         Ok(keep_in(&mut self.mapped, key, raise(fd, self.base)?))
     }
 
-    /// With `--shell-job`: the terminal of this process that takes the place of the one the tree had. Once the groups
-    /// exist, its foreground group has to be set (tcsetpgrp(3)).
-    pub fn terminal(&self) -> Option<RawFd> {
-        self.ttys.terminal()
+    /// Makes a group of the tree the foreground group of the terminal that the tree got from this process; nothing without
+    /// `--shell-job`, or if the tree had no terminal. To be called once the group exists: the tree is stopped when it reads
+    /// from its terminal in the background.
+    ///
+    /// # Errors
+    /// tcsetpgrp(3)'s: the group is not in this process's session.
+    pub fn to_foreground(&self, group: i32) -> Result<()> {
+        self.ttys.to_foreground(group)
     }
 
     /// Adds what a task has to do about its descriptors once all of them are in their places: part of what makes a
@@ -269,7 +275,8 @@ impl<'a> Files<'a> {
     pub fn remove_link_remaps(&mut self) {
         for path in self.link_remaps.drain(..) {
             let found = self.paths.parent(&path.to_string_lossy());
-            let removed = found.and_then(|(dir, last)| Ok(unlinkat(&dir, last.as_os_str(), UnlinkatFlags::NoRemoveDir)?));
+            let removed =
+                found.and_then(|(dir, last)| Ok(unlinkat(&dir, last.as_os_str(), UnlinkatFlags::NoRemoveDir)?));
             if let Err(e) = removed {
                 tracing::warn!("cannot remove {}, which kept a file without a name: {e}", path.display());
             }
@@ -289,20 +296,24 @@ impl<'a> Files<'a> {
         {
             return Err(invalid!(
                 "{} has {} bytes, but had {size} when it was dumped (files.img: file {}); put the old file back and retry",
-                reg.name, st.st_size, reg.id
+                reg.name,
+                st.st_size,
+                reg.id
             ));
         }
         let Some(mode) = reg.mode else { return Ok(()) };
         if kind(st.st_mode) != kind(mode) {
             return Err(invalid!(
                 "{} is of another type ({:o}) than when it was dumped ({mode:o}); put the old file back and retry",
-                reg.name, st.st_mode
+                reg.name,
+                st.st_mode
             ));
         }
         if !self.options.skip_file_rwx_check && st.st_mode != mode {
             return Err(invalid!(
                 "{} has mode {:o}, but had {mode:o} when it was dumped; change it back, or ignore it (--skip-file-rwx-check)",
-                reg.name, st.st_mode
+                reg.name,
+                st.st_mode
             ));
         }
         Ok(())
@@ -342,8 +353,15 @@ fn check(image: &TreeImage) -> Result<()> {
         let (_, kind) = entry_of(image, *id)?;
         match kind.record_id(e) {
             Some(inner) if inner == *id => {}
-            Some(inner) => return Err(invalid!("files.img: file {id} holds the record of file {inner}; the image is damaged")),
-            None => return Err(invalid!("files.img: file {id} ({}) has no record of its kind; the image is damaged", kind.name())),
+            Some(inner) => {
+                return Err(invalid!("files.img: file {id} holds the record of file {inner}; the image is damaged"));
+            }
+            None => {
+                return Err(invalid!(
+                    "files.img: file {id} ({}) has no record of its kind; the image is damaged",
+                    kind.name()
+                ));
+            }
         }
         if e.reg.as_ref().is_some_and(|r| r.name.is_empty() || r.name.contains('\0')) {
             return Err(invalid!("files.img: file {id} has no proper name; the image is damaged"));

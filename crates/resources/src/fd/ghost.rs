@@ -23,7 +23,8 @@ const BLOCK: u64 = 1 << 20;
 
 /// Whether a deleted file of this type can be kept.
 pub fn can_keep(file_type: SFlag) -> bool {
-    [SFlag::S_IFREG, SFlag::S_IFDIR, SFlag::S_IFIFO, SFlag::S_IFLNK, SFlag::S_IFCHR, SFlag::S_IFBLK].contains(&file_type)
+    [SFlag::S_IFREG, SFlag::S_IFDIR, SFlag::S_IFIFO, SFlag::S_IFLNK, SFlag::S_IFCHR, SFlag::S_IFBLK]
+        .contains(&file_type)
 }
 
 /// Keeps the deleted file of a view for file `id`; one that was kept before is only referred to.
@@ -190,7 +191,8 @@ fn create(dir: &OwnedFd, name: &std::ffi::OsStr, entry: &pb::GhostFileEntry, kin
     if kind == SFlag::S_IFDIR {
         mkdirat(dir, name, Mode::S_IRWXU)?;
     } else if kind == SFlag::S_IFLNK {
-        let target = entry.symlnk_target.as_deref().ok_or_else(|| io::Error::other("the image has no target for it"))?;
+        let target =
+            entry.symlnk_target.as_deref().ok_or_else(|| io::Error::other("the image has no target for it"))?;
         symlinkat(target, dir, name)?;
     } else {
         mknodat(dir, name, kind, private, entry.rdev.unwrap_or(0).into())?;

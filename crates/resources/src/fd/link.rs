@@ -11,6 +11,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 
+use super::files::reopen;
 use super::view::magic;
 use super::{FdView, FileTable, Files, ghost};
 use crate::{Result, call, invalid};
@@ -79,13 +80,18 @@ fn make(view: &FdView, id: u32, name: &str, table: &mut FileTable<'_>) -> Result
                 return Ok(Some(kept.to_string_lossy().into_owned()));
             }
             Err(Errno::ENOENT | Errno::ENOTDIR) => {}
-            Err(e) => return Err(call(format!("cannot make the link {} to {}", path.display(), view.subject()))(e.into())),
+            Err(e) => {
+                return Err(call(format!("cannot make the link {} to {}", path.display(), view.subject()))(e.into()));
+            }
         }
     }
     if view.fs == magic::OVERLAY {
         return Ok(None);
     }
-    Err(invalid!("no directory was found for a link to {}; make the file's old directory again and retry", view.subject()))
+    Err(invalid!(
+        "no directory was found for a link to {}; make the file's old directory again and retry",
+        view.subject()
+    ))
 }
 
 fn link_to(view: &FdView, path: &Path) -> nix::Result<()> {
@@ -102,7 +108,8 @@ fn link_to(view: &FdView, path: &Path) -> nix::Result<()> {
 /// Opens a file that was kept by a link, under its own name if that is free.
 pub fn open(files: &mut Files<'_>, other: u32, reg: &pb::RegFileEntry, flags: i32) -> Result<OwnedFd> {
     let kept = files.reg(other)?.name.clone();
-    let fail = |op: &str| call(format!("cannot {op} {kept}, which was kept for {} (files.img: file {other})", reg.name));
+    let fail =
+        |op: &str| call(format!("cannot {op} {kept}, which was kept for {} (files.img: file {other})", reg.name));
     let path = PathBuf::from(&kept);
     if !files.link_remaps.contains(&path) {
         files.link_remaps.push(path);
@@ -114,11 +121,14 @@ pub fn open(files: &mut Files<'_>, other: u32, reg: &pb::RegFileEntry, flags: i3
         let fd = open_in(&dir, &last, flags);
         let removed = unlinkat(&dir, last.as_os_str(), UnlinkatFlags::NoRemoveDir);
         removed.map_err(|e| fail("unlink the name made for")(e.into()))?;
-        return fd.map_err(|e| fail("open")(e.into()));
+        return fd.map_err(fail("open"));
     }
-    open_in(&kept_dir, &kept_last, flags).map_err(|e| fail("open")(e.into()))
+    open_in(&kept_dir, &kept_last, flags).map_err(fail("open"))
 }
 
-fn open_in(dir: &OwnedFd, name: &OsStr, flags: i32) -> nix::Result<OwnedFd> {
-    openat(dir, name, super::paths::again(flags) | OFlag::O_NOFOLLOW, Mode::empty())
+/// Opens a file of a directory, but not what a symbolic link in its place leads to. The way over `/proc` keeps
+/// `O_NOFOLLOW` out of the flags that a task reads.
+fn open_in(dir: &OwnedFd, name: &OsStr, flags: i32) -> std::io::Result<OwnedFd> {
+    let file = openat(dir, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    reopen(&file, flags)
 }

@@ -9,15 +9,25 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{SFlag, major, minor};
 
 use super::files::{copy_of, reopen, seek, set_status};
+use super::view::magic;
 use super::{FdKind, FdView, FileTable, Files, Look};
 use crate::mem::{Shared, SharedDump};
 use crate::{Blocker, Result, call, invalid};
 
+/// memfd_create(2), Linux 4.14.
+const MFD_HUGETLB: u32 = 4;
+/// From this bit on lies the binary logarithm of the huge pages' size.
+const MFD_HUGE_SHIFT: u32 = 26;
+
 /// The kind.
 pub struct Memfd;
 
-/// Whether a file lies on the kernel's own mount of shared memory, which only memfds and shared mappings do.
+/// Whether a file lies on the kernel's own mount of shared memory, which only memfds and shared mappings do; or is a
+/// memfd of huge pages.
 pub fn is_shared_memory(view: &FdView) -> bool {
+    if view.fs == magic::HUGETLB {
+        return view.stat.st_nlink == 0 && view.link.starts_with(b"/memfd:");
+    }
     // One number for as long as the kernel runs.
     static DEVICE: OnceLock<Option<(u32, u32)>> = OnceLock::new();
     let device = DEVICE.get_or_init(|| dormouse_infect::host::mem::shared_memory_device().ok());
@@ -37,6 +47,8 @@ pub struct Inode {
     id: u64,
     name: String,
     stat: nix::sys::stat::FileStat,
+    /// It is made of huge pages.
+    huge: bool,
     /// Open for reading.
     file: OwnedFd,
 }
@@ -44,7 +56,7 @@ pub struct Inode {
 impl Inode {
     fn new(view: &FdView, id: u64) -> Result<Self> {
         let name = name_of(view).ok_or_else(|| invalid!("{}: its name is not UTF-8", view.subject()))?;
-        Ok(Self { id, name, stat: view.stat, file: view.open_for_reading()? })
+        Ok(Self { id, name, stat: view.stat, huge: view.fs == magic::HUGETLB, file: view.open_for_reading()? })
     }
 
     /// Saves the content; the inode's record.
@@ -66,7 +78,7 @@ impl Inode {
             shmid: u32::try_from(shmid).map_err(|_| invalid!("{}: its number is too large for the images", what()))?,
             seals: seals as u32,
             inode_id: self.id,
-            hugetlb_flag: None,
+            hugetlb_flag: self.huge.then(|| MFD_HUGETLB | (st.st_blksize as u64).ilog2() << MFD_HUGE_SHIFT),
             mode: Some(st.st_mode),
         })
     }
@@ -116,7 +128,8 @@ impl FdKind for Memfd {
         let what = format!("memfd {} (files.img: file {})", m.inode_id, m.id);
         let object = copy_of(shared.memfd(m.inode_id)?)?;
         // A description made by opening cannot be executed (execveat(2)) while another writes, the first one can.
-        let first = flags & libc::O_ACCMODE == libc::O_RDWR && flags & libc::O_PATH == 0 && files.first_memfd(m.inode_id);
+        let first =
+            flags & libc::O_ACCMODE == libc::O_RDWR && flags & libc::O_PATH == 0 && files.first_memfd(m.inode_id);
         let fd = if first {
             set_status(&object, flags, &what)?;
             object

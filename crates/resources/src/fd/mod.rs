@@ -4,8 +4,8 @@
 //! record ([`FileTable`]); a restore opens every description once, in the host, and tasks inherit them ([`Files`]).
 //! A new kind is one file here with both directions, and one line in [`KINDS`].
 
-pub(crate) mod files;
 mod fifo;
+pub(crate) mod files;
 mod ghost;
 mod ids;
 mod link;

@@ -1,9 +1,9 @@
 //! Pipes without a name: their ends, size, mode and content, which is copied without taking it out.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io::{self, Read, Write};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageDir, ImageKind, ImageWriter, pb};
 use dormouse_infect::host::fd::tee;
@@ -56,7 +56,8 @@ impl FdKind for Pipe {
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
         let p = entry.pipe.as_ref().ok_or_else(|| invalid!("files.img: pipe {} has no record", entry.id))?;
         if let Some(given) = files.inherited(&format!("pipe:[{}]", p.pipe_id))? {
-            let fd = reopen(&given, p.flags as i32).map_err(call(format!("cannot reopen the given pipe:[{}]", p.pipe_id)))?;
+            let flags = p.flags as i32 & !libc::O_DIRECT;
+            let fd = reopen(&given, flags).map_err(call(format!("cannot reopen the given pipe:[{}]", p.pipe_id)))?;
             set_status(&fd, p.flags as i32, "a given pipe")?;
             return Ok(fd);
         }
@@ -146,7 +147,9 @@ fn peek(end: &OwnedFd, size: usize, what: &str) -> Result<Vec<u8>> {
     let cannot = |e: io::Error| call(format!("cannot copy the content of {what}"))(e);
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| cannot(e.into()))?;
     fcntl(&write, FcntlArg::F_SETPIPE_SZ(size as i32)).map_err(|e| {
-        call(format!("cannot make a pipe as large as {what}, {size} bytes (see fs.pipe-max-size in proc_sys_fs(5))"))(e.into())
+        call(format!("cannot make a pipe as large as {what}, {size} bytes (see fs.pipe-max-size in proc_sys_fs(5))"))(
+            e.into(),
+        )
     })?;
     let len = match tee(end, &write, size) {
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
@@ -191,16 +194,23 @@ impl Saved {
     pub fn put_back(&self, id: u32, write: &OwnedFd, packet: bool, what: &str) -> Result<()> {
         let Some(data) = self.0.get(&id) else { return Ok(()) };
         if let Some(size) = data.size.filter(|s| *s > 0) {
-            let size = i32::try_from(size).map_err(|_| invalid!("{what}: its size {size} is too large; the image is damaged"))?;
+            let size = i32::try_from(size)
+                .map_err(|_| invalid!("{what}: its size {size} is too large; the image is damaged"))?;
             fcntl(write, FcntlArg::F_SETPIPE_SZ(size)).map_err(|e| {
-                call(format!("{what}: cannot set its size to {size} bytes (see fs.pipe-max-size in proc_sys_fs(5))"))(e.into())
+                call(format!("{what}: cannot set its size to {size} bytes (see fs.pipe-max-size in proc_sys_fs(5))"))(
+                    e.into(),
+                )
             })?;
         }
         if data.bytes.is_empty() {
             return Ok(());
         }
-        let mode = libc::O_WRONLY | libc::O_NONBLOCK | if packet { libc::O_DIRECT } else { 0 };
-        let end = reopen(write, mode).map_err(call(format!("{what}: cannot open another end")))?;
+        let end = reopen(write, libc::O_WRONLY | libc::O_NONBLOCK);
+        let end = end.map_err(call(format!("{what}: cannot open another end")))?;
+        if packet {
+            // Cannot be asked for when opening.
+            set_status(&end, libc::O_NONBLOCK | libc::O_DIRECT, what)?;
+        }
         let cannot = call(format!("{what}: cannot put back {} bytes", data.bytes.len()));
         File::from(end).write_all(&data.bytes).map_err(cannot)
     }
@@ -245,7 +255,8 @@ impl Pipes {
         let flags = e.flags as i32;
         let mode = flags & libc::O_ACCMODE;
         let writes = mode != libc::O_RDONLY;
-        let (fd, given) = if writes { (&ends.write, &mut ends.write_given) } else { (&ends.read, &mut ends.read_given) };
+        let (fd, given) =
+            if writes { (&ends.write, &mut ends.write_given) } else { (&ends.read, &mut ends.read_given) };
         // Whoever opens a pipe through /proc gets O_LARGEFILE; the two ends that pipe(2) made have not got it.
         let original = flags & LARGEFILE == 0 && mode != libc::O_RDWR && !std::mem::replace(given, true);
         let end = if original {
@@ -253,7 +264,7 @@ impl Pipes {
         } else {
             reopen(fd, mode | flags & libc::O_NONBLOCK).map_err(call(format!("cannot reopen {what}")))?
         };
-        set_status(&end.as_fd(), flags, &what)?;
+        set_status(&end, flags, &what)?;
         Ok(end)
     }
 }

@@ -116,7 +116,9 @@ pub fn reach(view: &FdView, look: &mut Look<'_>) -> Result<std::result::Result<R
     let st = &view.stat;
     match look.stat(view, &view.link) {
         Ok(found) if (found.st_dev, found.st_ino) == (st.st_dev, st.st_ino) => Ok(Ok(Reach::Named(name.to_owned()))),
-        Ok(found) if is_same_device(&found, view) && look.options.evasive_devices => Ok(Ok(Reach::Named(name.to_owned()))),
+        Ok(found) if is_same_device(&found, view) && look.options.evasive_devices => {
+            Ok(Ok(Reach::Named(name.to_owned())))
+        }
         Ok(found) if found.st_dev != st.st_dev => {
             let here = (major(found.st_dev), nix::sys::stat::minor(found.st_dev));
             let what = format!("its name leads to another file system now ({}:{})", here.0, here.1);
@@ -232,7 +234,8 @@ pub fn open_file(files: &mut Files<'_>, reg: &pb::RegFileEntry, flags: i32) -> R
             Ok(fd)
         }
         Some((pb::RemapType::Procfs, pid)) => Err(invalid!(
-            "remap-fpath.img: {} is a file of process {pid}, which had ended; such files cannot be restored yet", reg.name
+            "remap-fpath.img: {} is a file of process {pid}, which had ended; such files cannot be restored yet",
+            reg.name
         )),
     }
 }

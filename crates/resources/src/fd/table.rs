@@ -130,7 +130,7 @@ impl<'a> FileTable<'a> {
     }
 
     /// Makes and keeps the record of a new description.
-    fn add(&mut self, view: &FdView) -> Result<(u32, pb::FdTypes)> {
+    pub(super) fn add(&mut self, view: &FdView) -> Result<(u32, pb::FdTypes)> {
         let kind: &dyn FdKind = kind_of(view).map_err(|b| invalid!("{b}"))?;
         if let Some(blocker) = kind.blocker(view, &mut self.look)? {
             return Err(invalid!("{blocker}"));

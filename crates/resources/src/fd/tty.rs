@@ -2,7 +2,7 @@
 //! terminal's name /dev/tty, and consoles and serial lines that are opened by name.
 
 use std::collections::{BTreeMap, HashSet};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageKind, pb};
 use dormouse_infect::host::fd as host;
@@ -11,6 +11,7 @@ use dormouse_kernel::proc::stat;
 use nix::fcntl::{OFlag, open};
 use nix::pty::PtyMaster;
 use nix::sys::stat::{Mode, SFlag};
+use nix::unistd::{Pid, tcsetpgrp};
 
 use super::files::{reopen, set_status};
 use super::{FdKind, FdView, FileTable, Files, Look, paths, reg};
@@ -110,7 +111,10 @@ impl FdKind for Tty {
         }
         let outside = || {
             let what = "the terminal of a shell outside of the tree";
-            view.blocker(what, "dump and restore with --shell-job, or start the program with its input and output redirected")
+            view.blocker(
+                what,
+                "dump and restore with --shell-job, or start the program with its input and output redirected",
+            )
         };
         let sort = Sort::of(view.rdev()).ok_or_else(|| invalid!("{}: no terminal", view.subject()))?;
         let found = match sort {
@@ -134,7 +138,8 @@ impl FdKind for Tty {
         let external = is_external(view, table.look());
         let regf_id = if external { None } else { Some(table.dump_named(view)?) };
         let tty_info_id = table.terminals().add(view, external)?;
-        let tty = pb::TtyFileEntry { id, tty_info_id, flags: view.flags() as u32, fown: super::table::fown(view)?, regf_id };
+        let tty =
+            pb::TtyFileEntry { id, tty_info_id, flags: view.flags() as u32, fown: super::table::fown(view)?, regf_id };
         Ok(pb::FileEntry { r#type: self.fd_type() as i32, id, tty: Some(tty), ..Default::default() })
     }
 
@@ -270,12 +275,14 @@ impl Terminals {
     /// They are those of several shells, and a restore is given one.
     pub fn finish(&self) -> Result<Vec<pb::TtyInfoEntry>> {
         let live = |i: &&pb::TtyInfoEntry| i.r#type() == pb::TtyType::Pty && i.termios.is_some();
-        let outside: Vec<String> = self.infos.values().filter(live).map(|i| key(i.rdev.into(), i.dev().into())).collect();
+        let outside: Vec<String> =
+            self.infos.values().filter(live).map(|i| key(i.rdev.into(), i.dev().into())).collect();
         if outside.len() > 1 {
             return Err(invalid!(
                 "the tree has {} terminals of shells outside of it ({}), but a restore is given one; \
                  leave the others to yourself (--external) or end what uses them",
-                outside.len(), outside.join(", ")
+                outside.len(),
+                outside.join(", ")
             ));
         }
         Ok(self.infos.values().cloned().collect())
@@ -306,7 +313,9 @@ fn modes_of(e: &pb::TermiosEntry) -> host::Termios {
 
 /// Puts a terminal's modes back as they were.
 fn set_modes(fd: &OwnedFd, info: &pb::TtyInfoEntry) -> Result<()> {
-    let cannot = |what: &str| call(format!("cannot set the {what} of the terminal {}", key(info.rdev.into(), info.dev().into())));
+    let cannot = |what: &str| {
+        call(format!("cannot set the {what} of the terminal {}", key(info.rdev.into(), info.dev().into())))
+    };
     // In the background of a terminal, changing it would stop this process.
     let _blocked = SignalsBlocked::new().map_err(call("cannot block signals"))?;
     if let Some(locked) = info.termios_locked.as_ref().map(modes_of)
@@ -325,7 +334,9 @@ fn set_modes(fd: &OwnedFd, info: &pb::TtyInfoEntry) -> Result<()> {
 
 fn set_size(fd: &OwnedFd, info: &pb::TtyInfoEntry) -> Result<()> {
     let Some(w) = &info.winsize else { return Ok(()) };
-    let of = |n: u32| u16::try_from(n).map_err(|_| invalid!("tty-info.img: terminal {}: its size {n} is too large", info.id));
+    let of = |n: u32| {
+        u16::try_from(n).map_err(|_| invalid!("tty-info.img: terminal {}: its size {n} is too large", info.id))
+    };
     let size = host::WindowSize {
         rows: of(w.ws_row)?,
         columns: of(w.ws_col)?,
@@ -338,7 +349,10 @@ fn set_size(fd: &OwnedFd, info: &pb::TtyInfoEntry) -> Result<()> {
 /// The terminals of a restore.
 pub struct Given {
     infos: BTreeMap<u32, pb::TtyInfoEntry>,
+    /// The terminal of this process that takes the place of the one that the tree had.
     own: Option<OwnedFd>,
+    /// It did.
+    used: bool,
     /// Other sides of terminals that were hung up: they are again when this is dropped.
     masters: BTreeMap<u32, PtyMaster>,
 }
@@ -352,21 +366,31 @@ impl Given {
         let infos = optional(image.dir.read_all::<pb::TtyInfoEntry>(ImageKind::TtyInfo, 0))?;
         let standard = (0..3).filter_map(|n| host::copy_number(n).ok());
         let own = standard.filter(|_| options.shell_job).find(|fd| host::tty_modes(fd).is_ok());
-        Ok(Self { infos: infos.into_iter().map(|i| (i.id, i)).collect(), own, masters: BTreeMap::new() })
+        Ok(Self { infos: infos.into_iter().map(|i| (i.id, i)).collect(), own, used: false, masters: BTreeMap::new() })
     }
 
-    /// The terminal of this process that takes the place of the one that the tree had; only with `--shell-job`.
-    pub fn terminal(&self) -> Option<RawFd> {
-        self.own.as_ref().map(AsRawFd::as_raw_fd)
+    /// See [`Files::to_foreground`].
+    pub fn to_foreground(&self, group: i32) -> Result<()> {
+        let Some(own) = self.own.as_ref().filter(|_| self.used) else { return Ok(()) };
+        // In the background, this would stop us.
+        let _blocked = SignalsBlocked::new().map_err(call("cannot block signals"))?;
+        tcsetpgrp(own, Pid::from_raw(group))
+            .map_err(|e| call(format!("cannot make group {group} the foreground group of the terminal"))(e.into()))
     }
 
     fn info(&self, id: u32) -> Result<pb::TtyInfoEntry> {
-        self.infos.get(&id).cloned().ok_or_else(|| invalid!("tty-info.img: terminal {id} is missing; the checkpoint is incomplete"))
+        self.infos
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| invalid!("tty-info.img: terminal {id} is missing; the checkpoint is incomplete"))
     }
 
-    fn own(&self, name: &str) -> Result<&OwnedFd> {
+    fn own(&mut self, name: &str) -> Result<&OwnedFd> {
+        self.used = true;
         self.own.as_ref().ok_or_else(|| {
-            invalid!("the tree had a terminal ({name}), but none of descriptors 0 to 2 is one; run the restore in a terminal")
+            invalid!(
+                "the tree had a terminal ({name}), but none of descriptors 0 to 2 is one; run the restore in a terminal"
+            )
         })
     }
 
@@ -407,7 +431,7 @@ mod tests {
 
     #[test]
     fn a_terminal_hangs_up_when_all_are_open() {
-        let mut given = Given { infos: BTreeMap::new(), own: None, masters: BTreeMap::new() };
+        let mut given = Given { infos: BTreeMap::new(), own: None, used: false, masters: BTreeMap::new() };
         let fds = [given.hung_up(6, libc::O_RDWR).unwrap(), given.hung_up(6, libc::O_RDONLY).unwrap()];
         assert!(host::tty_modes(&fds[0]).is_ok());
         drop(given);

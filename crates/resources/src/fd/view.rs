@@ -147,8 +147,10 @@ impl Process {
     /// Everything about a descriptor; `info` is its fdinfo.
     pub fn descriptor(&self, fd: TargetFd, info: FdInfo) -> Result<FdView> {
         let link = proc::fd_link(self.pid, fd)?;
-        let own = host::pidfd_getfd(&self.handle, fd)
-            .map_err(call(format!("cannot take a copy of fd {fd} of pid {} (pidfd_getfd; needs ptrace access)", self.pid)))?;
+        let own = host::pidfd_getfd(&self.handle, fd).map_err(call(format!(
+            "cannot take a copy of fd {fd} of pid {} (pidfd_getfd; needs ptrace access)",
+            self.pid
+        )))?;
         self.view(Place::Fd(fd), link, info, own)
     }
 

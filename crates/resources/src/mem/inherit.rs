@@ -127,7 +127,7 @@ mod tests {
         let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
         let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
         let v = private(0x1000, 0xa000);
-        let p = pb::VmaEntry { prot: 1, ..v.clone() };
+        let p = pb::VmaEntry { prot: 1, ..v };
         let mut b = Batch::new();
         inherit_ops(&mut b, &mut arena, (&v, &p), (&[run(2, 1, 0)], &[]), &mut Reads::new(5));
         assert_eq!(b.name(0), "mprotect of 0x1000-0xa000");

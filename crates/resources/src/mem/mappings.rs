@@ -84,7 +84,7 @@ impl Mappings {
         Ok(Self { pid, vmas, own, stacks: Vec::new(), reader, smaps: OnceLock::new(), guards: OnceLock::new() })
     }
 
-    /// Names the stack pointers of all threads, whose pages CRIU never marks as fit to be fetched later.
+    /// Names the stack pointers of threads besides the leader: their pages are never marked as fit to be fetched later.
     #[must_use]
     pub fn with_stacks(mut self, pointers: impl IntoIterator<Item = u64>) -> Self {
         self.stacks = pointers.into_iter().collect();

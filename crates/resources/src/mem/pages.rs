@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::{ImageDir, ImageKind};
+use dormouse_infect::arch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
 use dormouse_kernel::proc::status;
@@ -162,6 +163,8 @@ struct Dump<'a, 'p> {
     at: usize,
     /// Where the pages of each mapping lie in the image: its first address, the bytes.
     spans: Vec<(u64, Range<u64>)>,
+    /// Pages that stack pointers are in.
+    stacks: Vec<u64>,
     /// Mappings whose pages must be in memory: not to be fetched later.
     locked: Vec<Range<u64>>,
     stats: PageStats,
@@ -170,13 +173,15 @@ struct Dump<'a, 'p> {
 impl<'a, 'p> Dump<'a, 'p> {
     fn new(parasite: &'a mut Parasite<'p>, mappings: &'a Mappings, records: Records, image: File) -> Result<Self> {
         let pid = mappings.pid();
+        let leader = std::iter::once(arch::sp(&parasite.leader_state().regs));
+        let stacks = mappings.stacks().iter().copied().chain(leader).map(|sp| sp & !(PAGE - 1)).collect();
         // Smaps takes its time, so it is waited for only where something is locked.
         let any = status::read(pid)?.vm_lck_kb.is_none_or(|kb| kb > 0);
         let locked = if any { mappings.flagged("lo")? } else { Vec::new() };
         let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
         let route = Route::choose(pid, saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add))?;
         let copier = Copier::new(parasite, pid, image, route)?;
-        Ok(Self { copier, mappings, records, guards: Vec::new(), at: 0, spans: Vec::new(), locked, stats: PageStats::default() })
+        Ok(Self { copier, mappings, records, guards: Vec::new(), at: 0, spans: Vec::new(), locked, stacks, stats: PageStats::default() })
     }
 
     /// Takes in a run of pages, which may reach over several mappings.
@@ -208,7 +213,7 @@ impl<'a, 'p> Dump<'a, 'p> {
         let mut at = range.start;
         while at < range.end {
             // The page that a thread's stack pointer is in is never fetched later.
-            let page = self.mappings.stacks().iter().map(|sp| sp & !(PAGE - 1)).filter(|p| (at..range.end).contains(p)).min();
+            let page = self.stacks.iter().copied().filter(|page| (at..range.end).contains(page)).min();
             let end = match page {
                 Some(page) if page == at => at + PAGE,
                 Some(page) => page,

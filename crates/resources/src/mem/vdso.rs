@@ -111,7 +111,7 @@ impl Vdso {
         }
         let data = || mm.vmas.iter().filter(|v| v.status & VMA_VVAR != 0);
         let Some(first) = data().map(|v| v.start).min() else { return Ok(()) };
-        if data().map(|v| v.end - v.start).sum::<u64>() != self.data.iter().map(|p| p.1).sum() {
+        if data().map(|v| v.end - v.start).sum::<u64>() != self.data.iter().map(|p| p.1).sum::<u64>() {
             return Err("the size of its data differs");
         }
         let own = self.data.first().map_or(0, |p| p.0);

@@ -144,9 +144,9 @@ mod tests {
         let anonymous = pb::VmaEntry { flags: flag::PRIVATE | flag::ANONYMOUS, status: VMA_REGULAR, ..Default::default() };
         assert!(can_be_lazy(&anonymous));
         for more in [flag::LOCKED, flag::HUGETLB] {
-            assert!(!can_be_lazy(&pb::VmaEntry { flags: anonymous.flags | more, ..anonymous.clone() }));
+            assert!(!can_be_lazy(&pb::VmaEntry { flags: anonymous.flags | more, ..anonymous }));
         }
-        assert!(!can_be_lazy(&pb::VmaEntry { status: VMA_REGULAR | VMA_VDSO, ..anonymous.clone() }));
+        assert!(!can_be_lazy(&pb::VmaEntry { status: VMA_REGULAR | VMA_VDSO, ..anonymous }));
         assert!(!can_be_lazy(&pb::VmaEntry { flags: flag::PRIVATE, ..anonymous }));
     }
 }

@@ -39,7 +39,10 @@ fn look(pid: HostPid, found: &mut Found) -> Result<()> {
     let leader = status::read(pid)?;
     if leader.state == b'Z' {
         if stat::read(pid)?.num_threads > 1 {
-            found.add("its main thread has ended while others run on", "end the process, or dump it before its main thread ends");
+            found.add(
+                "its main thread has ended while others run on",
+                "end the process, or dump it before its main thread ends",
+            );
         }
         return Ok(());
     }
@@ -92,7 +95,8 @@ fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
     }
     let own_pid_ns = ns_inode(pid, NsKind::Pid)?;
     if ns_inode(pid, NsKind::PidForChildren)?.is_some_and(|children| Some(children) != own_pid_ns) {
-        found.add("its children will be in another pid namespace (unshare, setns)", "dump the tree before it makes one");
+        found
+            .add("its children will be in another pid namespace (unshare, setns)", "dump the tree before it makes one");
     }
     if ns_inode(pid, NsKind::User)? != ns_inode(HostPid::current(), NsKind::User)? {
         found.add("it is in another user namespace than dormouse", "dump it from inside that namespace");
@@ -120,7 +124,9 @@ fn is_32_bit(pid: HostPid) -> Result<bool> {
 /// A task that a security module confines otherwise than us would be restored under our label.
 fn label(pid: HostPid, found: &mut Found) -> Result<()> {
     let of = |pid: HostPid| match read_bytes(&pid.proc_path("attr/current")) {
-        Ok(label) => Ok(label.trim_ascii_end().strip_suffix(b"\0").map_or(label.trim_ascii_end().to_vec(), <[u8]>::to_vec)),
+        Ok(label) => {
+            Ok(label.trim_ascii_end().strip_suffix(b"\0").map_or(label.trim_ascii_end().to_vec(), <[u8]>::to_vec))
+        }
         // No security module gives labels.
         Err(e) if matches!(e.errno(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
         Err(e) => Err(e),

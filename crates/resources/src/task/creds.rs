@@ -86,7 +86,11 @@ pub fn restore_ops(b: &mut Batch, arena: &mut Arena, tid: i32, k: &pb::CredsEntr
     if k.groups != own.groups {
         let bytes: Vec<u8> = k.groups.iter().flat_map(|g| g.to_ne_bytes()).collect();
         let at = arena.put(&bytes);
-        b.must(format!("setting {} groups of thread {tid}", k.groups.len()), nr::SETGROUPS, &[k.groups.len() as u64, at]);
+        b.must(
+            format!("setting {} groups of thread {tid}", k.groups.len()),
+            nr::SETGROUPS,
+            &[k.groups.len() as u64, at],
+        );
     }
     let mut securebits = own_securebits().map_err(call("PR_GET_SECUREBITS of this process"))?;
     id_ops(b, tid, k, &mut securebits)?;
@@ -142,7 +146,10 @@ fn capability_ops(b: &mut Batch, arena: &mut Arena, tid: i32, k: &pb::CredsEntry
     }
     let bounding = whole(&k.cap_bnd);
     if bounding & !own.bounding != 0 {
-        tracing::warn!("thread {tid}: its bounding set loses capabilities {:#x}, which ours lacks", bounding & !own.bounding);
+        tracing::warn!(
+            "thread {tid}: its bounding set loses capabilities {:#x}, which ours lacks",
+            bounding & !own.bounding
+        );
     }
     for cap in (0..64u64).filter(|cap| own.bounding & !bounding & (1 << cap) != 0) {
         b.must(format!("dropping capability {cap} from the bounding set"), nr::PRCTL, &[PR_CAPBSET_DROP, cap, 0, 0, 0]);

@@ -12,7 +12,10 @@ use dormouse_kernel::proc::stat::Stat;
 use dormouse_kernel::proc::status::Status;
 use dormouse_kernel::proc::timers::PosixTimer;
 
-use super::{creds, itimer, misc, posix_timer, regs, rlimit, robust_list, rseq, sched, seccomp, sigaction, sigaltstack, signal};
+use super::{
+    creds, itimer, ldt, misc, posix_timer, regs, rlimit, robust_list, rseq, sched, seccomp, sigaction, sigaltstack,
+    signal,
+};
 use crate::checkpoint::{TASK_ALIVE, TASK_DEAD, TASK_STOPPED};
 use crate::{Result, invalid};
 
@@ -60,7 +63,7 @@ impl ThreadView<'_> {
     }
 }
 
-/// A call that was interrupted twice is no longer in the registers, but in the code before the instruction that made it.
+/// A call that was interrupted twice is no longer in the registers, but perhaps in the code that made it.
 fn recalled_number(pid: HostPid, state: &State) -> Option<u64> {
     if !arch::is_recalled(&state.regs) {
         return None;
@@ -78,6 +81,7 @@ pub struct ProcessAsk {
     intervals: itimer::Ask,
     timers: posix_timer::Ask,
     misc: misc::ProcessAsk,
+    segments: ldt::Ask,
 }
 
 impl ProcessAsk {
@@ -88,6 +92,7 @@ impl ProcessAsk {
             intervals: itimer::Ask::new(b, arena),
             timers: posix_timer::Ask::new(b, arena, timers),
             misc: misc::ProcessAsk::new(b, arena),
+            segments: ldt::Ask::new(b, arena),
         }
     }
 
@@ -102,9 +107,10 @@ impl ProcessAsk {
     /// The process's part of the leader's record.
     ///
     /// # Errors
-    /// A question failed.
+    /// A question failed, or the process does something that images have no place for.
     pub fn collect(&self, b: &Batch, arena: &Arena, view: &ProcessView<'_>) -> Result<pb::TaskCoreEntry> {
         let pid = view.pid;
+        self.segments.check(b, pid.0)?;
         let [real, virt, prof] = self.intervals.collect(arena);
         Ok(pb::TaskCoreEntry {
             task_state: if view.stopped.is_some() { TASK_STOPPED } else { TASK_ALIVE },
@@ -146,7 +152,12 @@ impl ThreadAsk {
     ///
     /// # Errors
     /// A question failed, or the thread does something that images have no place for.
-    pub fn collect(&self, b: &Batch, arena: &Arena, view: &ThreadView<'_>) -> Result<(pb::CoreEntry, Option<pb::ThreadExt>)> {
+    pub fn collect(
+        &self,
+        b: &Batch,
+        arena: &Arena,
+        view: &ThreadView<'_>,
+    ) -> Result<(pb::CoreEntry, Option<pb::ThreadExt>)> {
         let tid = view.tid;
         let sched = sched::read(tid)?;
         if let Some(why) = seccomp::unsupported(view.status).or(sched::unsupported(&sched)) {

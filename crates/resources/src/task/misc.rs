@@ -51,7 +51,9 @@ impl ProcessAsk {
         let barriers = if membarrier_registrations_can_be_read() {
             Barriers::Registrations(b.must("membarrier registrations", nr::MEMBARRIER, &[GET_REGISTRATIONS, 0, 0]))
         } else {
-            Barriers::Tried(REGISTERED_BARRIERS.map(|command| b.attempt("membarrier", nr::MEMBARRIER, &[command, 0, 0])))
+            Barriers::Tried(
+                REGISTERED_BARRIERS.map(|command| b.attempt("membarrier", nr::MEMBARRIER, &[command, 0, 0])),
+            )
         };
         Self { subreaper, dumpable, barriers }
     }
@@ -210,7 +212,9 @@ impl LoginUid {
             [] => Ok(None),
             [one] if one == before || one == u32::MAX => Ok(None),
             [one] => Ok(set_loginuid(one).is_ok().then_some(Self { before })),
-            _ => Err(invalid!("the tasks have several login uids ({wanted:?}); only trees of one login can be restored")),
+            _ => {
+                Err(invalid!("the tasks have several login uids ({wanted:?}); only trees of one login can be restored"))
+            }
         }
     }
 }

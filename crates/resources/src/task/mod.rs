@@ -8,6 +8,7 @@ mod blockers;
 pub mod creds;
 mod dump;
 pub mod itimer;
+mod ldt;
 pub mod misc;
 pub mod posix_timer;
 pub mod regs;

@@ -29,7 +29,8 @@ impl Ask {
         let ask = |t: &PosixTimer| {
             let at = arena.alloc(32, 16);
             b.must(format!("reading POSIX timer {}", t.id), nr::TIMER_GETTIME, &[t.id as u64, at]);
-            let overrun = b.must(format!("reading the overrun of POSIX timer {}", t.id), nr::TIMER_GETOVERRUN, &[t.id as u64]);
+            let overrun =
+                b.must(format!("reading the overrun of POSIX timer {}", t.id), nr::TIMER_GETOVERRUN, &[t.id as u64]);
             (t.clone(), at, overrun)
         };
         Self { timers: timers.iter().map(ask).collect() }
@@ -74,7 +75,10 @@ pub fn unsupported(t: &PosixTimer, threads: usize) -> Option<String> {
     // CPU clocks are negative: the complement of a pid (0: the caller) above three bits, of which 4 means one thread's.
     let of_calling_thread = t.clock_id < 0 && t.clock_id & 4 != 0 && !(t.clock_id >> 3) == 0;
     if of_calling_thread && threads > 1 {
-        return Some(format!("POSIX timer {} runs on the CPU time of one thread, and the kernel does not tell of which", t.id));
+        return Some(format!(
+            "POSIX timer {} runs on the CPU time of one thread, and the kernel does not tell of which",
+            t.id
+        ));
     }
     None
 }

@@ -1,10 +1,12 @@
 //! What a process and each of its threads set up for themselves, in the order in which privileges allow it.
 
+use dormouse_blob_abi::{OpKind, Policy};
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
-use dormouse_blob_abi::{OpKind, Policy};
 
-use super::{creds, itimer, misc, posix_timer, rlimit, robust_list, rseq, sched, seccomp, sigaction, sigaltstack, signal};
+use super::{
+    creds, itimer, misc, posix_timer, rlimit, robust_list, rseq, sched, seccomp, sigaction, sigaltstack, signal,
+};
 use crate::checkpoint::TaskImage;
 use crate::{RestoreCtx, Result};
 
@@ -61,10 +63,17 @@ pub fn signal_ops(
 ///
 /// # Errors
 /// The images ask for something that cannot be set; see the kinds.
-pub fn thread_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, core: &pb::CoreEntry, comm: Option<&str>, tid: i32) -> Result<()> {
+pub fn thread_ops(
+    b: &mut Batch,
+    c: &mut RestoreCtx<'_, '_>,
+    core: &pb::CoreEntry,
+    comm: Option<&str>,
+    tid: i32,
+) -> Result<()> {
     seccomp::check(tid, core)?;
     let tc = core.thread_core.as_ref().expect("checked by load");
-    let clear_tid = core.thread_info.as_ref().map(|i| i.clear_tid_addr).or(core.ti_aarch64.as_ref().map(|i| i.clear_tid_addr));
+    let clear_tid =
+        core.thread_info.as_ref().map(|i| i.clear_tid_addr).or(core.ti_aarch64.as_ref().map(|i| i.clear_tid_addr));
     misc::thread_ops(b, c.arena, clear_tid, tc.comm.as_deref().or(comm));
     robust_list::restore_op(b, tc.futex_rla, tc.futex_rla_len);
     if let Some(s) = &tc.sas {

@@ -18,13 +18,23 @@ pub fn to_image(limits: &Limits) -> pb::TaskRlimitsEntry {
 ///
 /// # Errors
 /// A record is out of order, or a hard limit is above ours and CAP_SYS_RESOURCE is missing (getrlimit(2)).
-pub fn restore_ops(b: &mut Batch, arena: &mut Arena, pid: i32, wanted: &[pb::RlimitEntry], own: &[(u64, u64)]) -> Result<()> {
+pub fn restore_ops(
+    b: &mut Batch,
+    arena: &mut Arena,
+    pid: i32,
+    wanted: &[pb::RlimitEntry],
+    own: &[(u64, u64)],
+) -> Result<()> {
     for (resource, l) in wanted.iter().enumerate() {
         let Some(name) = NAMES.get(resource) else {
             return Err(invalid!("core-{pid}.img: resource limit number {resource} is not known; numbers 0 to 15 are"));
         };
         if l.cur > l.max {
-            return Err(invalid!("core-{pid}.img: limit \"{name}\" is {} with a hard limit of {}", shown(l.cur), shown(l.max)));
+            return Err(invalid!(
+                "core-{pid}.img: limit \"{name}\" is {} with a hard limit of {}",
+                shown(l.cur),
+                shown(l.max)
+            ));
         }
         let have = own.get(resource).copied();
         if have == Some((l.cur, l.max)) {

@@ -12,15 +12,10 @@ const UNREGISTER: u64 = 1;
 
 /// The image's record.
 pub fn to_image(c: &RseqConfig) -> pb::RseqEntry {
-    pb::RseqEntry {
-        rseq_abi_pointer: c.pointer,
-        rseq_abi_size: c.size,
-        signature: c.signature,
-        rseq_cs_pointer: None,
-    }
+    pb::RseqEntry { rseq_abi_pointer: c.pointer, rseq_abi_size: c.size, signature: c.signature, rseq_cs_pointer: None }
 }
 
-/// Registers it. A sequence that is to go on in spite of signals (`rseq_cs_pointer`) is one that no kernel since 6.0 has.
+/// Registers it. Sequences that go on in spite of signals (`rseq_cs_pointer`) exist on no kernel since 6.0.
 pub fn restore_op(b: &mut Batch, r: &pb::RseqEntry) {
     if r.rseq_abi_pointer != 0 {
         let args = [r.rseq_abi_pointer, r.rseq_abi_size.into(), 0, r.signature.into()];

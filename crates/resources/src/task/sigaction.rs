@@ -29,7 +29,11 @@ impl Ask {
     pub fn new(b: &mut Batch, arena: &mut Arena) -> Self {
         let table = arena.alloc(COUNT * BYTES as usize, 16);
         for (i, signal) in numbers().enumerate() {
-            b.must(format!("reading the action of signal {signal}"), nr::RT_SIGACTION, &[signal, 0, table + i as u64 * BYTES, 8]);
+            b.must(
+                format!("reading the action of signal {signal}"),
+                nr::RT_SIGACTION,
+                &[signal, 0, table + i as u64 * BYTES, 8],
+            );
         }
         Self { table }
     }
@@ -59,7 +63,9 @@ pub fn restore_ops(b: &mut Batch, arena: &mut Arena, pid: i32, actions: &[pb::Sa
 
 fn restore_one(b: &mut Batch, arena: &mut Arena, pid: i32, signal: u64, a: &pb::SaEntry) -> Result<()> {
     if a.compat_sigaction == Some(true) {
-        return Err(invalid!("core-{pid}.img: signal {signal} has a 32-bit handler; 32-bit processes cannot be restored"));
+        return Err(invalid!(
+            "core-{pid}.img: signal {signal} has a 32-bit handler; 32-bit processes cannot be restored"
+        ));
     }
     // Everything is at its default after the fork.
     if a.sigaction != 0 || a.flags != 0 || a.mask != 0 {

@@ -51,7 +51,10 @@ pub fn restore_ops(
     for (queue, private) in [(shared, false), (own, true)] {
         for s in queue.iter().flat_map(|q| &q.signals) {
             if s.siginfo.len() < 16 || s.siginfo.len() > INFO || bit(number(&s.siginfo)) == 0 {
-                return Err(invalid!("core-{tid}.img: a pending signal's record ({} bytes) is no siginfo_t", s.siginfo.len()));
+                return Err(invalid!(
+                    "core-{tid}.img: a pending signal's record ({} bytes) is no siginfo_t",
+                    s.siginfo.len()
+                ));
             }
             let signal = number(&s.siginfo);
             if matches!(signal, SIGKILL | SIGSTOP) {

@@ -40,3 +40,15 @@ pub unsafe fn clone3_call(args: *const u8, size: u64, entry: extern "C" fn(u64) 
     }
     ret
 }
+
+/// The thread pointer: the C library's thread block begins there.
+#[inline(always)]
+pub fn thread_pointer() -> u64 {
+    let pointer: u64;
+    // SAFETY: reads a register.
+    unsafe { asm!("mrs {}, tpidr_el0", out(reg) pointer, options(nostack, nomem, preserves_flags)) };
+    pointer
+}
+
+/// Signature that precedes abort handlers of restartable sequences (`RSEQ_SIG` of the C library).
+pub const RSEQ_SIGNATURE: u64 = 0xd428_bc00;

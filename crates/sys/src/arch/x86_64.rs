@@ -41,3 +41,15 @@ pub unsafe fn clone3_call(args: *const u8, size: u64, entry: extern "C" fn(u64) 
     }
     ret
 }
+
+/// The thread pointer: the C library's thread block begins there.
+#[inline(always)]
+pub fn thread_pointer() -> u64 {
+    let pointer: u64;
+    // SAFETY: the ABI stores the block's own address in its first word.
+    unsafe { asm!("mov {}, fs:0", out(reg) pointer, options(nostack, readonly, preserves_flags)) };
+    pointer
+}
+
+/// Signature that precedes abort handlers of restartable sequences (`RSEQ_SIG` of the C library).
+pub const RSEQ_SIGNATURE: u64 = 0x5305_3053;

@@ -116,8 +116,17 @@ pub fn from_core(tid: i32, core: &pb::CoreEntry, ext: Option<&pb::ThreadExt>) ->
     Ok(State { regs, xstate, more, sigmask: 0 })
 }
 
-fn more_sets(tid: i32, info: &pb::ThreadInfoAarch64, ext: Option<&pb::ThreadExt>, cpu: u64) -> Result<Vec<(i32, Vec<u8>)>> {
-    let lacks = |what: &str| invalid!("cannot restore thread {tid}: it uses {what}, which this CPU lacks; restore it on a machine that has it");
+fn more_sets(
+    tid: i32,
+    info: &pb::ThreadInfoAarch64,
+    ext: Option<&pb::ThreadExt>,
+    cpu: u64,
+) -> Result<Vec<(i32, Vec<u8>)>> {
+    let lacks = |what: &str| {
+        invalid!(
+            "cannot restore thread {tid}: it uses {what}, which this CPU lacks; restore it on a machine that has it"
+        )
+    };
     let set = |note: i32| ext.and_then(|e| e.reg_sets.iter().find(|s| s.note == note as u32)).map(|s| s.data.clone());
     let tls = info.tls.to_le_bytes().to_vec();
     let mut more = vec![(NT_ARM_TLS, set(NT_ARM_TLS).filter(|s| s.starts_with(&tls)).unwrap_or(tls))];
@@ -133,7 +142,14 @@ fn more_sets(tid: i32, info: &pb::ThreadInfoAarch64, ext: Option<&pb::ThreadExt>
             return Err(lacks("pointer authentication"));
         }
         let words = [
-            k.apiakey_lo, k.apiakey_hi, k.apibkey_lo, k.apibkey_hi, k.apdakey_lo, k.apdakey_hi, k.apdbkey_lo, k.apdbkey_hi,
+            k.apiakey_lo,
+            k.apiakey_hi,
+            k.apibkey_lo,
+            k.apibkey_hi,
+            k.apdakey_lo,
+            k.apdakey_hi,
+            k.apdbkey_lo,
+            k.apdbkey_hi,
         ];
         more.push((NT_ARM_PACA_KEYS, words.iter().flat_map(|w| w.to_le_bytes()).collect()));
         more.push((NT_ARM_PAC_ENABLED_KEYS, k.pac_enabled_key.to_le_bytes().to_vec()));
@@ -146,3 +162,7 @@ fn more_sets(tid: i32, info: &pb::ThreadInfoAarch64, ext: Option<&pb::ThreadExt>
     }
     Ok(more)
 }
+
+#[cfg(test)]
+#[path = "aarch64_tests.rs"]
+mod tests;

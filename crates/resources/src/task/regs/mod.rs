@@ -38,13 +38,20 @@ pub struct Interruption {
 ///
 /// # Errors
 /// The thread runs in a mode that images have no place for.
-pub fn to_core(tid: i32, state: &State, clear_tid: u64, how: Interruption) -> Result<(pb::CoreEntry, Option<pb::ThreadExt>)> {
+pub fn to_core(
+    tid: i32,
+    state: &State,
+    clear_tid: u64,
+    how: Interruption,
+) -> Result<(pb::CoreEntry, Option<pb::ThreadExt>)> {
     if let Some(why) = arch::unsupported(&state.regs) {
         return Err(invalid!("cannot dump thread {tid}: {why}; only 64-bit code in the usual segments can be dumped"));
     }
     let regs = as_interrupted(&state.regs, how);
     if arch::is_recalled(&regs) {
-        tracing::warn!("thread {tid}: its interrupted system call is not known any more and will fail with EINTR after a restore");
+        tracing::warn!(
+            "thread {tid}: its interrupted system call is not known any more and will fail with EINTR after a restore"
+        );
     }
     let mut ext = pb::ThreadExt { tid: tid as u32, ..Default::default() };
     let core = this::to_core(tid, state, &regs, clear_tid)?;

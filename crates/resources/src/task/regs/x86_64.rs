@@ -1,8 +1,8 @@
 //! x86_64: general registers, and the XSAVE area both as CRIU takes it apart and as a whole.
 
 use dormouse_images::pb;
-use dormouse_infect::arch::xsave::{self, BASE, Layout};
 use dormouse_infect::arch::GpRegs;
+use dormouse_infect::arch::xsave::{self, BASE, Layout};
 use dormouse_infect::ptrace::State;
 
 use crate::{Result, invalid};
@@ -113,8 +113,8 @@ fn general_from(r: &pb::UserX86RegsEntry) -> GpRegs {
 /// The registers in the order of `NT_PRSTATUS`.
 fn words(r: &GpRegs) -> [u64; WORDS] {
     [
-        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi, r.orig_rax,
-        r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
+        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi,
+        r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
     ]
 }
 
@@ -239,7 +239,9 @@ pub fn from_core(tid: i32, core: &pb::CoreEntry, ext: Option<&pb::ThreadExt>) ->
         return Err(invalid!("core-{tid}.img: the thread cannot be restored: {why}"));
     }
     if info.tls.iter().any(|d| d.base_addr != 0 || d.limit != 0 || !d.seg_not_present) {
-        return Err(invalid!("core-{tid}.img: the thread set up segments with set_thread_area(2), which cannot be restored yet"));
+        return Err(invalid!(
+            "core-{tid}.img: the thread set up segments with set_thread_area(2), which cannot be restored yet"
+        ));
     }
     let xstate = area(tid, &info.fpregs, ext.and_then(|e| e.xstate.as_deref()), xsave::layout())?;
     Ok(State { regs, xstate, more: vec![], sigmask: 0 })
@@ -257,7 +259,8 @@ fn area(tid: i32, f: &pb::UserX86FpregsEntry, whole: Option<&[u8]>, layout: &Lay
     let lacking = used & !layout.features;
     if lacking != 0 {
         return Err(invalid!(
-            "cannot restore thread {tid}: it uses CPU features that this CPU or kernel lacks ({}); restore it on a machine that has them",
+            "cannot restore thread {tid}: it uses CPU features that this CPU or kernel lacks ({}); \
+             restore it on a machine that has them",
             names(lacking)
         ));
     }

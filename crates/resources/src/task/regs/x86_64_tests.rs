@@ -13,7 +13,8 @@ fn any_regs() -> impl Strategy<Value = GpRegs> {
     let call = prop_oneof![
         Just((u64::MAX, 5)),
         (0u64..460).prop_map(|nr| (nr, 0)),
-        (0u64..460, prop_oneof![Just(-4i64), Just(-512), Just(-513), Just(-514), Just(-516)]).prop_map(|(nr, r)| (nr, r as u64)),
+        (0u64..460, prop_oneof![Just(-4i64), Just(-512), Just(-513), Just(-514), Just(-516)])
+            .prop_map(|(nr, r)| (nr, r as u64)),
     ];
     (any::<[u64; 17]>(), call).prop_map(|(w, (orig_rax, rax))| GpRegs {
         r15: w[0],
@@ -165,13 +166,27 @@ fn an_edited_image_wins_over_its_sidecar() {
     let area = area_in_use(&intel(), 4 | 1 << 18);
     let mut record = extended(7, &area, &intel()).unwrap();
     record.xmm_space[0] ^= 1;
-    assert!(super::area(7, &record, Some(&area), &intel()).is_err(), "the tiles are only in the sidecar, which is stale");
+    assert!(
+        super::area(7, &record, Some(&area), &intel()).is_err(),
+        "the tiles are only in the sidecar, which is stale"
+    );
     record.xsave.as_mut().unwrap().xstate_bv = 7;
     assert_eq!(super::area(7, &record, Some(&area), &intel()).unwrap()[160], area[160] ^ 1);
 }
 
 fn in_call(nr: i64, result: i64) -> GpRegs {
-    GpRegs { orig_rax: nr as u64, rax: result as u64, rip: 0x40_0002, rdi: 1, rsi: 2, rdx: 3, r10: 4, cs: 0x33, ss: 0x2b, ..arch_regs() }
+    GpRegs {
+        orig_rax: nr as u64,
+        rax: result as u64,
+        rip: 0x40_0002,
+        rdi: 1,
+        rsi: 2,
+        rdx: 3,
+        r10: 4,
+        cs: 0x33,
+        ss: 0x2b,
+        ..arch_regs()
+    }
 }
 
 fn image_of(regs: GpRegs, how: Interruption) -> (pb::CoreEntry, Option<pb::ThreadExt>) {

@@ -1,0 +1,121 @@
+//! Descriptors that make a process impossible to dump, or only with an option; a target is started with one.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::libc;
+
+/// A descriptor for a target, and what the harness keeps of it.
+pub struct Pair {
+    /// The target's.
+    pub given: OwnedFd,
+    /// The harness's, such as the other end.
+    pub kept: Option<OwnedFd>,
+}
+
+impl Pair {
+    /// The descriptor's number, here and in the target.
+    pub fn number(&self) -> String {
+        self.given.as_raw_fd().to_string()
+    }
+}
+
+/// One kind of such a descriptor.
+pub struct Gift {
+    /// Name of the test.
+    pub name: &'static str,
+    /// Makes it; the path is a file of the test's own.
+    pub open: fn(&Path) -> io::Result<Pair>,
+    /// Options of the dump.
+    pub options: &'static [&'static str],
+    /// What the refusal names besides pid and descriptor.
+    pub words: &'static [&'static str],
+    /// What is missing where it cannot be made.
+    pub needs: &'static str,
+}
+
+/// All of them.
+pub const GIFTS: &[Gift] = &[
+    Gift { name: "io_uring", open: |_| io_uring(), options: &[], words: &["io_uring"], needs: "io_uring" },
+    Gift { name: "perf_event", open: |_| perf_event(), options: &[], words: &["perf_event"], needs: "perf events" },
+    Gift { name: "socket_to_outside", open: socket, options: &[], words: &["socket"], needs: "unix sockets" },
+    Gift {
+        name: "file_lock_without_option",
+        open: locked_file,
+        options: &[],
+        words: &["--file-locks"],
+        needs: "file locks",
+    },
+    Gift {
+        name: "lost_name_without_option",
+        open: file_with_a_lost_name,
+        options: &[],
+        words: &["--link-remap"],
+        needs: "hard links",
+    },
+    Gift {
+        name: "deleted_file_over_the_limit",
+        open: large_deleted_file,
+        options: &["--ghost-limit", "4096"],
+        words: &["--ghost-limit"],
+        needs: "files",
+    },
+];
+
+fn owned(result: libc::c_long) -> io::Result<Pair> {
+    let fd = i32::try_from(Errno::result(result)?).map_err(io::Error::other)?;
+    // SAFETY: a descriptor that the kernel has just made, which nobody else knows.
+    Ok(Pair { given: unsafe { OwnedFd::from_raw_fd(fd) }, kept: None })
+}
+
+/// An io_uring instance. Since Linux 5.1, unless `kernel.io_uring_disabled`.
+pub fn io_uring() -> io::Result<Pair> {
+    let mut parameters = [0_u8; 120];
+    // SAFETY: the kernel writes struct io_uring_params, 120 bytes, and nothing else.
+    owned(unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) })
+}
+
+/// A perf event: see perf_event_open(2).
+pub fn perf_event() -> io::Result<Pair> {
+    // struct perf_event_attr of the first version: a software event that counts nothing, of user space alone.
+    let (software, size, nothing, user_only) = (1_u64, 64_u64, 9_u64, 1_u64 << 5 | 1 << 6);
+    let attributes = [software | size << 32, nothing, 0, 0, 0, user_only, 0, 0];
+    let close_on_exec = 8_u64;
+    // SAFETY: the attributes are as long as they say, and only read.
+    owned(unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, close_on_exec) })
+}
+
+/// A stream socket whose other end belongs to a process outside of the tree.
+fn socket(_: &Path) -> io::Result<Pair> {
+    let (given, kept) = UnixStream::pair()?;
+    Ok(Pair { given: given.into(), kept: Some(kept.into()) })
+}
+
+fn new_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).open(path)
+}
+
+fn locked_file(path: &Path) -> io::Result<Pair> {
+    let given: OwnedFd = new_file(path)?.into();
+    // SAFETY: locks an open file of ours. The lock is the description's, so it goes on to the target.
+    Errno::result(unsafe { libc::flock(given.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) })?;
+    Ok(Pair { given, kept: None })
+}
+
+fn file_with_a_lost_name(path: &Path) -> io::Result<Pair> {
+    let file = new_file(path)?;
+    fs::hard_link(path, path.with_extension("other"))?;
+    fs::remove_file(path)?;
+    Ok(Pair { given: file.into(), kept: None })
+}
+
+fn large_deleted_file(path: &Path) -> io::Result<Pair> {
+    let mut file = new_file(path)?;
+    file.write_all(&vec![7; 256 << 10])?;
+    fs::remove_file(path)?;
+    Ok(Pair { given: file.into(), kept: None })
+}

@@ -1,0 +1,39 @@
+//! Small file systems of a test's own, unmounted when the test is over.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A mounted tmpfs.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// Mounts one of at most `size` (as in tmpfs(5)) on a new directory; none without the right to do so.
+    pub fn of_size(path: &Path, size: &str) -> Result<Option<Self>> {
+        Self::mount(path, MsFlags::empty(), &format!("size={size}"))
+    }
+
+    /// Mounts one that cannot be written.
+    pub fn read_only(path: &Path) -> Result<Option<Self>> {
+        Self::mount(path, MsFlags::MS_RDONLY, "size=64k")
+    }
+
+    fn mount(path: &Path, flags: MsFlags, options: &str) -> Result<Option<Self>> {
+        fs::create_dir(path).with_context(|| format!("create {}", path.display()))?;
+        let mounted = mount(Some("none"), path, Some("tmpfs"), flags, Some(options));
+        Ok(mounted.is_ok().then(|| Self(path.to_owned())))
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).ok();
+    }
+}
