@@ -82,7 +82,7 @@ pub struct Plan<'a> {
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
 pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool) -> Result<Plan<'a>, RestoreError> {
-    let own = own_settings()?;
+    let (own, ignored) = own_settings()?;
     let vdso = Vdso::find()?;
     for t in &image.tasks {
         vdso.check(t)?;
@@ -102,6 +102,7 @@ pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool
     let mut writer = Writer {
         image,
         own: &own,
+        ignored,
         sibling,
         vdso: &vdso,
         shared: &shared,
@@ -120,13 +121,14 @@ pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool
     Ok(Plan { arena, control, insn, hole, lists, forest, births, shared, files })
 }
 
-/// What this process has itself.
-fn own_settings() -> Result<Own, RestoreError> {
+/// What this process has itself, and the signals that it ignores.
+fn own_settings() -> Result<(Own, u64), RestoreError> {
     let me = HostPid::current();
     let status = dormouse_kernel::proc::status::read(me).map_err(dormouse_resources::ResourceError::from)?;
     let stat = dormouse_kernel::proc::stat::read(me).map_err(dormouse_resources::ResourceError::from)?;
     let limits = dormouse_kernel::proc::limits::read(me).map_err(dormouse_resources::ResourceError::from)?;
-    Ok(Own { limits: limits.to_vec(), groups: status.groups, bounding: status.cap_bnd, nice: stat.nice as i32 })
+    let own = Own { limits: limits.to_vec(), groups: status.groups, bounding: status.cap_bnd, nice: stat.nice as i32 };
+    Ok((own, status.sig_ign))
 }
 
 /// First descriptor number above all of the tree's and all of ours.
@@ -199,6 +201,7 @@ fn find_insn(arena: &Arena) -> Result<u64, RestoreError> {
 struct Writer<'w, 'f> {
     image: &'f TreeImage,
     own: &'w Own,
+    ignored: u64,
     sibling: bool,
     vdso: &'w Vdso,
     shared: &'w Shared,
@@ -298,6 +301,11 @@ impl<'f> Writer<'_, 'f> {
                     b.attempt("ending the inherited restartable sequence", nr::RSEQ, &args);
                 }
             }
+            // CLONE_CLEAR_SIGHAND ends handlers, but what we ignore stays ignored.
+            let default = self.arena.put_words(&[0; 4]);
+            for signal in (1..=64).filter(|n| self.ignored & 1 << (n - 1) != 0) {
+                b.must(format!("default action of signal {signal}"), nr::RT_SIGACTION, &[signal, default, 0, 8]);
+            }
             self.vdso.park_ops(b, self.park);
             b.must("munmap of the restoring program's memory", nr::MUNMAP, &[0, self.hole.start]);
             let rest = layout::TASK_SIZE - self.hole.end;
@@ -347,6 +355,9 @@ impl<'f> Writer<'_, 'f> {
         self.begin(&mut b, i);
         self.join(&mut b, i);
         let code = task.map_or(0, |t| self.image.tasks[t].tc().exit_code);
+        if let Some(t) = task {
+            task::name_op(&mut b, self.arena, &self.image.tasks[t].tc().comm);
+        }
         let signal = code & 0x7f;
         if signal == 0 {
             b.must("exit", nr::EXIT_GROUP, &[u64::from(code >> 8 & 0xff)]);

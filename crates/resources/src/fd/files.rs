@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::fd as host;
+use dormouse_kernel::HostPid;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
@@ -246,14 +247,14 @@ impl<'a> Files<'a> {
         Ok(keep_in(&mut self.mapped, key, raise(fd, self.base)?))
     }
 
-    /// Makes a group of the tree the foreground group of the terminal that the tree got from this process; nothing without
-    /// `--shell-job`, or if the tree had no terminal. To be called once the group exists: the tree is stopped when it reads
-    /// from its terminal in the background.
+    /// Makes the group of the tree's first process the foreground group of the terminal that the tree got from this
+    /// process; nothing without `--shell-job`, or if the tree has no terminal or its own session. To be called once the
+    /// groups exist: whoever reads from its terminal in the background is stopped.
     ///
     /// # Errors
-    /// tcsetpgrp(3)'s: the group is not in this process's session.
-    pub fn to_foreground(&self, group: i32) -> Result<()> {
-        self.ttys.to_foreground(group)
+    /// tcsetpgrp(3)'s.
+    pub fn to_foreground(&self, root: HostPid) -> Result<()> {
+        self.ttys.to_foreground(root)
     }
 
     /// Adds what a task has to do about its descriptors once all of them are in their places: part of what makes a
@@ -264,8 +265,7 @@ impl<'a> Files<'a> {
     pub fn task_ops(&mut self, b: &mut Batch, arena: &mut Arena, task: &TaskImage) -> Result<()> {
         for f in &task.fds {
             if self.late.insert(f.id) {
-                let (entry, kind) = self.entry(f.id)?;
-                kind.task_ops(b, arena, task, entry, f.fd)?;
+                self.entry(f.id)?.1.task_ops(b, arena, self, task, f.id)?;
             }
         }
         Ok(())
@@ -380,6 +380,7 @@ fn check(image: &TreeImage) -> Result<()> {
             other => return Err(invalid!("{what}: its type {other:?} is not known")),
         }
     }
+    let mut late: HashMap<u32, i32> = HashMap::new();
     for task in &image.tasks {
         let mut taken = HashSet::new();
         for f in &task.fds {
@@ -390,6 +391,16 @@ fn check(image: &TreeImage) -> Result<()> {
             }
             if i32::try_from(f.fd).is_err() || !taken.insert(f.fd) {
                 return Err(invalid!("{}: the number is used twice or is none", what()));
+            }
+            if let Some(reg) = e.reg.as_ref().filter(|r| reg::is_opened_late(image, r))
+                && *late.entry(f.id).or_insert(task.pid()) != task.pid()
+            {
+                let other = late[&f.id];
+                return Err(invalid!(
+                    "{}: {} is shared with pid {other}, which cannot be restored yet",
+                    what(),
+                    reg.name
+                ));
             }
         }
     }

@@ -20,6 +20,13 @@ pub struct Known {
     at: (HostPid, TargetFd),
 }
 
+impl Known {
+    /// A process that has it.
+    pub fn pid(&self) -> HostPid {
+        self.at.0
+    }
+}
+
 /// Where an unknown description belongs.
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {

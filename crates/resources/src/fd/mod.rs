@@ -68,12 +68,12 @@ pub trait FdKind: Sync {
     /// The image is damaged or asks for something that is not here; the message says what to do.
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, shared: &Shared) -> Result<OwnedFd>;
 
-    /// What is left to do inside a task that has the description as `fd`, once all of its descriptors are in their
-    /// places: for kinds that refer to other descriptors by number. Called for one task of those that share it.
+    /// What is left to do inside a task once all of its descriptors are in their places: for what can only be made
+    /// there. Called for one task of those that share the description.
     ///
     /// # Errors
     /// The image is damaged.
-    fn task_ops(&self, _: &mut Batch, _: &mut Arena, _: &TaskImage, _: &pb::FileEntry, _fd: u32) -> Result<()> {
+    fn task_ops(&self, _: &mut Batch, _: &mut Arena, _: &Files<'_>, _: &TaskImage, _id: u32) -> Result<()> {
         Ok(())
     }
 }

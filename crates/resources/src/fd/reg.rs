@@ -3,15 +3,20 @@
 use std::os::fd::OwnedFd;
 
 use dormouse_images::pb;
+use dormouse_infect::arena::{Arena, Batch};
+use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::split_deleted;
+use dormouse_sys::nr;
 use nix::errno::Errno;
 use nix::sys::stat::{SFlag, major};
 
 use super::files::{reopen, seek};
+use super::paths::again;
 use super::view::magic;
-use super::{FdKind, FdView, FileTable, Files, Look, ghost, link, memfd};
+use super::{FdKind, FdView, FileTable, Files, Look, Place, ghost, link, memfd};
+use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
-use crate::{Blocker, Result, call, invalid};
+use crate::{Blocker, Result, TaskImage, call, invalid};
 
 /// Major number of /dev/null, /dev/zero, /dev/full, /dev/random, /dev/urandom and /dev/kmsg.
 const MEM_MAJOR: u64 = 1;
@@ -60,6 +65,9 @@ impl FdKind for Reg {
 
     fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {
         let reg = record(view, id, table)?;
+        if process_of(&reg.name).is_some() {
+            table.set_private(id);
+        }
         Ok(pb::FileEntry { r#type: self.fd_type() as i32, id, reg: Some(reg), ..Default::default() })
     }
 
@@ -76,12 +84,38 @@ impl FdKind for Reg {
         if let Some(fd) = files.inherited(reg.name.strip_prefix('/').unwrap_or(&reg.name))? {
             return Ok(fd);
         }
+        if is_opened_late(files.image(), reg) {
+            // Takes the place until the task has opened the file itself.
+            return files.paths().open("/dev/null", libc::O_PATH).map_err(call("cannot open /dev/null"));
+        }
         let flags = reg.flags as i32;
         let fd = open_file(files, reg, flags)?;
         if flags & libc::O_PATH == 0 {
             seek(&fd, reg.pos, &reg.name)?;
         }
         Ok(fd)
+    }
+
+    fn task_ops(&self, b: &mut Batch, arena: &mut Arena, files: &Files<'_>, task: &TaskImage, id: u32) -> Result<()> {
+        let reg = files.reg(id)?;
+        if !is_opened_late(files.image(), reg) {
+            return Ok(());
+        }
+        let numbers: Vec<u32> = task.fds.iter().map(|f| f.fd).collect();
+        // Nothing else is open below the numbers of the restore, so the kernel takes this one.
+        let free = (0..).find(|n| !numbers.contains(n)).unwrap_or(u32::MAX).into();
+        let path = arena.put(format!("{}\0", reg.name).as_bytes());
+        let flags = again(reg.flags as i32).bits() as u64;
+        b.must(format!("opening {}", reg.name), nr::OPENAT, &[libc::AT_FDCWD as u64, path, flags, 0]);
+        if reg.pos != 0 && reg.flags as i32 & libc::O_PATH == 0 {
+            b.must(format!("the offset of {}", reg.name), nr::LSEEK, &[free, reg.pos, libc::SEEK_SET as u64]);
+        }
+        for f in task.fds.iter().filter(|f| f.id == id) {
+            let flags = if f.flags & 1 != 0 { libc::O_CLOEXEC as u64 } else { 0 };
+            b.must(format!("descriptor {}", f.fd), nr::DUP3, &[free, f.fd.into(), flags]);
+        }
+        b.must(format!("close of a copy of {}", reg.name), nr::CLOSE, &[free]);
+        Ok(())
     }
 }
 
@@ -135,14 +169,31 @@ fn is_same_device(found: &nix::sys::stat::FileStat, view: &FdView) -> bool {
     device(view.stat.st_mode) && device(found.st_mode) && found.st_rdev == view.stat.st_rdev
 }
 
-/// Files of `/proc/PID` belong to a process, which does not exist when files are opened.
+/// The process whose file under /proc this is, if it is one.
+fn process_of(name: &str) -> Option<i32> {
+    let rest = name.strip_prefix("/proc/")?;
+    rest.split('/').next()?.parse().ok()
+}
+
+/// Files of `/proc/PID` belong to a process: it has to exist when they are opened.
 fn of_proc(view: &FdView, name: &str) -> std::result::Result<Reach, Blocker> {
-    match name.split('/').nth(2) {
-        Some(pid) if pid.starts_with(|c: char| c.is_ascii_digit()) => {
-            Err(view.blocker("a file of a process under /proc, which cannot be opened again yet", "close it and retry"))
-        }
-        _ => Ok(Reach::Named(name.to_owned())),
-    }
+    let Some(pid) = process_of(name) else { return Ok(Reach::Named(name.to_owned())) };
+    let of_thread = name.split('/').skip_while(|part| *part != "task").nth(1);
+    let what = if split_deleted(&view.link).1 || !HostPid(pid).proc_path("").exists() {
+        "a file of a process that has ended"
+    } else if of_thread.is_some_and(|tid| tid.parse() != Ok(pid)) {
+        "a file of a thread under /proc, which cannot be restored yet"
+    } else if !matches!(view.place, Place::Fd(_)) {
+        "a directory of a process under /proc, which cannot be restored yet"
+    } else {
+        return Ok(Reach::Named(name.to_owned()));
+    };
+    Err(view.blocker(what, "close it (or leave the directory) and retry"))
+}
+
+/// Whether a file can only be opened by a task of the tree: it belongs to a process that does not exist before.
+pub fn is_opened_late(image: &TreeImage, reg: &pb::RegFileEntry) -> bool {
+    process_of(&reg.name).is_some_and(|pid| image.tasks.iter().any(|t| t.pid() == pid))
 }
 
 /// What stands against keeping a deleted file in the images.

@@ -1,6 +1,6 @@
 //! The dump's side: every description of a tree once, with an id, and everything that their images need.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::host::fd as host;
@@ -39,6 +39,8 @@ pub struct FileTable<'a> {
     terminals: Terminals,
     memfds: Vec<Inode>,
     memfd_ids: HashMap<File, u64>,
+    /// Descriptions that cannot be shared by several tasks, since a task has to open them.
+    private: HashSet<u32>,
 }
 
 impl<'a> FileTable<'a> {
@@ -59,6 +61,7 @@ impl<'a> FileTable<'a> {
             terminals: Terminals::default(),
             memfds: Vec::new(),
             memfd_ids: HashMap::new(),
+            private: HashSet::new(),
         }
     }
 
@@ -80,6 +83,14 @@ impl<'a> FileTable<'a> {
                 }
             }
             let (id, fd_type) = match self.ids.find(process.identity(fd)?, (pid, fd))? {
+                Ok(known) if known.pid() != pid && self.private.contains(&known.id) => {
+                    let link = String::from_utf8_lossy(&proc::fd_link(pid, fd)?).into_owned();
+                    return Err(invalid!(
+                        "cannot dump fd {fd} of pid {pid}: {link}: a file of a process under /proc that is shared with pid {}, \
+                         which cannot be restored yet; close it in one of them and retry",
+                        known.pid()
+                    ));
+                }
                 Ok(known) => (known.id, known.fd_type),
                 Err(slot) => {
                     let (id, fd_type) = self.add(&process.descriptor(fd, info)?)?;
@@ -200,6 +211,11 @@ impl<'a> FileTable<'a> {
     /// An id that nothing has yet.
     pub(super) fn fresh_id(&mut self) -> u32 {
         self.ids.fresh()
+    }
+
+    /// File `id` has to be opened by a task, and so can be had by one task alone.
+    pub(super) fn set_private(&mut self, id: u32) {
+        self.private.insert(id);
     }
 
     /// Keeps a record.

@@ -137,6 +137,7 @@ fn child(script: &str) -> Child {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     let _ = child.kill();
+    let _ = child.wait();
     panic!("the child did not start");
 }
 

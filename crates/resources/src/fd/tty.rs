@@ -1,17 +1,21 @@
 //! Terminals: those of a shell outside of the tree (`--shell-job`), those the user gives (`--external`), the controlling
 //! terminal's name /dev/tty, and consoles and serial lines that are opened by name.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
+use std::io;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageKind, pb};
 use dormouse_infect::host::fd as host;
 use dormouse_infect::host::process::SignalsBlocked;
+use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::pty::PtyMaster;
 use nix::sys::stat::{Mode, SFlag};
-use nix::unistd::{Pid, tcsetpgrp};
+use nix::unistd::{Pid, getpgid, getsid, tcsetpgrp};
 
 use super::files::{reopen, set_status};
 use super::{FdKind, FdView, FileTable, Files, Look, paths, reg};
@@ -370,12 +374,21 @@ impl Given {
     }
 
     /// See [`Files::to_foreground`].
-    pub fn to_foreground(&self, group: i32) -> Result<()> {
+    pub fn to_foreground(&self, root: HostPid) -> Result<()> {
         let Some(own) = self.own.as_ref().filter(|_| self.used) else { return Ok(()) };
+        let root = Pid::from_raw(root.0);
+        let of_root = |e| call(format!("cannot ask for session and group of pid {root}"))(io::Error::from(e));
+        if getsid(Some(root)).map_err(of_root)? != getsid(None).map_err(of_root)? {
+            return Ok(());
+        }
+        let group = getpgid(Some(root)).map_err(of_root)?;
         // In the background, this would stop us.
         let _blocked = SignalsBlocked::new().map_err(call("cannot block signals"))?;
-        tcsetpgrp(own, Pid::from_raw(group))
-            .map_err(|e| call(format!("cannot make group {group} the foreground group of the terminal"))(e.into()))
+        match tcsetpgrp(own, group) {
+            // It does not control our session, and so not the tree's either.
+            Ok(()) | Err(Errno::ENOTTY) => Ok(()),
+            Err(e) => Err(call(format!("cannot make group {group} the foreground group of the terminal"))(e.into())),
+        }
     }
 
     fn info(&self, id: u32) -> Result<pb::TtyInfoEntry> {
@@ -397,13 +410,16 @@ impl Given {
     /// A terminal whose other side is closed as soon as all are open.
     fn hung_up(&mut self, id: u32, flags: i32) -> Result<OwnedFd> {
         let cannot = |e: nix::errno::Errno| call("cannot make a pseudoterminal")(e.into());
-        if !self.masters.contains_key(&id) {
-            let master = nix::pty::posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).map_err(cannot)?;
-            nix::pty::grantpt(&master).map_err(cannot)?;
-            nix::pty::unlockpt(&master).map_err(cannot)?;
-            self.masters.insert(id, master);
-        }
-        let name = nix::pty::ptsname_r(&self.masters[&id]).map_err(cannot)?;
+        let master = match self.masters.entry(id) {
+            Entry::Occupied(e) => e.into_mut(),
+            Entry::Vacant(e) => {
+                let master = nix::pty::posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).map_err(cannot)?;
+                nix::pty::grantpt(&master).map_err(cannot)?;
+                nix::pty::unlockpt(&master).map_err(cannot)?;
+                e.insert(master)
+            }
+        };
+        let name = nix::pty::ptsname_r(master).map_err(cannot)?;
         open(name.as_str(), paths::again(flags), Mode::empty()).map_err(cannot)
     }
 }

@@ -152,12 +152,17 @@ pub fn thread_ops(b: &mut Batch, arena: &mut Arena, clear_tid: Option<u64>, name
         b.must("set_tid_address", nr::SET_TID_ADDRESS, &[address]);
     }
     if let Some(name) = name {
-        let mut bytes = [0u8; 16];
-        let n = name.len().min(15);
-        bytes[..n].copy_from_slice(&name.as_bytes()[..n]);
-        let at = arena.put(&bytes);
-        b.must("PR_SET_NAME", nr::PRCTL, &[PR_SET_NAME, at, 0, 0, 0]);
+        name_op(b, arena, name);
     }
+}
+
+/// The thread's name (`PR_SET_NAME`(2const)): at most 15 bytes are kept.
+pub fn name_op(b: &mut Batch, arena: &mut Arena, name: &str) {
+    let mut bytes = [0u8; 16];
+    let n = name.len().min(15);
+    bytes[..n].copy_from_slice(&name.as_bytes()[..n]);
+    let at = arena.put(&bytes);
+    b.must("PR_SET_NAME", nr::PRCTL, &[PR_SET_NAME, at, 0, 0, 0]);
 }
 
 /// What changing credentials resets: set after them. The parent-death signal guarded the task until now.
