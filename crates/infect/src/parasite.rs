@@ -26,6 +26,8 @@ use crate::{InfectError, cancel, failed};
 /// Bytes of the mapping that holds code, stacks, frames and operation lists; only touched pages cost memory.
 const ARENA: usize = 4 << 20;
 const STACK: usize = 16 << 10;
+/// How long to wait, in milliseconds, before looking whether a thread that ought to run has stopped.
+const NUDGE_MS: i32 = 5;
 const ALL_SIGNALS: u64 = u64::MAX;
 
 /// A parasite at work. Dropping it cures the process; [`Parasite::cure`] reports how that went.
@@ -103,7 +105,7 @@ impl<'a> Parasite<'a> {
         thread.set_regs(&arch::for_call(&state.regs, self.arena.base() + PARASITE.entry, stack, entry))?;
         thread.set_sigmask(ALL_SIGNALS)?;
         thread.cont(0)?;
-        let status = self.receive();
+        let status = self.receive(thread);
         thread.interrupt()?;
         thread.wait_interrupted()?;
         thread.set_sigmask(state.sigmask)?;
@@ -126,7 +128,7 @@ impl<'a> Parasite<'a> {
 
     fn exchange(&self, request: &Request) -> Result<u64, InfectError> {
         self.request(request)?;
-        self.receive()
+        self.receive(self.leader)
     }
 
     fn request(&self, request: &Request) -> Result<(), InfectError> {
@@ -135,15 +137,23 @@ impl<'a> Parasite<'a> {
         if n == 16 { Ok(()) } else { Err(InfectError::Gone(self.pid())) }
     }
 
-    fn receive(&self) -> Result<u64, InfectError> {
+    /// Waits for the parasite's answer; `runner` is the thread that it comes from.
+    fn receive(&self, runner: &Tracee) -> Result<u64, InfectError> {
         let mut reply = Reply { status: 0 };
+        let mut wait = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         loop {
+            // SAFETY: polls one descriptor of ours.
+            if unsafe { libc::poll(&mut wait, 1, NUDGE_MS) } == 0 {
+                runner.nudge()?;
+                continue;
+            }
             // SAFETY: receives at most eight bytes into a plain record.
-            let n = unsafe { libc::recv(self.socket.as_raw_fd(), (&raw mut reply).cast(), 8, 0) };
+            let n = unsafe { libc::recv(self.socket.as_raw_fd(), (&raw mut reply).cast(), 8, libc::MSG_DONTWAIT) };
             if n == 8 {
                 return Ok(reply.status);
             }
-            if n < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) {
+            let again = [Some(libc::EINTR), Some(libc::EAGAIN)];
+            if n < 0 && again.contains(&io::Error::last_os_error().raw_os_error()) {
                 continue;
             }
             return Err(InfectError::Gone(self.pid()));
@@ -162,7 +172,7 @@ impl<'a> Parasite<'a> {
         let mark = self.arena.mark();
         let ops = batch.place(&mut self.arena);
         // The parasite begins with the request and finds the descriptor right behind it.
-        let status = self.request(&Request { ops, n_ops: 1 }).and_then(|()| self.send_fd(fd)).and_then(|()| self.receive());
+        let status = self.request(&Request { ops, n_ops: 1 }).and_then(|()| self.send_fd(fd)).and_then(|()| self.receive(self.leader));
         batch.fetch(&self.arena, ops);
         self.arena.reset(mark);
         self.judge(self.pid(), &batch, status?)?;
@@ -334,7 +344,7 @@ fn enter(leader: &mut Tracee, state: &State, site: &Site) -> Result<Entered, Inf
         }
     };
     // From here on the parasite runs, and leaves by itself if it does not hear from us.
-    match take_pair(leader.tid(), &mut arena, entry) {
+    match take_pair(leader, &mut arena, entry) {
         Ok((socket, remote_socket)) => Ok(Entered { socket, remote_socket, arena, entry }),
         Err(e) => {
             let _ = leader.interrupt().and_then(|()| leader.wait_interrupted().map(drop));
@@ -366,7 +376,8 @@ fn prepare(pid: HostPid, state: &State, site: &Site, base: u64) -> Result<(Arena
 }
 
 /// Takes our end of the socket pair that the parasite makes, and tells it so.
-fn take_pair(pid: HostPid, arena: &mut Arena, entry: u64) -> Result<(OwnedFd, RawFd), InfectError> {
+fn take_pair(leader: &Tracee, arena: &mut Arena, entry: u64) -> Result<(OwnedFd, RawFd), InfectError> {
+    let pid = leader.tid();
     let phase = entry + offset_of!(Entry, phase) as u64;
     let word = arena.atomic(phase);
     let end = Instant::now() + Duration::from_millis(u64::from(PAIR_PATIENCE_MS));
@@ -374,7 +385,10 @@ fn take_pair(pid: HostPid, arena: &mut Arena, entry: u64) -> Result<(OwnedFd, Ra
         if Instant::now() > end {
             return Err(InfectError::Unexpected { pid, what: "the parasite does not start".into() });
         }
-        futex::wait_for(word, PAIR_NONE, 100_000_000);
+        futex::wait_for(word, PAIR_NONE, NUDGE_MS as u64 * 1_000_000);
+        if word.load(Ordering::Acquire) == PAIR_NONE {
+            leader.nudge()?;
+        }
         cancel::check()?;
     }
     let failure = |errno: u32| InfectError::Remote {

@@ -118,6 +118,26 @@ impl Tracee {
         self.request(libc::PTRACE_INTERRUPT as i32, 0, "PTRACE_INTERRUPT")
     }
 
+    /// A thread that ought to run may have stopped once more: a job-control stop traps anew when it changes. Then it is
+    /// let go again.
+    ///
+    /// # Errors
+    /// The thread ended.
+    pub fn nudge(&self) -> Result<(), InfectError> {
+        let mut status = 0;
+        // SAFETY: asks about one thread; `status` is ours.
+        let r = unsafe { libc::waitpid(self.tid.0, &mut status, libc::__WALL | libc::WNOHANG) };
+        if r != self.tid.0 {
+            return Ok(());
+        }
+        if !libc::WIFSTOPPED(status) {
+            return Err(InfectError::Gone(self.tid));
+        }
+        let signal = libc::WSTOPSIG(status);
+        let delivered = status >> 16 == 0 && signal != libc::SIGTRAP | 0x80;
+        self.cont(if delivered { signal } else { 0 })
+    }
+
     /// Lets it run, delivering `signal` (0: none).
     ///
     /// # Errors

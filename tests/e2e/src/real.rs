@@ -1,6 +1,7 @@
 //! Programs of the machine, dumped in the middle of their work, restored, dumped again, and judged by their results.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -38,8 +39,8 @@ pub fn start(case: &Case<'_>, work: &Work) -> Result<Result<i32, Outcome>> {
     Ok(Ok(pid_of(&case.start(command)?)))
 }
 
-fn find_program(name: &str) -> Option<std::path::PathBuf> {
-    ["/usr/local/bin", "/usr/bin", "/bin"].iter().map(|dir| std::path::Path::new(dir).join(name)).find(|path| path.exists())
+fn find_program(name: &str) -> Option<PathBuf> {
+    ["/usr/local/bin", "/usr/bin", "/bin"].iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
 }
 
 /// Lets the work go on for a while; it must not be done then.
@@ -50,17 +51,25 @@ pub fn let_work(case: &Case<'_>, work: &Work) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the tree with this root is gone, all of it.
-pub fn wait_gone(case: &Case<'_>, root: i32) -> Result<()> {
+/// Waits until the tree with this root is gone, all of it; `images` knows who was in it when it was dumped.
+pub fn wait_gone(case: &Case<'_>, root: i32, images: Option<&Path>) -> Result<()> {
+    let dumped = images.map(ids_in).unwrap_or_default();
     let end = Instant::now() + Duration::from_secs(20);
     loop {
-        let left: Vec<i32> = case.left().into_iter().chain([root]).filter(|pid| !proc::is_free(*pid)).collect();
-        match left.first() {
+        let all = case.left().into_iter().chain(dumped.iter().copied()).chain([root]);
+        match all.filter(|pid| !proc::is_free(*pid)).last() {
             None => return Ok(()),
-            Some(pid) if Instant::now() > end => bail!("pid {pid} is still there: {:?}", proc::read(*pid)),
+            Some(pid) if Instant::now() > end => bail!("pid {pid} is still there: {:?}", proc::read(pid)),
             Some(_) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
+}
+
+/// The ids of the processes and threads in a checkpoint, by the names of its images.
+fn ids_in(images: &Path) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir(images) else { return Vec::new() };
+    let id = |name: &str| name.strip_prefix("core-")?.strip_suffix(".img")?.parse().ok();
+    entries.filter_map(|entry| id(entry.ok()?.file_name().to_str()?)).collect()
 }
 
 /// Waits for the work's result, checks it, and waits until its processes have ended.
@@ -74,7 +83,7 @@ pub fn finish(case: &Case<'_>, work: &Work, root: i32) -> Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     (work.check)(case).context("the result is wrong")?;
-    wait_gone(case, root).context("the work is done")
+    wait_gone(case, root, None).context("the work is done, but not its processes")
 }
 
 fn interrupted(case: &Case<'_>, work: &Work) -> Result<Outcome> {
@@ -87,7 +96,7 @@ fn interrupted(case: &Case<'_>, work: &Work) -> Result<Outcome> {
         let_work(case, work).with_context(|| format!("before dump {round}"))?;
         let ran = case.dump(&case.args.bin, root, &images, &[])?;
         ensure!(ran.ok(), "dump {round}: {}", ran.errors());
-        wait_gone(case, root).with_context(|| format!("after dump {round}"))?;
+        wait_gone(case, root, Some(&images)).with_context(|| format!("after dump {round}"))?;
         let ran = case.restore(&case.args.bin, &images, &[])?;
         ensure!(ran.ok(), "restore {round}: {}", ran.errors());
     }
