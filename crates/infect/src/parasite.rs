@@ -189,6 +189,17 @@ impl<'a> Parasite<'a> {
         self.run(&mut batch)
     }
 
+    /// On the way out, whatever it was that ended the session: nothing of ours may stay open in the target.
+    fn drop_given(&mut self) {
+        let given = self.entry + offset_of!(Entry, given) as u64;
+        if self.arena.atomic(given).load(Ordering::Acquire) != 0 {
+            let mut batch = Batch::new();
+            batch.push("closing a descriptor", OpKind::DropFd, Policy::Try, 0, [0; 6]);
+            let ops = batch.place(&mut self.arena);
+            let _ = self.exchange(&Request { ops, n_ops: 1 });
+        }
+    }
+
     fn send_fd(&self, fd: impl AsFd) -> Result<(), InfectError> {
         let fds = [fd.as_fd().as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
@@ -220,6 +231,14 @@ impl<'a> Parasite<'a> {
     }
 
     fn do_cure(&mut self) -> Result<(), InfectError> {
+        self.drop_given();
+        if self.arena.atomic(self.entry + offset_of!(Entry, given) as u64).load(Ordering::Acquire) != 0 {
+            // Asked for without a look at whether the run was cancelled, which may be why we are here.
+            let mut batch = Batch::new();
+            batch.push("closing a descriptor", OpKind::DropFd, Policy::Must, 0, [0; 6]);
+            let ops = batch.place(&mut self.arena);
+            self.exchange(&Request { ops, n_ops: 1 })?;
+        }
         self.leader.interrupt()?;
         self.leader.wait_interrupted()?;
         self.site.leave(self.leader, &self.state, Some(self.remote_socket), Some(self.arena.base()))
@@ -344,14 +363,9 @@ fn enter(leader: &mut Tracee, state: &State, site: &Site) -> Result<Entered, Inf
         }
     };
     // From here on the parasite runs, and leaves by itself if it does not hear from us.
-    match take_pair(leader, &mut arena, entry) {
-        Ok((socket, remote_socket)) => Ok(Entered { socket, remote_socket, arena, entry }),
-        Err(e) => {
-            let _ = leader.interrupt().and_then(|()| leader.wait_interrupted().map(drop));
-            let _ = site.leave(leader, state, None, Some(base));
-            Err(e)
-        }
-    }
+    // If that fails it has no pair, or gives up waiting for us: it is on its way back by itself.
+    let (socket, remote_socket) = take_pair(leader, &mut arena, entry)?;
+    Ok(Entered { socket, remote_socket, arena, entry })
 }
 
 /// Fills the mapping; the registers with which the leader enters it.
@@ -389,7 +403,6 @@ fn take_pair(leader: &Tracee, arena: &mut Arena, entry: u64) -> Result<(OwnedFd,
         if word.load(Ordering::Acquire) == PAIR_NONE {
             leader.nudge()?;
         }
-        cancel::check()?;
     }
     let failure = |errno: u32| InfectError::Remote {
         pid,

@@ -263,7 +263,9 @@ impl PageScanner {
             // Where a call returns more than 512 runs, walk_end may be left from before the last of them (seen in 6.18).
             let next = found.last().map_or(arg.walk_end, |last| last.end.max(arg.walk_end));
             if next <= at {
-                return Err(io::Error::other(format!("PAGEMAP_SCAN of pid {} stands still at {at:#x}", self.pid)).into());
+                return Err(
+                    io::Error::other(format!("PAGEMAP_SCAN of pid {} stands still at {at:#x}", self.pid)).into()
+                );
             }
             at = next;
         }
@@ -278,7 +280,8 @@ impl PageScanner {
         report: u64,
         each: &mut impl FnMut(PageRun) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut buffer = vec![0; usize::try_from((end - start) / self.page).unwrap_or(usize::MAX).min(ENTRIES as usize) * 8];
+        let mut buffer =
+            vec![0; usize::try_from((end - start) / self.page).unwrap_or(usize::MAX).min(ENTRIES as usize) * 8];
         let mut run = PageRun::default();
         let mut at = start;
         while at < end {
@@ -341,7 +344,11 @@ impl PageScanner {
 
 /// Nothing to save in a private anonymous mapping: smaps counts all but the zero page and hugetlb.
 fn is_unpopulated(vma: &Vma) -> bool {
-    vma.rss_kb == 0 && vma.swap_kb == 0 && vma.private_hugetlb_kb == 0 && !vma.vm_flags.has("ht") && !vma.vm_flags.is_empty()
+    vma.rss_kb == 0
+        && vma.swap_kb == 0
+        && vma.private_hugetlb_kb == 0
+        && !vma.vm_flags.has("ht")
+        && !vma.vm_flags.is_empty()
 }
 
 /// The parts of `start..end` outside the ascending `holes`.

@@ -24,7 +24,14 @@ impl Map {
         let len = pages * PAGE;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE, fd, 0)
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_NORESERVE,
+                fd,
+                0,
+            )
         };
         assert_ne!(base, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
         let map = Map { base: base.cast(), len };
@@ -95,7 +102,8 @@ fn memfd(pages: usize) -> File {
 
 /// Whether frame numbers, and so the zero page, are visible to the fallback.
 fn sees_frames() -> bool {
-    CapSet::effective(HostPid::current()).is_ok_and(|caps| caps.has("CAP_SYS_ADMIN")) && File::open("/proc/kpageflags").is_ok()
+    CapSet::effective(HostPid::current()).is_ok_and(|caps| caps.has("CAP_SYS_ADMIN"))
+        && File::open("/proc/kpageflags").is_ok()
 }
 
 #[test]
@@ -151,7 +159,13 @@ fn more_runs_than_one_call_returns() {
     for scanner in scanners() {
         let runs = map.scan(&scanner, Want::PrivateAnon);
         let wrong = runs.iter().enumerate().find(|(i, run)| **run != (2 * *i as u64, 1));
-        assert_eq!((wrong, runs.len()), (None, 10_000), "ioctl: {} around {:?}", scanner.uses_ioctl(), wrong.map(|(i, _)| &runs[i.saturating_sub(3)..i + 3]));
+        assert_eq!(
+            (wrong, runs.len()),
+            (None, 10_000),
+            "ioctl: {} around {:?}",
+            scanner.uses_ioctl(),
+            wrong.map(|(i, _)| &runs[i.saturating_sub(3)..i + 3])
+        );
     }
 }
 
@@ -229,7 +243,8 @@ fn one_walk_finds_private_pages_of_both_kinds_and_guards() {
         let saved = |map: &Map| {
             let mut runs = Vec::new();
             scanner.scan(map.start(), map.end(), Want::Private, &mut runs).expect("scan");
-            let (guards, pages): (Vec<PageRun>, Vec<PageRun>) = runs.iter().partition(|run| run.categories & category::GUARD != 0);
+            let (guards, pages): (Vec<PageRun>, Vec<PageRun>) =
+                runs.iter().partition(|run| run.categories & category::GUARD != 0);
             (map.pages(&guards), map.pages(&pages))
         };
         let zero_known = scanner.uses_ioctl() || sees_frames();

@@ -113,8 +113,20 @@ fn every_kind_of_mapping_is_told_and_the_process_goes_on() {
         ("guarded", private, anonymous, prot::READ | prot::WRITE, None),
         ("copied", vma::VMA_REGULAR | vma::VMA_FILE_PRIVATE, flag::PRIVATE, prot::READ | prot::WRITE, None),
         ("read-file", vma::VMA_REGULAR | vma::VMA_FILE_SHARED, flag::SHARED, prot::READ, None),
-        ("shared", vma::VMA_REGULAR | vma::VMA_FILE_SHARED | vma::VMA_MEMFD, flag::SHARED, prot::READ | prot::WRITE, None),
-        ("memfd", vma::VMA_REGULAR | vma::VMA_FILE_SHARED | vma::VMA_MEMFD, flag::SHARED, prot::READ | prot::WRITE, None),
+        (
+            "shared",
+            vma::VMA_REGULAR | vma::VMA_FILE_SHARED | vma::VMA_MEMFD,
+            flag::SHARED,
+            prot::READ | prot::WRITE,
+            None,
+        ),
+        (
+            "memfd",
+            vma::VMA_REGULAR | vma::VMA_FILE_SHARED | vma::VMA_MEMFD,
+            flag::SHARED,
+            prot::READ | prot::WRITE,
+            None,
+        ),
     ];
     for (name, status, flags, prot, madv) in expect {
         let v = dumped.vma(&zoo.range(name));
@@ -122,7 +134,10 @@ fn every_kind_of_mapping_is_told_and_the_process_goes_on() {
         assert_eq!((v.end, v.fd), (zoo.range(name).end, -1), "{name}");
     }
     let access = |name| dumped.vma(&zoo.range(name)).fdflags;
-    assert_eq!((access("plain"), access("copied"), access("read-file"), access("shared")), (None, Some(2), Some(0), Some(2)));
+    assert_eq!(
+        (access("plain"), access("copied"), access("read-file"), access("shared")),
+        (None, Some(2), Some(0), Some(2))
+    );
     assert_eq!(dumped.vma(&zoo.range("read-file")).pgoff, PAGE as u64);
     let ids = |name| dumped.vma(&zoo.range(name)).shmid;
     assert_eq!(ids("copied"), ids("read-file"), "one file");
@@ -147,10 +162,13 @@ fn what_the_kernel_adds_is_told_as_criu_does() {
     let auxv: BTreeMap<u64, u64> = dumped.mm.mm_saved_auxv.as_chunks::<2>().0.iter().map(|[k, v]| (*k, *v)).collect();
     assert_eq!((auxv.get(&6), auxv.get(&33)), (Some(&4096), Some(&vdso.start)), "AT_PAGESZ, AT_SYSINFO_EHDR");
     let pages = dumped.pages(ImageKind::Pagemap, zoo.pid.0 as u64);
-    let code: Vec<u8> = pages.range(vdso.start..vdso.end).flat_map(|(_, (flags, bytes))| {
-        assert_eq!(*flags, 4, "never fetched later");
-        bytes.clone()
-    }).collect();
+    let code: Vec<u8> = pages
+        .range(vdso.start..vdso.end)
+        .flat_map(|(_, (flags, bytes))| {
+            assert_eq!(*flags, 4, "never fetched later");
+            bytes.clone()
+        })
+        .collect();
     assert_eq!(code, zoo::own_vdso(), "without the parasite's additions");
     assert!(pages.range(data.start..data.end).next().is_none());
 }
@@ -191,7 +209,8 @@ fn guard_pages_are_entries_of_their_own() {
     let zoo = Zoo::start(&[]);
     let dumped = Dumped::of(&zoo);
     let at = zoo.range("guarded").start + 4 * PAGE as u64;
-    let guard = pb::VmaEntry { start: at, end: at + 2 * PAGE as u64, status: vma::VMA_GUARD, fd: -1, ..Default::default() };
+    let guard =
+        pb::VmaEntry { start: at, end: at + 2 * PAGE as u64, status: vma::VMA_GUARD, fd: -1, ..Default::default() };
     assert_eq!(dumped.mm.vmas.last(), Some(&guard));
 }
 
@@ -252,6 +271,24 @@ fn what_cannot_be_dumped_is_named_beforehand() {
         assert!(named(what) || zoo.lacks(what), "{what} is missing from {found:?}");
     }
     assert!(found.iter().all(|b| b.what.contains("0x") && !b.next_step.is_empty()));
+}
+
+#[test]
+fn nothing_of_ours_stays_open_in_the_target() {
+    let zoo = Zoo::start(&[]);
+    let before = dormouse_kernel::proc::fds(zoo.pid).expect("descriptors");
+    drop(Dumped::of(&zoo));
+    assert_eq!(dormouse_kernel::proc::fds(zoo.pid).expect("descriptors"), before, "after a dump");
+    let mut tree = Tree::freeze(zoo.pid, None).expect("freeze");
+    let leader = &mut tree.tasks[0].threads[0];
+    let state = leader.state().expect("state");
+    let mut parasite = Parasite::infect(leader, state).expect("infect");
+    let given = parasite.give_fd(std::fs::File::open("/dev/null").expect("file")).expect("given");
+    assert!(dormouse_kernel::proc::fds(zoo.pid).expect("descriptors").contains(&given.0));
+    drop(parasite);
+    tree.thaw();
+    assert_eq!(dormouse_kernel::proc::fds(zoo.pid).expect("descriptors"), before, "after a dump that failed");
+    zoo.check();
 }
 
 /// Not a test: the process that is dumped.

@@ -133,7 +133,7 @@ fn dumps(case: &Case<'_>) -> Result<Outcome> {
         if options.is_empty() && images.join("inventory.img").exists() {
             // The checkpoint is complete: the target may end, and comes back from it.
             complete += 1;
-            come_back(case, &target, &images).with_context(|| what.clone())?;
+            come_back(case, &mut target, &images).with_context(|| what.clone())?;
         } else {
             target.unharmed().with_context(|| what.clone())?;
         }
@@ -148,7 +148,7 @@ fn dumps(case: &Case<'_>) -> Result<Outcome> {
 }
 
 /// Ends what is left of a target whose checkpoint is complete, and restores it.
-fn come_back(case: &Case<'_>, target: &Target<'_>, images: &Path) -> Result<()> {
+fn come_back(case: &Case<'_>, target: &mut Target<'_>, images: &Path) -> Result<()> {
     // What the killed tool had begun goes on for a moment: the killing of the tree, or its release.
     std::thread::sleep(Duration::from_millis(50));
     target.end();
@@ -156,6 +156,8 @@ fn come_back(case: &Case<'_>, target: &Target<'_>, images: &Path) -> Result<()> 
         bail!("pid {pid} does not end: {:?}", proc::read(pid));
     }
     case.wake_up(&case.args.bin, images, &[], &target.tree)?;
+    // Its pipes are new ones.
+    target.look();
     Ok(())
 }
 
@@ -217,7 +219,8 @@ fn settle(case: &Case<'_>, target: &mut Target<'_>) -> Result<End> {
         } else {
             whole_since = None;
             if Instant::now() > end {
-                let states: Vec<_> = left.iter().filter_map(|pid| Some((*pid, proc::read(*pid)?.state))).collect();
+                let known = left.iter().copied().chain(target.ids());
+                let states: Vec<_> = known.filter_map(|pid| Some((pid, proc::read(pid)?))).collect();
                 bail!("neither gone nor whole: {states:?} of {:?}", target.tree.keys());
             }
         }

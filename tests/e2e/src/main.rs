@@ -8,6 +8,7 @@ mod case;
 mod damage;
 mod exchange;
 mod gifts;
+mod inside;
 mod kill;
 mod proc;
 mod programs;
@@ -16,6 +17,7 @@ mod real_cases;
 mod refuse;
 mod report;
 mod rng;
+mod spoil;
 mod target;
 mod tmpfs;
 mod tty;
@@ -29,8 +31,11 @@ use crate::report::Report;
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    if words.first().is_some_and(|word| word == tty::LEADER) {
-        return tty::lead(&words[1..]);
+    match words.first().map(String::as_str) {
+        Some(tty::LEADER) => return tty::lead(&words[1..]),
+        Some(inside::LEAVE) => return inside::leave(&words[1..]),
+        Some(inside::INIT) => return inside::init(&words[1..]),
+        _ => {}
     }
     match run(&words) {
         Ok(true) => ExitCode::SUCCESS,

@@ -109,6 +109,78 @@ pub fn owner(fd: impl AsFd) -> io::Result<Owner> {
     Ok(Owner { kind: who[0] as u32, pid: who[1], uid: uids[0], euid: uids[1], signal })
 }
 
+/// Whether the file behind descriptor `fd` of a process is the one that its epoll descriptor `epoll` watches under the
+/// number `watched`; `nth` counts from 0 among those watched under one number, in the order of fdinfo (kcmp(2) with
+/// `KCMP_EPOLL_TFD`, Linux 4.13).
+///
+/// # Errors
+/// `EBADF` or `ENOENT` if there is no such descriptor or watch, `EPERM` without ptrace access.
+pub fn epoll_watches(pid: HostPid, fd: TargetFd, epoll: TargetFd, watched: u32, nth: u32) -> io::Result<bool> {
+    const KCMP_EPOLL_TFD: libc::c_int = 7;
+    // struct kcmp_epoll_slot
+    let slot = [epoll.0 as u32, watched, nth];
+    // SAFETY: the kernel reads three words from `slot`.
+    let r = unsafe { libc::syscall(libc::SYS_kcmp, pid.0, pid.0, KCMP_EPOLL_TFD, fd.0 as u64, slot.as_ptr()) };
+    result(r).map(|r| r == 0)
+}
+
+/// A new eventfd (eventfd2(2), Linux 2.6.27).
+///
+/// # Errors
+/// `EMFILE`, `ENFILE`, `ENOMEM`.
+pub fn eventfd(counter: u32, semaphore: bool) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only; the new descriptor is ours.
+    owned(unsafe { libc::eventfd(counter, if semaphore { libc::EFD_SEMAPHORE } else { 0 }) }.into())
+}
+
+/// A new signalfd for the signals of `mask`, bit 0 being signal 1 (signalfd4(2), Linux 2.6.27).
+///
+/// # Errors
+/// As [`eventfd`].
+pub fn signalfd(mask: u64) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel reads eight bytes from `mask`.
+    owned(unsafe { libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8, 0) })
+}
+
+/// A new timerfd, not armed (timerfd_create(2), Linux 2.6.25).
+///
+/// # Errors
+/// As [`eventfd`]; `EINVAL` for a clock that has no timers, `EPERM` for alarms without CAP_WAKE_ALARM.
+pub fn timerfd(clock: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only; the new descriptor is ours.
+    owned(unsafe { libc::timerfd_create(clock, 0) }.into())
+}
+
+/// Arms a timerfd (timerfd_settime(2)). `first` and `interval` are seconds and nanoseconds.
+///
+/// # Errors
+/// `EINVAL` for flags that the kernel does not know or nanoseconds out of range.
+pub fn arm_timerfd(fd: impl AsFd, flags: i32, first: (i64, i64), interval: (i64, i64)) -> io::Result<()> {
+    let of = |(tv_sec, tv_nsec)| libc::timespec { tv_sec, tv_nsec };
+    let spec = libc::itimerspec { it_interval: of(interval), it_value: of(first) };
+    // SAFETY: the kernel reads `spec` and writes nothing.
+    result(unsafe { libc::timerfd_settime(fd.as_fd().as_raw_fd(), flags, &spec, std::ptr::null_mut()) }.into())?;
+    Ok(())
+}
+
+/// Sets how often a timerfd has expired since it was last read (`TFD_IOC_SET_TICKS`, Linux 3.17).
+///
+/// # Errors
+/// `ENOTTY` without CONFIG_CHECKPOINT_RESTORE, `EINVAL` for 0.
+pub fn set_timerfd_ticks(fd: impl AsFd, mut ticks: u64) -> io::Result<()> {
+    // SAFETY: the kernel reads eight bytes.
+    unsafe { ioctl(fd, 0x4008_5400, &mut ticks) }
+}
+
+/// A new epoll that watches nothing (epoll_create1(2), Linux 2.6.27).
+///
+/// # Errors
+/// As [`eventfd`].
+pub fn epoll() -> io::Result<OwnedFd> {
+    // SAFETY: takes a number only; the new descriptor is ours.
+    owned(unsafe { libc::epoll_create1(0) }.into())
+}
+
 /// Copies up to `len` bytes from a pipe to another one without taking them out (tee(2)); does not wait. The copy keeps
 /// how the bytes lie in buffers, so packets stay packets.
 ///

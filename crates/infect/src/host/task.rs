@@ -4,8 +4,6 @@ use std::io;
 
 use dormouse_kernel::ids::HostPid;
 
-use crate::ptrace::RseqConfig;
-
 fn result(r: libc::c_long) -> io::Result<libc::c_long> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
@@ -107,40 +105,6 @@ pub fn membarrier_registrations_can_be_read() -> bool {
     result(unsafe { libc::syscall(libc::SYS_membarrier, GET_REGISTRATIONS, 0, 0) }).is_ok()
 }
 
-/// The restartable sequence that the C library has registered for the calling thread (rseq(2); glibc 2.35 and newer),
-/// and that every process forked from it inherits; `None` if it registers none. The registered size may be larger.
-pub fn own_rseq() -> Option<RseqConfig> {
-    // Signature in front of abort handlers (linux/rseq.h of each architecture).
-    let signature = if cfg!(target_arch = "x86_64") { 0x5305_3053 } else { 0xd428_bc00 };
-    let find = |name: &std::ffi::CStr| {
-        // SAFETY: looks a name up; a null result is checked.
-        let at = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-        (!at.is_null()).then_some(at)
-    };
-    // SAFETY: glibc defines both as constants of these types: `const ptrdiff_t` and `const unsigned int`.
-    let (offset, size) = unsafe { (*find(c"__rseq_offset")?.cast::<isize>(), *find(c"__rseq_size")?.cast::<u32>()) };
-    if size == 0 {
-        return None;
-    }
-    let pointer = thread_pointer().wrapping_add_signed(offset as i64);
-    Some(RseqConfig { pointer, size, signature, ..RseqConfig::default() })
-}
-
-fn thread_pointer() -> u64 {
-    let at: u64;
-    // SAFETY: reads the thread pointer; on x86_64 its first word is its own address (the ELF TLS ABI).
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::asm!("mov {}, fs:0", out(reg) at, options(nostack, readonly, preserves_flags));
-    }
-    // SAFETY: reads a register.
-    #[cfg(target_arch = "aarch64")]
-    unsafe {
-        std::arch::asm!("mrs {}, tpidr_el0", out(reg) at, options(nomem, nostack, preserves_flags));
-    }
-    at
-}
-
 /// What the CPU and the kernel offer programs (`AT_HWCAP`; getauxval(3)).
 pub fn hwcap() -> u64 {
     // SAFETY: reads a number.
@@ -160,14 +124,5 @@ mod tests {
         let status = dormouse_kernel::proc::status::read(HostPid::current()).unwrap();
         assert_eq!(own_capabilities().unwrap(), [status.cap_eff, status.cap_prm, status.cap_inh]);
         assert_eq!(own_securebits().unwrap(), 0);
-    }
-
-    #[cfg(target_env = "gnu")]
-    #[test]
-    fn the_registered_sequence_lies_in_our_memory() {
-        if let Some(c) = own_rseq() {
-            let mut area = [0u8; 20];
-            crate::host::process::read_memory(HostPid::current(), c.pointer, &mut area).unwrap();
-        }
     }
 }

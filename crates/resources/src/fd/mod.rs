@@ -4,6 +4,8 @@
 //! record ([`FileTable`]); a restore opens every description once, in the host, and tasks inherit them ([`Files`]).
 //! A new kind is one file here with both directions, and one line in [`KINDS`].
 
+mod epoll;
+mod eventfd;
 mod fifo;
 pub(crate) mod files;
 mod ghost;
@@ -13,7 +15,9 @@ mod memfd;
 mod paths;
 mod pipe;
 mod reg;
+mod signalfd;
 mod table;
+mod timerfd;
 mod tty;
 mod unknown;
 mod view;
@@ -79,7 +83,17 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 5] = [&reg::Reg, &pipe::Pipe, &fifo::Fifo, &tty::Tty, &memfd::Memfd];
+pub static KINDS: [&dyn FdKind; 9] = [
+    &reg::Reg,
+    &pipe::Pipe,
+    &fifo::Fifo,
+    &tty::Tty,
+    &memfd::Memfd,
+    &eventfd::Eventfd,
+    &signalfd::Signalfd,
+    &timerfd::Timerfd,
+    &epoll::Epoll,
+];
 
 /// The one kind that claims a descriptor, or why it cannot be dumped.
 pub fn kind_of(view: &FdView) -> std::result::Result<&'static dyn FdKind, Blocker> {

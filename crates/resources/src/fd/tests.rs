@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::host::fd as host;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 
@@ -84,7 +85,7 @@ fn at_most_one_kind_claims_a_descriptor() {
     nix::pty::unlockpt(&master).unwrap();
     let slave = PathBuf::from(nix::pty::ptsname_r(&master).unwrap());
     let memfd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let samples: [(OwnedFd, Option<&str>); 12] = [
+    let samples: [(OwnedFd, Option<&str>); 16] = [
         (at(&dir.path("file"), OFlag::O_RDWR | OFlag::O_CREAT), Some("file")),
         (at(&dir.0, OFlag::O_RDONLY), Some("file")),
         (at(Path::new("/dev/zero"), OFlag::O_RDONLY), Some("file")),
@@ -96,6 +97,10 @@ fn at_most_one_kind_claims_a_descriptor() {
         (at(&slave, OFlag::O_RDWR | OFlag::O_NOCTTY), Some("terminal")),
         (master.as_fd().try_clone_to_owned().unwrap(), Some("terminal")),
         (memfd, Some("memfd")),
+        (host::eventfd(0, false).unwrap(), Some("eventfd")),
+        (host::signalfd(1).unwrap(), Some("signalfd")),
+        (host::timerfd(libc::CLOCK_MONOTONIC).unwrap(), Some("timerfd")),
+        (host::epoll().unwrap(), Some("epoll")),
         (one.into(), None),
     ];
     for (fd, expected) in &samples {
@@ -113,7 +118,7 @@ fn what_no_kind_claims_is_named() {
     let start = format!("cannot dump fd {} of pid {}: socket:[", socket.as_raw_fd(), std::process::id());
     assert!(refused.starts_with(&start) && refused.contains("IPv4 stream socket"), "{refused}");
     let fd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let handle = dormouse_infect::host::fd::pidfd_open(HostPid::current()).unwrap();
+    let handle = host::pidfd_open(HostPid::current()).unwrap();
     let refused = kind_of(&view(&handle)).map(FdKind::name).unwrap_err().to_string();
     assert!(refused.contains("pidfd"), "{refused}");
     assert!(kind_of(&view(&fd)).is_ok());
@@ -347,6 +352,66 @@ fn memfds_keep_content_offset_name_and_stay_one() {
     let mut text = String::new();
     File::from(new[1].try_clone().unwrap()).read_to_string(&mut text).unwrap();
     assert_eq!(text, "Content");
+}
+
+/// The lines of fdinfo that a kind shows of itself.
+fn shown(fd: &OwnedFd) -> Vec<String> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap();
+    let own = |line: &&str| !["eventfd-id", "it_value", "flags"].iter().any(|k| line.starts_with(k));
+    text.lines().filter(own).map(str::to_owned).collect()
+}
+
+#[test]
+fn event_signal_and_timer_descriptors_keep_what_they_hold() {
+    let dir = Scratch::new("events");
+    let counter = host::eventfd(7, false).unwrap();
+    let semaphore = host::eventfd(3, true).unwrap();
+    let large = host::eventfd(u32::MAX, false).unwrap();
+    nix::unistd::write(&large, &5_000_000_000u64.to_ne_bytes()).unwrap();
+    fcntl(&large, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let signals = host::signalfd(1 << (libc::SIGUSR1 - 1) | 1 << 63).unwrap();
+    let timer = host::timerfd(libc::CLOCK_BOOTTIME).unwrap();
+    host::arm_timerfd(&timer, 0, (0, 1), (1000, 5)).unwrap();
+    let point = host::timerfd(libc::CLOCK_REALTIME).unwrap();
+    host::arm_timerfd(&point, 3, (1 << 40, 0), (0, 0)).unwrap();
+    let idle = host::timerfd(libc::CLOCK_MONOTONIC).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    let old = [&counter, &semaphore, &large, &signals, &timer, &point, &idle];
+    let new = round_trip(&dir, &DumpOptions::default(), &old);
+    for (old, new) in old.iter().zip(&new) {
+        assert_eq!((shown(old), flags(*old)), (shown(new), flags(new)));
+    }
+    let mut ticks = [0; 8];
+    assert_eq!(nix::unistd::read(&new[4], &mut ticks).unwrap(), 8);
+    assert_eq!(u64::from_ne_bytes(ticks), 1, "one expiration was not read yet");
+    assert_eq!(nix::unistd::read(&new[1], &mut ticks).unwrap(), 8);
+    assert_eq!(u64::from_ne_bytes(ticks), 1, "a semaphore counts down by one");
+    let left = |fd: &OwnedFd| view(fd).field("it_value", |v| v.trim_start_matches('(').split(',').next()?.parse::<i64>().ok());
+    assert!((left(&point).unwrap() - left(&new[5]).unwrap()).abs() < 5);
+    assert_eq!(left(&new[6]).unwrap(), 0);
+}
+
+#[test]
+fn an_epoll_names_what_it_watches_by_the_numbers_that_are_left() {
+    use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+    let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap();
+    let (read, write) = nix::unistd::pipe().unwrap();
+    epoll.add(&read, EpollEvent::new(EpollFlags::EPOLLIN, 11)).unwrap();
+    let moved = host::dup_above(&write, 500).unwrap();
+    epoll.add(&write, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, 22)).unwrap();
+    drop(write);
+    let dir = Scratch::new("epoll");
+    let images = dir.images();
+    let options = DumpOptions::default();
+    let mut table = FileTable::new(&images, &options);
+    let found = epoll::Epoll.dump(&view(&epoll.0), 1, &mut table).unwrap().epfd.unwrap();
+    let mut watched: Vec<_> = found.tfd.iter().map(|t| (t.data, t.tfd as i32)).collect();
+    watched.sort_unstable();
+    assert_eq!(watched, [(11, read.as_raw_fd()), (22, moved.as_raw_fd())]);
+    let (other, _) = nix::unistd::pipe().unwrap();
+    let kept = other.as_fd().try_clone_to_owned().unwrap();
+    assert!(epoll::Epoll.blocker(&view(&epoll.0), &mut Look::new(&options)).unwrap().is_none());
+    drop(kept);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use dormouse_kernel::{HostPid, TargetFd};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, stat};
 
-use crate::{Blocker, DumpOptions, ResourceError, Result, call};
+use crate::{Blocker, DumpOptions, ResourceError, Result, call, invalid};
 
 /// What refers to a file: a descriptor, or one of the places in a process that are none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,6 +73,20 @@ impl FdView {
     /// Status flags and access mode of the description: `O_*` without `O_CLOEXEC`.
     pub fn flags(&self) -> i32 {
         self.info.flags as i32 & !libc::O_CLOEXEC
+    }
+
+    /// A field of the fdinfo, as `parse` reads it.
+    ///
+    /// # Errors
+    /// It is not there or cannot be parsed.
+    pub fn field<T>(&self, key: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
+        let text = self.info.get(key).and_then(|v| std::str::from_utf8(v).ok());
+        text.and_then(parse).ok_or_else(|| invalid!("{}: its fdinfo has no proper field {key:?}", self.subject()))
+    }
+
+    /// Whether it is an anonymous inode of this kind: `[eventfd]`.
+    pub fn is_anonymous(&self, kind: &str) -> bool {
+        self.link.strip_prefix(b"anon_inode:") == Some(kind.as_bytes())
     }
 
     /// Whether it only names a file (`O_PATH`).

@@ -5,9 +5,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use dormouse_infect::host::mem::shared_memory_device;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::maps::{self, Vma};
+use dormouse_kernel::proc::maps::Vma;
 
 use super::mappings::{Kind, classify};
+use super::smaps::{self, Codes};
 use crate::{Blocker, Result, call};
 
 /// Names of files that are none, and what a user can do about mappings of them.
@@ -40,10 +41,10 @@ pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
     let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
     let mut found = Vec::new();
     let mut seen = HashSet::new();
-    for v in maps::read_smaps(pid)? {
+    smaps::for_each(pid, |v| {
         let (v, kind) = classify(v, shm);
         let file = (v.dev_major, v.dev_minor, v.inode);
-        let reason = match reason(&v, kind) {
+        let reason = match reason(&v, Codes::of(&v.vm_flags), kind) {
             Some(reason) => Some(reason),
             None if kind == Kind::File && seen.insert(file) => device(pid, &v),
             None => None,
@@ -51,12 +52,12 @@ pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
         if let Some((what, next_step)) = reason {
             found.push(Blocker { pid, fd: None, what, next_step });
         }
-    }
+    })?;
     Ok(found)
 }
 
-/// Why a mapping cannot be dumped, and what can be done about it. `v` is a line of smaps.
-pub(crate) fn reason(v: &Vma, kind: Kind) -> Option<(String, String)> {
+/// Why a mapping cannot be dumped, and what can be done about it. `codes` are its flags.
+pub(crate) fn reason(v: &Vma, codes: Codes, kind: Kind) -> Option<(String, String)> {
     let place = format!("at {:#x}-{:#x}", v.start, v.end);
     if kind == Kind::Special {
         let name = String::from_utf8_lossy(&v.name);
@@ -66,14 +67,14 @@ pub(crate) fn reason(v: &Vma, kind: Kind) -> Option<(String, String)> {
             None => (format!("a mapping of unknown kind {place} ({name:?})"), "unmap it and retry".to_owned()),
         });
     }
-    if let Some((_, what, next_step)) = FLAGS.iter().find(|(code, ..)| v.vm_flags.has(code)) {
+    if let Some((_, what, next_step)) = FLAGS.iter().find(|(code, ..)| codes.has(code)) {
         return Some((format!("{what} {place}"), (*next_step).to_owned()));
     }
-    if kind == Kind::Memfd && v.vm_flags.has("ht") {
+    if kind == Kind::Memfd && codes.has("ht") {
         let what = format!("a memfd of huge pages {place}, which cannot be dumped yet");
         return Some((what, "unmap it and retry".to_owned()));
     }
-    let io = (v.vm_flags.has("io") || v.vm_flags.has("pf")) && kind != Kind::Vvar;
+    let io = (codes.has("io") || codes.has("pf")) && kind != Kind::Vvar;
     let name = String::from_utf8_lossy(&v.name);
     io.then(|| (format!("memory of a device {place} ({name})"), "end the use of the device and retry".to_owned()))
 }
@@ -86,6 +87,9 @@ fn device(pid: HostPid, v: &Vma) -> Option<(String, String)> {
     let zero = meta.file_type().is_char_device() && meta.rdev() == nix::sys::stat::makedev(1, 5);
     (!meta.is_file() && !zero).then(|| {
         let name = String::from_utf8_lossy(&v.name).into_owned();
-        (format!("a mapping of {name} at {:#x}-{:#x}, which is no regular file", v.start, v.end), "unmap it and retry".to_owned())
+        (
+            format!("a mapping of {name} at {:#x}-{:#x}, which is no regular file", v.start, v.end),
+            "unmap it and retry".to_owned(),
+        )
     })
 }

@@ -51,7 +51,12 @@ impl Chunks {
     ///
     /// # Errors
     /// What `full` returns.
-    pub fn add<E>(&mut self, mut addr: u64, mut len: u64, mut full: impl FnMut(Chunk) -> Result<(), E>) -> Result<(), E> {
+    pub fn add<E>(
+        &mut self,
+        mut addr: u64,
+        mut len: u64,
+        mut full: impl FnMut(Chunk) -> Result<(), E>,
+    ) -> Result<(), E> {
         while len > 0 {
             let now = len.min(self.max_bytes - self.next.len);
             match self.next.iovecs.as_mut_slice() {

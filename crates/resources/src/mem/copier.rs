@@ -72,10 +72,12 @@ impl<'a, 'p> Copier<'a, 'p> {
             return Ok(());
         }
         let mut full = Vec::new();
-        self.chunks.add(range.start, len, |chunk| {
-            full.push(chunk);
-            Ok::<(), std::convert::Infallible>(())
-        }).unwrap_or_else(|never| match never {});
+        self.chunks
+            .add(range.start, len, |chunk| {
+                full.push(chunk);
+                Ok::<(), std::convert::Infallible>(())
+            })
+            .unwrap_or_else(|never| match never {});
         full.into_iter().try_for_each(|chunk| self.write(chunk))
     }
 
@@ -149,7 +151,11 @@ impl<'a, 'p> Copier<'a, 'p> {
             Ok(_) => Ok(()),
             Err(e) => {
                 let pid = self.pid;
-                tracing::debug!("pid {pid}: it cannot write {} bytes from {:#x} on: {e}; copying them", chunk.len, chunk.iovecs[0]);
+                tracing::debug!(
+                    "pid {pid}: it cannot write {} bytes from {:#x} on: {e}; copying them",
+                    chunk.len,
+                    chunk.iovecs[0]
+                );
                 chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset))
             }
         }

@@ -144,12 +144,15 @@ mod tests {
         inherit_ops(&mut b, &mut arena, (&v, &v), (&own, &parent), &mut reads);
         reads.flush(&mut b, &mut arena);
         let names: Vec<&str> = (0..b.len()).map(|i| b.name(i)).collect();
-        assert_eq!(names, [
-            "madvise of inherited pages at 0x1000",
-            "reading 4096 bytes of pages from 0x3000 on",
-            "pages at 0x2000",
-            "pages at 0x6000",
-            "reading 4096 bytes of pages from 0x7000 on",
-        ]);
+        assert_eq!(
+            names,
+            [
+                "madvise of inherited pages at 0x1000",
+                "reading 4096 bytes of pages from 0x3000 on",
+                "pages at 0x2000",
+                "pages at 0x6000",
+                "reading 4096 bytes of pages from 0x7000 on",
+            ]
+        );
     }
 }

@@ -5,14 +5,14 @@ use dormouse_infect::arena::Batch;
 use dormouse_sys::nr;
 
 use super::fill::{Reads, fill_prot};
-use super::inherit::{inherit_ops, inherited};
 pub use super::inherit::shares_memory;
+use super::inherit::{inherit_ops, inherited};
 use super::mm;
-pub use super::vma::{VMA_GUARD, VMA_REGULAR};
 use super::vma::{
-    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, clip, describe, flag, is_mapped,
-    is_private,
+    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, clip, describe, flag,
+    is_mapped, is_private, prot,
 };
+pub use super::vma::{VMA_GUARD, VMA_REGULAR};
 use crate::checkpoint::{Run, TaskImage};
 use crate::{ResourceError, RestoreCtx, invalid};
 
@@ -27,7 +27,12 @@ const MLOCK_ONFAULT: u64 = 1;
 ///
 /// # Errors
 /// A mapping is of a kind that cannot be restored yet, or what it maps is not there; a page lies in no mapping.
-pub fn map_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage, parent: Option<&TaskImage>) -> Result<(), ResourceError> {
+pub fn map_ops(
+    b: &mut Batch,
+    c: &mut RestoreCtx<'_, '_>,
+    t: &TaskImage,
+    parent: Option<&TaskImage>,
+) -> Result<(), ResourceError> {
     let (Some(mm), Some(pages)) = (&t.mm, &t.pages) else { return Ok(()) };
     // Before the pages come, which would be put into huge ones.
     mm::thp_op(b, mm);
@@ -71,7 +76,13 @@ fn check_pages_are_mapped(t: &TaskImage, vmas: &[&pb::VmaEntry], runs: &[Run]) -
     Ok(())
 }
 
-fn mmap_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage, v: &pb::VmaEntry, prot: u32) -> Result<(), ResourceError> {
+fn mmap_op(
+    b: &mut Batch,
+    c: &mut RestoreCtx<'_, '_>,
+    t: &TaskImage,
+    v: &pb::VmaEntry,
+    prot: u32,
+) -> Result<(), ResourceError> {
     if let Some(kind) = vma::unsupported(v) {
         return Err(invalid!("pid {}: mapping {} is {kind}, which cannot be restored yet", t.pid(), describe(v)));
     }
@@ -86,7 +97,12 @@ fn mmap_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage, v: &pb::Vma
         flags |= flag::ANONYMOUS;
         (-1, "anonymous memory".to_owned())
     } else {
-        return Err(invalid!("pid {}: mapping {} is of a kind ({:#x}) that is not known", t.pid(), describe(v), v.status));
+        return Err(invalid!(
+            "pid {}: mapping {} is of a kind ({:#x}) that is not known",
+            t.pid(),
+            describe(v),
+            v.status
+        ));
     };
     let args = [v.start, v.end - v.start, prot.into(), flags.into(), fd as u64, v.pgoff];
     b.must(format!("mapping of {what} at {}", describe(v)), nr::MMAP, &args);
@@ -110,7 +126,7 @@ pub fn final_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage) -> Re
             b.must(format!("mprotect of {}", describe(v)), nr::MPROTECT, &[v.start, v.end - v.start, v.prot.into()]);
         }
         madvise_ops(b, v);
-        mlock_ops(b, v);
+        mlock_ops(b, v, &pages.runs);
     }
     c.vdso.final_ops(b, mm, c.park);
     mm::mm_map_op(b, c, mm)
@@ -132,12 +148,42 @@ fn madvise_ops(b: &mut Batch, v: &pb::VmaEntry) {
 
 /// Locking first without filling, which fails only where the memory may not be locked; then the pages are asked for,
 /// which fails where there are none to have (PROT_NONE, guard pages, the end of a file), as it did for the task.
-fn mlock_ops(b: &mut Batch, v: &pb::VmaEntry) {
+fn mlock_ops(b: &mut Batch, v: &pb::VmaEntry, runs: &[Run]) {
     if v.flags & flag::LOCKED == 0 {
         return;
     }
     let len = v.end - v.start;
     let what = format!("mlock of {} (needs CAP_IPC_LOCK or a larger RLIMIT_MEMLOCK)", describe(v));
     b.must(what, nr::MLOCK2, &[v.start, len, MLOCK_ONFAULT]);
-    b.attempt(format!("filling locked memory at {}", describe(v)), nr::MLOCK2, &[v.start, len, 0]);
+    if !locked_on_fault(v, runs) {
+        b.attempt(format!("filling locked memory at {}", describe(v)), nr::MLOCK2, &[v.start, len, 0]);
+    }
+}
+
+/// Was the mapping locked with MLOCK_ONFAULT? The images do not say so, but other locks fill memory that can be written.
+fn locked_on_fault(v: &pb::VmaEntry, runs: &[Run]) -> bool {
+    let filled: u64 = clip(runs, v.start, v.end).map(|r| r.len).sum();
+    is_private(v) && v.status & VMA_ANON_PRIVATE != 0 && v.prot & prot::WRITE != 0 && filled < v.end - v.start
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locked_memory_with_holes_is_not_filled() {
+        let status = vma::VMA_REGULAR | VMA_ANON_PRIVATE;
+        let flags = flag::PRIVATE | flag::ANONYMOUS | flag::LOCKED;
+        let v = pb::VmaEntry { start: 0x1000, end: 0x4000, prot: 3, status, flags, ..Default::default() };
+        let ops = |v: &pb::VmaEntry, runs: &[Run]| {
+            let mut b = Batch::new();
+            mlock_ops(&mut b, v, runs);
+            b.len()
+        };
+        let run = |start, len| Run { start, len, offset: 0 };
+        assert_eq!(ops(&v, &[run(0x1000, 0x1000), run(0x2000, 0x4000)]), 2, "all of it was there");
+        assert_eq!(ops(&v, &[run(0x1000, 0x1000), run(0x3000, 0x1000)]), 1, "locked as pages come");
+        assert_eq!(ops(&pb::VmaEntry { prot: 1, ..v }, &[]), 2, "zero pages are not in the images");
+        assert_eq!(ops(&pb::VmaEntry { flags: flag::PRIVATE, ..v }, &[]), 0);
+    }
 }

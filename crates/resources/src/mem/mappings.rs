@@ -10,11 +10,12 @@ use std::thread::JoinHandle;
 use dormouse_images::pb;
 use dormouse_infect::host::mem::shared_memory_device;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::maps::{self, Vma, VmFlags};
 use dormouse_kernel::proc::ProcError;
+use dormouse_kernel::proc::maps::{self, Vma};
 use dormouse_pages::PageScanner;
 
 use super::blockers;
+use super::smaps::{self, Codes, Smap};
 use super::vma::{self, flag, prot};
 use crate::{Result, call, invalid};
 
@@ -54,7 +55,7 @@ pub struct Mapping<'a> {
     pub entry: pb::VmaEntry,
 }
 
-type Smaps = std::result::Result<Vec<Vma>, ProcError>;
+type Smaps = std::result::Result<Vec<Smap>, ProcError>;
 
 /// All mappings of a stopped process but the parasite's.
 #[derive(Debug)]
@@ -65,7 +66,7 @@ pub struct Mappings {
     stacks: Vec<u64>,
     reader: Mutex<Option<JoinHandle<Smaps>>>,
     /// Lines of smaps, as many as `vmas`.
-    smaps: OnceLock<Vec<Vma>>,
+    smaps: OnceLock<Vec<Smap>>,
     guards: OnceLock<Vec<Range<u64>>>,
 }
 
@@ -77,7 +78,7 @@ impl Mappings {
     pub fn read(pid: HostPid, own: Range<u64>) -> Result<Self> {
         let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
         let reader = std::thread::Builder::new().name(format!("smaps of {pid}"));
-        let reader = reader.spawn(move || maps::read_smaps(pid)).map_err(call("cannot start a thread"))?;
+        let reader = reader.spawn(move || smaps::read(pid)).map_err(call("cannot start a thread"))?;
         let others = |v: &Vma| v.start < own.start || v.start >= own.end;
         let vmas = maps::read_maps(pid)?.into_iter().filter(others).map(|v| classify(v, shm)).collect();
         let reader = Mutex::new(Some(reader));
@@ -127,11 +128,11 @@ impl Mappings {
     /// One is of a kind that cannot be dumped, or the process is gone.
     pub fn finished(&self) -> Result<Vec<Mapping<'_>>> {
         let mut all: Vec<Mapping<'_>> = Vec::with_capacity(self.vmas.len());
-        for ((map, kind), line) in self.vmas.iter().zip(self.smaps()?) {
-            if let Some((what, next_step)) = blockers::reason(line, *kind) {
+        for ((map, kind), smap) in self.vmas.iter().zip(self.smaps()?) {
+            if let Some((what, next_step)) = blockers::reason(map, smap.codes, *kind) {
                 return Err(invalid!("cannot dump pid {}: {what}; {next_step}", self.pid));
             }
-            let entry = entry(line, *kind);
+            let entry = entry(map, smap, *kind);
             match all.last_mut() {
                 Some(last) if *kind == Kind::Vvar && last.kind == Kind::Vvar => {
                     if last.entry.end != entry.start {
@@ -148,20 +149,25 @@ impl Mappings {
 
     /// The mappings that have this code among their VmFlags.
     pub(crate) fn flagged(&self, code: &str) -> Result<Vec<Range<u64>>> {
-        Ok(self.smaps()?.iter().filter(|v| v.vm_flags.has(code)).map(|v| v.start..v.end).collect())
+        Ok(self.smaps()?.iter().filter(|v| v.codes.has(code)).map(|v| v.start..v.end).collect())
     }
 
-    fn smaps(&self) -> Result<&[Vma]> {
+    fn smaps(&self) -> Result<&[Smap]> {
         if let Some(smaps) = self.smaps.get() {
             return Ok(smaps);
         }
         let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| maps::read_smaps(self.pid))?;
-        let read: Vec<Vma> = read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
-        let same = read.len() == self.vmas.len() && read.iter().zip(&self.vmas).all(|(a, (b, _))| same_place(a, b));
+        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.pid))?;
+        let read: Vec<Smap> =
+            read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
+        let equal = |(a, (b, _)): (&Smap, &(Vma, Kind))| (a.start, a.end) == (b.start, b.end);
+        let same = read.len() == self.vmas.len() && read.iter().zip(&self.vmas).all(equal);
         if !same {
-            return Err(invalid!("the mappings of pid {} changed although it is stopped; another process changes them: \
-                 stop that one too and retry", self.pid));
+            return Err(invalid!(
+                "the mappings of pid {} changed although it is stopped; another process changes them: \
+                 stop that one too and retry",
+                self.pid
+            ));
         }
         Ok(self.smaps.get_or_init(|| read))
     }
@@ -174,7 +180,8 @@ impl Mappings {
         let found = match self.guards.get() {
             Some(found) => found,
             None => {
-                let found = self.scan_guards().map_err(call(format!("cannot find the guard pages of pid {}", self.pid)))?;
+                let found =
+                    self.scan_guards().map_err(call(format!("cannot find the guard pages of pid {}", self.pid)))?;
                 self.guards.get_or_init(|| found)
             }
         };
@@ -205,11 +212,6 @@ pub(crate) fn may_have_guards(kind: Kind) -> bool {
     matches!(kind, Kind::Anonymous { .. } | Kind::SharedAnonymous | Kind::Memfd | Kind::File)
 }
 
-fn same_place(a: &Vma, b: &Vma) -> bool {
-    (a.start, a.end, a.shared, a.inode, a.offset) == (b.start, b.end, b.shared, b.inode, b.offset)
-        && (a.read, a.write, a.exec) == (b.read, b.write, b.exec)
-}
-
 /// What a line of maps maps. `shm` is the device of shared memory, as in [`shared_memory_device`].
 pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
     let on_shm = (v.dev_major, v.dev_minor) == shm;
@@ -234,8 +236,9 @@ pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
     (v, kind)
 }
 
-/// The record of a line of smaps.
-fn entry(v: &Vma, kind: Kind) -> pb::VmaEntry {
+/// The record of a mapping.
+fn entry(v: &Vma, smap: &Smap, kind: Kind) -> pb::VmaEntry {
+    let codes = smap.codes;
     let file = if v.shared { vma::VMA_FILE_SHARED } else { vma::VMA_FILE_PRIVATE };
     let (mut status, anonymous) = match kind {
         Kind::Vsyscall => (vma::VMA_VSYSCALL | vma::VMA_ANON_PRIVATE, true),
@@ -248,10 +251,10 @@ fn entry(v: &Vma, kind: Kind) -> pb::VmaEntry {
         Kind::SharedAnonymous | Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
         Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
     };
-    if v.vm_flags.has("ss") {
+    if codes.has("ss") {
         status |= vma::VMA_SHSTK;
     }
-    let mut flags = mmap_flags(&v.vm_flags) | if v.shared { flag::SHARED } else { flag::PRIVATE };
+    let mut flags = mmap_flags(codes) | if v.shared { flag::SHARED } else { flag::PRIVATE };
     if flags & flag::DROPPABLE != 0 {
         flags &= !flag::PRIVATE;
     }
@@ -259,7 +262,7 @@ fn entry(v: &Vma, kind: Kind) -> pb::VmaEntry {
         flags |= flag::ANONYMOUS;
     }
     if flags & flag::HUGETLB != 0 && kind != Kind::File {
-        flags |= (v.kernel_page_kb * 1024).max(1).ilog2() << flag::HUGE_SHIFT;
+        flags |= smap.page.max(1).ilog2() << flag::HUGE_SHIFT;
     }
     let bit = |set, bit| if set { bit } else { 0 };
     pb::VmaEntry {
@@ -270,13 +273,13 @@ fn entry(v: &Vma, kind: Kind) -> pb::VmaEntry {
         flags,
         status,
         fd: -1,
-        madv: Some(advice(&v.vm_flags)).filter(|madv| *madv != 0),
+        madv: Some(advice(codes)).filter(|madv| *madv != 0),
         ..Default::default()
     }
 }
 
 /// What mmap(2) takes as flags.
-fn mmap_flags(flags: &VmFlags) -> u32 {
+fn mmap_flags(codes: Codes) -> u32 {
     let known = [
         ("gd", flag::GROWSDOWN),
         ("lo", flag::LOCKED),
@@ -284,11 +287,11 @@ fn mmap_flags(flags: &VmFlags) -> u32 {
         ("ht", flag::HUGETLB),
         ("dp", flag::DROPPABLE),
     ];
-    known.iter().filter(|(code, _)| flags.has(code)).fold(0, |all, (_, flag)| all | flag)
+    known.iter().filter(|(code, _)| codes.has(code)).fold(0, |all, (_, flag)| all | flag)
 }
 
 /// What madvise(2) was told, one bit for each advice by its number.
-fn advice(flags: &VmFlags) -> u64 {
+fn advice(codes: Codes) -> u64 {
     let known = [("sr", 2), ("rr", 1), ("dc", 10), ("dd", 16), ("mg", 12), ("hg", 14), ("nh", 15), ("wf", 18)];
-    known.iter().filter(|(code, _)| flags.has(code)).fold(0, |all, (_, advice)| all | 1 << advice)
+    known.iter().filter(|(code, _)| codes.has(code)).fold(0, |all, (_, advice)| all | 1 << advice)
 }

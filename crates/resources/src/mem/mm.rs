@@ -14,7 +14,7 @@ use super::mappings::{Kind, Mappings};
 use super::shared::SharedDump;
 use super::vma::{VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED};
 use crate::fd::FileTable;
-use crate::{Result, RestoreCtx};
+use crate::{RestoreCtx, Result};
 
 const PR_GET_DUMPABLE: u64 = 3;
 const PR_SET_MM: u64 = 35;
@@ -98,8 +98,18 @@ pub fn mm_map_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, mm: &pb::MmEntry) ->
     let (exe, name) = c.files.exe_fd(mm.exe_file_id)?;
     let auxv = c.arena.put_words(&mm.mm_saved_auxv);
     let words = [
-        mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk, mm.mm_brk,
-        mm.mm_start_stack, mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end, auxv,
+        mm.mm_start_code,
+        mm.mm_end_code,
+        mm.mm_start_data,
+        mm.mm_end_data,
+        mm.mm_start_brk,
+        mm.mm_brk,
+        mm.mm_start_stack,
+        mm.mm_arg_start,
+        mm.mm_arg_end,
+        mm.mm_env_start,
+        mm.mm_env_end,
+        auxv,
         (mm.mm_saved_auxv.len() as u64 * 8) | (exe as u64) << 32,
     ];
     let map = c.arena.put_words(&words);

@@ -17,6 +17,7 @@ mod pages;
 mod records;
 mod route;
 mod shared;
+mod smaps;
 mod vdso;
 pub mod vma;
 

@@ -66,7 +66,12 @@ pub struct PageStats {
 ///
 /// # Errors
 /// An image cannot be written, memory cannot be read, or the process is gone. The images are then incomplete.
-pub fn dump_pages(parasite: &mut Parasite<'_>, mappings: &Mappings, images: &ImageDir, ids: &PageIds) -> Result<PageStats> {
+pub fn dump_pages(
+    parasite: &mut Parasite<'_>,
+    mappings: &Mappings,
+    images: &ImageDir,
+    ids: &PageIds,
+) -> Result<PageStats> {
     let pid = mappings.pid();
     let id = ids.next();
     let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
@@ -78,7 +83,8 @@ pub fn dump_pages(parasite: &mut Parasite<'_>, mappings: &Mappings, images: &Ima
         match group {
             Group::Vdso(v) => dump.vdso(v)?,
             Group::Walk(range) => {
-                let walk = scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
+                let walk =
+                    scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
                 walk.map_err(|stopped| match stopped {
                     Stopped::Scan(e) => scan_failed()(e),
                     Stopped::Dump(e) => e,
@@ -181,7 +187,17 @@ impl<'a, 'p> Dump<'a, 'p> {
         let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
         let route = Route::choose(pid, saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add))?;
         let copier = Copier::new(parasite, pid, image, route)?;
-        Ok(Self { copier, mappings, records, guards: Vec::new(), at: 0, spans: Vec::new(), locked, stacks, stats: PageStats::default() })
+        Ok(Self {
+            copier,
+            mappings,
+            records,
+            guards: Vec::new(),
+            at: 0,
+            spans: Vec::new(),
+            locked,
+            stacks,
+            stats: PageStats::default(),
+        })
     }
 
     /// Takes in a run of pages, which may reach over several mappings.

@@ -112,7 +112,9 @@ mod tests {
         make("c", "max\n");
         std::fs::create_dir_all(root.join("d")).expect("directory");
         std::fs::write(root.join("d/cgroup.procs"), "").expect("file");
-        let limited = |path: &str, own: &str| is_limited(std::slice::from_ref(&root), "memory.max", path.as_bytes(), own.as_bytes());
+        let limited = |path: &str, own: &str| {
+            is_limited(std::slice::from_ref(&root), "memory.max", path.as_bytes(), own.as_bytes())
+        };
         assert!(limited("/a", "/"));
         assert!(limited("/a/b", "/c"), "the limit of a group holds for those below");
         assert!(!limited("/a/b", "/a"), "our own pages count there too");

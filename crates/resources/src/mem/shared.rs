@@ -215,7 +215,10 @@ impl Shared {
     /// # Errors
     /// memfd.img holds no such inode.
     pub fn memfd(&self, inode_id: u32) -> Result<RawFd> {
-        self.memfds.get(&inode_id).map(|m| m.fd.as_raw_fd()).ok_or_else(|| invalid!("memfd.img: inode {inode_id} is missing"))
+        self.memfds
+            .get(&inode_id)
+            .map(|m| m.fd.as_raw_fd())
+            .ok_or_else(|| invalid!("memfd.img: inode {inode_id} is missing"))
     }
 
     /// Puts the seals on, once every mapping exists.

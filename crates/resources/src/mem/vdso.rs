@@ -77,8 +77,11 @@ impl Vdso {
         let (Some(mm), Some(pages)) = (&t.mm, &t.pages) else { return Ok(()) };
         let Some(v) = mm.vmas.iter().find(|v| v.status & VMA_VDSO != 0) else { return Ok(()) };
         let other = |why: &str| {
-            invalid!("pid {}: the vDSO of the kernel it was dumped under cannot be replaced by this kernel's ({why}); \
-                 restore it under the same kernel build", t.pid())
+            invalid!(
+                "pid {}: the vDSO of the kernel it was dumped under cannot be replaced by this kernel's ({why}); \
+                 restore it under the same kernel build",
+                t.pid()
+            )
         };
         self.check_places(mm, v).map_err(other)?;
         let mut saved = self.bytes.clone();

@@ -134,14 +134,18 @@ mod tests {
     fn clip_cuts_runs_at_both_ends() {
         let runs = [Run { start: 0x1000, len: 0x3000, offset: 0 }, Run { start: 0x8000, len: 0x1000, offset: 0x3000 }];
         let got: Vec<Run> = clip(&runs, 0x2000, 0x9000).collect();
-        assert_eq!(got, [Run { start: 0x2000, len: 0x2000, offset: 0x1000 }, Run { start: 0x8000, len: 0x1000, offset: 0x3000 }]);
+        assert_eq!(
+            got,
+            [Run { start: 0x2000, len: 0x2000, offset: 0x1000 }, Run { start: 0x8000, len: 0x1000, offset: 0x3000 }]
+        );
         assert_eq!(clip(&runs, 0x4000, 0x8000).count(), 0);
         assert_eq!(clip(&runs, 0x2000, 0x2000).count(), 0);
     }
 
     #[test]
     fn only_plain_private_memory_can_be_lazy() {
-        let anonymous = pb::VmaEntry { flags: flag::PRIVATE | flag::ANONYMOUS, status: VMA_REGULAR, ..Default::default() };
+        let anonymous =
+            pb::VmaEntry { flags: flag::PRIVATE | flag::ANONYMOUS, status: VMA_REGULAR, ..Default::default() };
         assert!(can_be_lazy(&anonymous));
         for more in [flag::LOCKED, flag::HUGETLB] {
             assert!(!can_be_lazy(&pb::VmaEntry { flags: anonymous.flags | more, ..anonymous }));

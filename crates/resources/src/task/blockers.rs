@@ -53,7 +53,7 @@ fn look(pid: HostPid, found: &mut Found) -> Result<()> {
     label(pid, found)?;
     let tids = tree::threads(pid)?;
     for t in timers::read(pid)? {
-        if let Some(why) = posix_timer::unsupported(&t, tids.len()) {
+        if let Some(why) = posix_timer::unsupported(&t) {
             found.add(why, "delete the timer and retry");
         }
     }

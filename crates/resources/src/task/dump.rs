@@ -119,7 +119,12 @@ impl ProcessAsk {
             flags: view.stat.flags as u32,
             blk_sigset: view.state.sigmask,
             comm: misc::name_to_image(&view.stat.comm),
-            timers: Some(pb::TaskTimersEntry { real, virt, prof, posix: self.timers.collect(b, arena)? }),
+            timers: Some(pb::TaskTimersEntry {
+                real,
+                virt,
+                prof,
+                posix: self.timers.collect(b, arena, view.stat.num_threads as usize)?,
+            }),
             rlimits: Some(rlimit::to_image(&limits::read(pid)?)),
             signals_s: Some(signal::to_image(view.pending, view.status.shd_pnd)),
             loginuid: proc_misc::loginuid(pid)?,

@@ -21,6 +21,8 @@ const MOST_STEPS: u64 = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct Ask {
     timers: Vec<(PosixTimer, u64, OpId)>,
+    /// Timers on the CPU time of one thread: a second reading, by the leader, which has run meanwhile.
+    again: Vec<(usize, u64)>,
 }
 
 impl Ask {
@@ -33,14 +35,33 @@ impl Ask {
                 b.must(format!("reading the overrun of POSIX timer {}", t.id), nr::TIMER_GETOVERRUN, &[t.id as u64]);
             (t.clone(), at, overrun)
         };
-        Self { timers: timers.iter().map(ask).collect() }
+        let timers: Vec<_> = timers.iter().map(ask).collect();
+        let mut again = Vec::new();
+        for (i, (t, ..)) in timers.iter().enumerate().filter(|(_, (t, ..))| is_of_one_thread(t)) {
+            let at = arena.alloc(32, 16);
+            b.must(format!("reading POSIX timer {} again", t.id), nr::TIMER_GETTIME, &[t.id as u64, at]);
+            again.push((i, at));
+        }
+        Self { timers, again }
     }
 
-    /// The answers, in the order in which the timers were given.
+    /// The answers, in the order in which the timers were given. `threads` is the number of threads of the process.
     ///
     /// # Errors
-    /// A timer could not be read.
-    pub fn collect(&self, b: &Batch, arena: &Arena) -> Result<Vec<pb::PosixTimerEntry>> {
+    /// A timer could not be read, or runs on the CPU time of a thread that is not known to be the leader.
+    pub fn collect(&self, b: &Batch, arena: &Arena, threads: usize) -> Result<Vec<pb::PosixTimerEntry>> {
+        // Of all threads only the leader runs: where time has passed between two readings, it is the leader's.
+        for (i, again) in &self.again {
+            let (t, at, _) = &self.timers[*i];
+            let left = |at: u64| (arena.word(at + 16), arena.word(at + 24));
+            if threads > 1 && left(*at) == left(*again) {
+                return Err(invalid!(
+                    "cannot dump POSIX timer {}: it runs on the CPU time of one thread, and that is not the main one as far \
+                     as can be seen; delete the timer, or arm it if it is the main thread's, and retry",
+                    t.id
+                ));
+            }
+        }
         let entry = |(t, at, overrun): &(PosixTimer, u64, OpId)| {
             let overrun = b.result(*overrun).map_err(call(format!("timer_getoverrun of POSIX timer {}", t.id)))?;
             let (notify, thread) = match (t.target, t.notify) {
@@ -67,20 +88,17 @@ impl Ask {
     }
 }
 
-/// Why a timer cannot be made again, if so; `threads` is the number of threads of its process.
-pub fn unsupported(t: &PosixTimer, threads: usize) -> Option<String> {
-    if matches!(t.target, NotifyTarget::Thread(tid) if tid.0 == 0) {
-        return Some(format!("POSIX timer {} notifies a thread that has ended", t.id));
-    }
-    // CPU clocks are negative: the complement of a pid (0: the caller) above three bits, of which 4 means one thread's.
-    let of_calling_thread = t.clock_id < 0 && t.clock_id & 4 != 0 && !(t.clock_id >> 3) == 0;
-    if of_calling_thread && threads > 1 {
-        return Some(format!(
-            "POSIX timer {} runs on the CPU time of one thread, and the kernel does not tell of which",
-            t.id
-        ));
-    }
-    None
+/// Whether it runs on the CPU time of the thread that made it, which the kernel does not name.
+///
+/// CPU clocks are negative: the complement of a pid (0: the caller) above three bits, of which 4 means one thread's.
+fn is_of_one_thread(t: &PosixTimer) -> bool {
+    t.clock_id < 0 && t.clock_id & 4 != 0 && !(t.clock_id >> 3) == 0
+}
+
+/// Why a timer cannot be made again, if so.
+pub fn unsupported(t: &PosixTimer) -> Option<String> {
+    let orphan = matches!(t.target, NotifyTarget::Thread(tid) if tid.0 == 0);
+    orphan.then(|| format!("POSIX timer {} notifies a thread that has ended", t.id))
 }
 
 /// Makes and arms the timers: after the threads exist, as the last thing before the task parks.
@@ -161,17 +179,17 @@ mod tests {
 
     #[test]
     fn a_timer_for_a_dead_thread_is_refused() {
-        assert!(unsupported(&timer(1, NotifyTarget::Thread(HostPid(0))), 2).is_some());
-        assert!(unsupported(&timer(1, NotifyTarget::Thread(HostPid(7))), 2).is_none());
+        assert!(unsupported(&timer(1, NotifyTarget::Thread(HostPid(0)))).is_some());
+        assert!(unsupported(&timer(1, NotifyTarget::Thread(HostPid(7)))).is_none());
     }
 
     #[test]
-    fn the_calling_threads_cpu_clock_is_refused_among_several_threads() {
+    fn the_making_threads_cpu_clock_is_told_from_others() {
         let process = NotifyTarget::Process(HostPid(1));
-        assert!(unsupported(&timer(-2, process), 2).is_some());
-        assert!(unsupported(&timer(-2, process), 1).is_none());
-        assert!(unsupported(&timer(-6, process), 2).is_none());
-        // The clock of thread 100, by its number.
-        assert!(unsupported(&timer(!100 << 3 | 6, process), 2).is_none());
+        // CLOCK_THREAD_CPUTIME_ID, CLOCK_PROCESS_CPUTIME_ID, the clock of thread 100 by its number, CLOCK_MONOTONIC.
+        let clocks = [(-2, true), (-6, false), (!100 << 3 | 6, false), (1, false)];
+        for (clock, one) in clocks {
+            assert_eq!(is_of_one_thread(&timer(clock, process)), one, "clock {clock}");
+        }
     }
 }

@@ -8,8 +8,6 @@ use dormouse_infect::arena::Batch;
 use dormouse_infect::ptrace::RseqConfig;
 use dormouse_sys::nr;
 
-const UNREGISTER: u64 = 1;
-
 /// The image's record.
 pub fn to_image(c: &RseqConfig) -> pb::RseqEntry {
     pb::RseqEntry { rseq_abi_pointer: c.pointer, rseq_abi_size: c.size, signature: c.signature, rseq_cs_pointer: None }
@@ -20,18 +18,5 @@ pub fn restore_op(b: &mut Batch, r: &pb::RseqEntry) {
     if r.rseq_abi_pointer != 0 {
         let args = [r.rseq_abi_pointer, r.rseq_abi_size.into(), 0, r.signature.into()];
         b.must("rseq registration", nr::RSEQ, &args);
-    }
-}
-
-/// Takes back what the root task inherits from this process's C library, whose memory it will not have.
-///
-/// The size that was registered is not known exactly (glibc tells the used part only), so each possible one is tried.
-pub fn unregister_ops(b: &mut Batch, own: Option<&RseqConfig>) {
-    let Some(c) = own else { return };
-    let mut sizes = vec![32, u64::from(c.size), u64::from(c.size).next_multiple_of(32), 64];
-    sizes.sort_unstable();
-    sizes.dedup();
-    for size in sizes {
-        b.attempt("rseq of the C library", nr::RSEQ, &[c.pointer, size, UNREGISTER, c.signature.into()]);
     }
 }

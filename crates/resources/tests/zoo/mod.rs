@@ -112,9 +112,17 @@ impl Animals {
         let len = pages * PAGE;
         // SAFETY: new mappings at addresses of the kernel's choice; the second call replaces the first one's middle.
         let at = unsafe {
-            let room = libc::mmap(std::ptr::null_mut(), len + 2 * PAGE, libc::PROT_NONE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0);
+            let room = libc::mmap(
+                std::ptr::null_mut(),
+                len + 2 * PAGE,
+                libc::PROT_NONE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
             assert_ne!(room, libc::MAP_FAILED, "{name}: {}", std::io::Error::last_os_error());
-            let prot = if flags & libc::MAP_TYPE == libc::MAP_SHARED && written.is_empty() { libc::PROT_READ } else { RW };
+            let prot =
+                if flags & libc::MAP_TYPE == libc::MAP_SHARED && written.is_empty() { libc::PROT_READ } else { RW };
             libc::mmap(room.byte_add(PAGE), len, prot, flags | libc::MAP_FIXED, fd, offset)
         };
         if at == libc::MAP_FAILED {
@@ -209,7 +217,9 @@ fn make_bad_things() {
         attr[0] = 1 | 128 << 32;
         attr[1] = 9;
         let event = libc::syscall(libc::SYS_perf_event_open, attr.as_ptr(), 0, -1, -1, 0);
-        if event < 0 || libc::mmap(std::ptr::null_mut(), 2 * PAGE, RW, libc::MAP_SHARED, event as i32, 0) == libc::MAP_FAILED {
+        if event < 0
+            || libc::mmap(std::ptr::null_mut(), 2 * PAGE, RW, libc::MAP_SHARED, event as i32, 0) == libc::MAP_FAILED
+        {
             lacks("a-buffer-of-perf-events");
         }
     }

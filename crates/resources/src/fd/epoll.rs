@@ -1,0 +1,169 @@
+//! Epolls: made empty by the host; what they watch is added by a task, under the descriptor numbers that it has.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+use dormouse_images::pb;
+use dormouse_infect::arena::{Arena, Batch};
+use dormouse_infect::host::fd as host;
+use dormouse_kernel::{TargetFd, proc};
+use dormouse_sys::nr;
+
+use super::files::set_status;
+use super::{FdKind, FdView, FileTable, Files, Look, Place};
+use crate::mem::Shared;
+use crate::{Blocker, Result, TaskImage, call, invalid};
+
+/// `EPOLL_CTL_ADD`.
+const ADD: u64 = 1;
+
+/// The kind.
+pub struct Epoll;
+
+/// `       5 events:       19 data:                5  pos:0 ino:61af sdev:7`
+fn watch(text: &str) -> Option<pb::EventpollTfdEntry> {
+    let mut words = text.split([' ', ':']).filter(|w| !w.is_empty());
+    let mut watch = pb::EventpollTfdEntry { tfd: words.next()?.parse().ok()?, ..Default::default() };
+    while let Some(key) = words.next() {
+        let value = words.next()?;
+        match key {
+            "events" => watch.events = u32::from_str_radix(value, 16).ok()?,
+            "data" => watch.data = u64::from_str_radix(value, 16).ok()?,
+            "pos" => watch.pos = Some(value.parse::<i64>().ok()? as u64),
+            "ino" => watch.inode = Some(u64::from_str_radix(value, 16).ok()?),
+            "sdev" => watch.dev = Some(u32::from_str_radix(value, 16).ok()?),
+            // A field of a newer kernel; what is needed is checked below.
+            _ => {}
+        }
+    }
+    watch.inode.map(|_| watch)
+}
+
+/// Everything an epoll watches, with the numbers under which its process has the files; or why that cannot be told.
+fn watches(view: &FdView) -> Result<std::result::Result<Vec<pb::EventpollTfdEntry>, Blocker>> {
+    let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
+    let mut found = Vec::new();
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    for text in view.info.all("tfd") {
+        let parsed = std::str::from_utf8(text).ok().and_then(watch);
+        let mut watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
+        let nth = counts.entry(watch.tfd).or_default();
+        match number_of(view, epoll, watch.tfd, *nth)? {
+            Some(number) => watch.tfd = number,
+            None => {
+                let what = format!("it watches what was fd {}, which pid {} no longer has", watch.tfd, view.pid);
+                return Ok(Err(view.blocker(what, "close the copies of that descriptor in other processes and retry")));
+            }
+        }
+        *nth += 1;
+        found.push(watch);
+    }
+    Ok(Ok(found))
+}
+
+/// The descriptor that the process has of a watched file; the one it was added under if it still is that file.
+fn number_of(view: &FdView, epoll: TargetFd, added: u32, nth: u32) -> Result<Option<u32>> {
+    let is = |n: i32| match host::epoll_watches(view.pid, TargetFd(n), epoll, added, nth) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EBADF | libc::ENOENT)) => Ok(false),
+        other => other.map_err(call(format!("cannot find out what {} watches (kcmp)", view.subject()))),
+    };
+    if is(added as i32)? {
+        return Ok(Some(added));
+    }
+    for n in proc::fds(view.pid)? {
+        if is(n)? {
+            return Ok(Some(n as u32));
+        }
+    }
+    Ok(None)
+}
+
+impl FdKind for Epoll {
+    fn name(&self) -> &'static str {
+        "epoll"
+    }
+
+    fn fd_type(&self) -> pb::FdTypes {
+        pb::FdTypes::Eventpoll
+    }
+
+    fn claims(&self, view: &FdView) -> bool {
+        view.is_anonymous("[eventpoll]")
+    }
+
+    fn blocker(&self, view: &FdView, _: &mut Look<'_>) -> Result<Option<Blocker>> {
+        Ok(watches(view)?.err())
+    }
+
+    fn dump(&self, view: &FdView, id: u32, _: &mut FileTable<'_>) -> Result<pb::FileEntry> {
+        let mut tfd = watches(view)?.map_err(|b| invalid!("{b}"))?;
+        for t in &mut tfd {
+            t.id = id;
+        }
+        let epfd = pb::EventpollFileEntry { id, flags: view.flags() as u32, fown: super::table::fown(view)?, tfd };
+        Ok(pb::FileEntry { r#type: self.fd_type() as i32, id, epfd: Some(epfd), ..Default::default() })
+    }
+
+    fn record_id(&self, entry: &pb::FileEntry) -> Option<u32> {
+        entry.epfd.as_ref().map(|e| e.id)
+    }
+
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.epfd.as_ref().map(|e| &e.fown)
+    }
+
+    fn open(&self, _: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
+        let e = entry.epfd.as_ref().ok_or_else(|| invalid!("files.img: epoll {} has no record", entry.id))?;
+        let what = format!("epoll {}", e.id);
+        let fd = host::epoll().map_err(call(format!("cannot make {what}")))?;
+        set_status(&fd, e.flags as i32, &what)?;
+        Ok(fd)
+    }
+
+    fn task_ops(&self, b: &mut Batch, arena: &mut Arena, files: &Files<'_>, task: &TaskImage, id: u32) -> Result<()> {
+        let entry = files.image().files.get(&id).and_then(|f| f.epfd.as_ref());
+        let entry = entry.ok_or_else(|| invalid!("files.img: epoll {id} has no record"))?;
+        let Some(own) = task.fds.iter().find(|f| f.id == id) else { return Ok(()) };
+        for t in &entry.tfd {
+            if !task.fds.iter().any(|f| f.fd == t.tfd) {
+                return Err(invalid!(
+                    "files.img: epoll {id} watches fd {} of pid {}, which has no such descriptor; the image is damaged",
+                    t.tfd, task.pid()
+                ));
+            }
+            let event = arena.put(&event(t.events, t.data));
+            let what = format!("epoll {}: watching descriptor {}", own.fd, t.tfd);
+            b.must(what, nr::EPOLL_CTL, &[own.fd.into(), ADD, t.tfd.into(), event]);
+        }
+        Ok(())
+    }
+}
+
+/// `struct epoll_event`, which has no padding on x86_64 (epoll_event(3type)).
+fn event(events: u32, data: u64) -> Vec<u8> {
+    let mut bytes = events.to_ne_bytes().to_vec();
+    if !cfg!(target_arch = "x86_64") {
+        bytes.extend([0; 4]);
+    }
+    bytes.extend(data.to_ne_bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn watches_are_read_from_fdinfo() {
+        let w = watch("       5 events:       19 data:     deadbeef05  pos:-1 ino:61af sdev:7").unwrap();
+        assert_eq!((w.tfd, w.events, w.data), (5, 0x19, 0xde_adbe_ef05));
+        assert_eq!((w.pos, w.inode, w.dev), (Some(u64::MAX), Some(0x61af), Some(7)));
+        assert!(watch("5 events: 19 data: 5").is_none(), "a kernel before 4.13 does not tell the inode");
+    }
+
+    #[test]
+    fn events_have_the_layout_of_the_architecture() {
+        let size = size_of::<libc::epoll_event>();
+        assert_eq!(event(1, 2).len(), size);
+    }
+}
