@@ -40,6 +40,8 @@ pub enum OpKind {
     TakeFd = 10,
     /// Parasite: closes the descriptor that [`OpKind::TakeFd`] has received.
     DropFd = 11,
+    /// Restorer: dies with its parent from now on; exits at once if that is no longer process arg 0.
+    Guard = 12,
 }
 
 /// What counts as success of an operation.

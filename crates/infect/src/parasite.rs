@@ -189,17 +189,6 @@ impl<'a> Parasite<'a> {
         self.run(&mut batch)
     }
 
-    /// On the way out, whatever it was that ended the session: nothing of ours may stay open in the target.
-    fn drop_given(&mut self) {
-        let given = self.entry + offset_of!(Entry, given) as u64;
-        if self.arena.atomic(given).load(Ordering::Acquire) != 0 {
-            let mut batch = Batch::new();
-            batch.push("closing a descriptor", OpKind::DropFd, Policy::Try, 0, [0; 6]);
-            let ops = batch.place(&mut self.arena);
-            let _ = self.exchange(&Request { ops, n_ops: 1 });
-        }
-    }
-
     fn send_fd(&self, fd: impl AsFd) -> Result<(), InfectError> {
         let fds = [fd.as_fd().as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
@@ -231,7 +220,6 @@ impl<'a> Parasite<'a> {
     }
 
     fn do_cure(&mut self) -> Result<(), InfectError> {
-        self.drop_given();
         if self.arena.atomic(self.entry + offset_of!(Entry, given) as u64).load(Ordering::Acquire) != 0 {
             // Asked for without a look at whether the run was cancelled, which may be why we are here.
             let mut batch = Batch::new();

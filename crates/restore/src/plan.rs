@@ -312,7 +312,13 @@ impl<'f> Writer<'_, 'f> {
             b.must("munmap of the restoring program's memory", nr::MUNMAP, &[self.hole.end, rest]);
             b.must("closing inherited descriptors", nr::CLOSE_RANGE, &[0, self.base as u64 - 1, 0]);
         }
-        task::guard_ops(b);
+        let parent = match node.forker.map(|f| &self.forest.nodes[f]) {
+            None if self.sibling => nix::unistd::getppid().as_raw(),
+            None => HostPid::current().0,
+            Some(f) if node.as_sibling => f.forker.map_or(0, |p| self.forest.nodes[p].pid),
+            Some(f) => f.pid,
+        };
+        b.push("dying with the parent", OpKind::Guard, Policy::Must, 0, [parent as u64, 0, 0, 0, 0, 0]);
         self.forks(b, i, |n| n.before_setsid);
         let node = &self.forest.nodes[i];
         if node.setsid {

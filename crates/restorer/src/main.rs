@@ -12,6 +12,8 @@ use dormouse_blob_abi::{DONE, Op, OpKind};
 use dormouse_sys::{arch, futex, nr, syscall};
 
 const EINVAL: i64 = -22;
+const PR_SET_PDEATHSIG: u64 = 1;
+const SIGKILL: u64 = 9;
 
 struct Task<'a> {
     control: &'a Control,
@@ -27,6 +29,7 @@ impl Special for Task<'_> {
                 unsafe { arch::clone3_call((&raw const child.clone).cast(), 88, start, op.args[0]) }
             }
             k if k == OpKind::Barrier as u32 => self.barrier(op.args[0] as usize),
+            k if k == OpKind::Guard as u32 => guard(op.args[0]),
             k if k == OpKind::Park as u32 => {
                 bump(&self.control.parked);
                 bump(&self.control.progress);
@@ -56,6 +59,18 @@ impl Task<'_> {
             futex::wait(open, 0);
         }
         0
+    }
+}
+
+/// The parent-death signal (prctl(2)) comes only for a death after it was set, so the parent is looked at afterwards.
+fn guard(parent: u64) -> i64 {
+    // SAFETY: sets an attribute of this task, and asks a number.
+    unsafe {
+        let r = syscall(nr::PRCTL, [PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0]).0;
+        if r >= 0 && syscall(nr::GETPPID, [0; 6]).0 as u64 != parent {
+            exit(1);
+        }
+        r
     }
 }
 

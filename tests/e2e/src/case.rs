@@ -53,6 +53,8 @@ pub struct Case<'a> {
     pub args: &'a Args,
     /// Directory of this test alone.
     pub dir: PathBuf,
+    /// CRIU has a hand in it: be content with what it keeps.
+    pub as_criu: bool,
     marker: String,
 }
 
@@ -65,7 +67,12 @@ impl<'a> Case<'a> {
         // Programs that drop their privileges write their verdict here as well.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o777))?;
         let marker = format!("{MARKER}={}", dir.display());
-        Ok(Self { args, dir, marker })
+        Ok(Self { args, dir, as_criu: args.as_criu, marker })
+    }
+
+    /// The name of the test, as its directory has it.
+    pub fn name(&self) -> String {
+        self.dir.file_name().unwrap_or_default().display().to_string()
     }
 
     /// A path in the test's directory.
@@ -79,7 +86,7 @@ impl<'a> Case<'a> {
         command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin").env("LC_ALL", "C");
         let (name, value) = self.marker.split_once('=').expect("the marker is NAME=VALUE");
         command.env(name, value).current_dir("/").stdin(Stdio::null());
-        if self.args.as_criu {
+        if self.as_criu {
             command.env("TEST_AS_CRIU", "1");
         }
         command
@@ -190,13 +197,6 @@ impl<'a> Case<'a> {
             ensure!(tracer == "0", "after the restore pid {pid} is traced by {tracer}");
         }
         Ok(())
-    }
-
-    /// Dumps, checks that all is gone, restores: round `round` of a test of the binary under test.
-    pub fn sleep_and_wake(&self, pid: i32, round: usize, dump: &[String], restore: &[String]) -> Result<()> {
-        let images = self.path(&format!("img.{round}"));
-        let tree = self.put_to_sleep(&self.args.bin, pid, &images, dump).with_context(|| format!("round {round}"))?;
-        self.wake_up(&self.args.bin, &images, restore, &tree).with_context(|| format!("round {round}"))
     }
 
     /// Waits until the file exists and returns its text.

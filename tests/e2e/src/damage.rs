@@ -88,7 +88,7 @@ fn outside(case: &Case<'_>, name: &str) -> Result<PathBuf> {
 impl Source {
     fn new(case: &Case<'_>, images: PathBuf, question: Option<String>) -> Result<Self> {
         let dir = outside(case, "dir")?;
-        copy_files(&case.dir, &dir, |_| true)?;
+        copy_files(&case.dir, &dir)?;
         let mut files = Vec::new();
         for entry in fs::read_dir(&images)? {
             let name = entry?.file_name().display().to_string();
@@ -113,12 +113,12 @@ fn is_image(name: &str) -> bool {
     !name.starts_with("stats-") && !name.ends_with(".log")
 }
 
-fn copy_files(from: &Path, to: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
+/// Copies the files, but no directory, of a directory.
+fn copy_files(from: &Path, to: &Path) -> Result<()> {
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let name = entry.file_name().display().to_string();
-        let kind = entry.file_type()?;
-        if kind.is_file() && wanted(&name) {
+        if entry.file_type()?.is_file() {
             fs::copy(entry.path(), to.join(&name)).with_context(|| format!("copy {name}"))?;
         }
     }
@@ -229,7 +229,8 @@ fn restore_copy(
     let (images, dir) = (copy.join("img"), copy.join("dir"));
     fs::create_dir_all(&images)?;
     fs::create_dir_all(&dir)?;
-    copy_files(&source.dir, &dir, |_| true)?;
+    copy_files(&source.dir, &dir)?;
+    fs::set_permissions(&dir, fs::metadata(&case.dir)?.permissions())?;
     for (name, _) in &source.files {
         match spoilt {
             Some((damaged, _, contents)) if damaged == name => fs::write(images.join(name), contents)?,

@@ -1,4 +1,218 @@
-//! x
-pub fn tests() -> Vec<crate::report::Test> {
-    vec![]
+//! Images exchanged with another implementation: one dumps, the other restores; and CRIU's own tool reads every image.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::case::Case;
+use crate::programs;
+use crate::real;
+use crate::real_cases::{self, Work};
+use crate::report::{Outcome, Test};
+
+/// Works whose images are exchanged.
+const WORKS: &[&str] = &["bash_pipeline", "python_threads", "xz_threads"];
+
+/// Programs whose images are exchanged: those with behaviours that CRIU 4.2 restores as well.
+const PROGRAMS: &[&str] = &[
+    "capabilities",
+    "chroot",
+    "cow_sharing",
+    "creds_threads",
+    "cwd",
+    "devices",
+    "env_args",
+    "fifos",
+    "file_deleted",
+    "file_flags",
+    "file_link_remap",
+    "file_owner",
+    "file_sharing",
+    "itimers",
+    "mem_advice",
+    "mem_file_deleted",
+    "mem_file_private",
+    "mem_file_shared",
+    "mem_guard",
+    "mem_heap",
+    "mem_mappings_many",
+    "mem_private",
+    "mem_shared_anon",
+    "mem_sparse",
+    "mem_stack",
+    "memfd",
+    "pending_signals",
+    "pipes",
+    "posix_timers",
+    "process_attributes",
+    "registers",
+    "rlimits",
+    "scheduling",
+    "sessions",
+    "sigactions",
+    "sigaltstack",
+    "sleep_counter",
+    "stopped",
+    "thread_registrations",
+    "threads",
+    "tree",
+    "tree_threads",
+    "vdso",
+    "xstate",
+    "zombies",
+];
+
+/// All tests of the group.
+pub fn tests() -> Vec<Test> {
+    let mut tests = Vec::new();
+    for name in WORKS {
+        let work = real_cases::find(name);
+        for (to, ours_first) in [("to_peer", true), ("from_peer", false)] {
+            let test = Test::new(format!("exchange/{name}_{to}"), move |case| exchanged_work(case, work, ours_first));
+            tests.push(if work.alone { test.alone() } else { test });
+        }
+    }
+    for (to, ours_first) in [("to_peer", true), ("from_peer", false)] {
+        tests.push(Test::new(format!("exchange/programs_{to}"), move |case| exchanged_programs(case, ours_first)));
+    }
+    tests.push(Test::new("exchange/crit_decodes_programs", crit_decodes_programs));
+    tests.push(Test::new("exchange/crit_decodes_python_threads", crit_decodes_work));
+    tests
+}
+
+/// Who dumps and who restores, or what is missing.
+fn pair<'a>(case: &'a Case<'_>, ours_first: bool) -> Result<(&'a Path, &'a Path), Outcome> {
+    let Some(peer) = &case.args.peer else {
+        return Err(Outcome::needs("a peer (--peer)"));
+    };
+    Ok(if ours_first { (&case.args.bin, peer) } else { (peer, &case.args.bin) })
+}
+
+fn exchanged_work(case: &Case<'_>, work: &Work, ours_first: bool) -> Result<Outcome> {
+    let (dump, restore) = match pair(case, ours_first) {
+        Ok(pair) => pair,
+        Err(outcome) => return Ok(outcome),
+    };
+    let root = match real::start(case, work)? {
+        Ok(root) => root,
+        Err(outcome) => return Ok(outcome),
+    };
+    real::let_work(case, work)?;
+    let images = case.path("img");
+    let ran = case.dump(dump, root, &images, &[])?;
+    ensure!(ran.ok(), "dump by {}: {}", dump.display(), ran.errors());
+    real::wait_gone(case, root, Some(&images))?;
+    let ran = case.restore(restore, &images, &[])?;
+    ensure!(ran.ok(), "restore by {}: {}", restore.display(), ran.errors());
+    real::finish(case, work, root)?;
+    Ok(Outcome::PASSED)
+}
+
+/// Each program in a directory of its own; all are tried, and the failures told together.
+fn exchanged_programs(case: &Case<'_>, ours_first: bool) -> Result<Outcome> {
+    let (dump, restore) = match pair(case, ours_first) {
+        Ok(pair) => pair,
+        Err(outcome) => return Ok(outcome),
+    };
+    let (mut passed, mut failures) = (0, Vec::new());
+    for name in PROGRAMS {
+        let mut own = Case::new(case.args, &format!("{}.{name}", case.name()))?;
+        own.as_criu = true;
+        let result = programs::run_with(&own, name, programs::source(name), &[(dump, restore)]);
+        own.end_everything();
+        match result {
+            Ok(outcome) => {
+                passed += usize::from(matches!(outcome, Outcome::Passed(_)));
+                fs::remove_dir_all(&own.dir).ok();
+            }
+            Err(error) => failures.push(format!("{name}: {error:#}")),
+        }
+    }
+    ensure!(failures.is_empty(), "{} of {}:\n    {}", failures.len(), PROGRAMS.len(), failures.join("\n    "));
+    Ok(Outcome::Passed(format!("{passed} of {}", PROGRAMS.len())))
+}
+
+// ---- crit -----------------------------------------------------------------------------------------------------------
+
+fn crit_decodes_programs(case: &Case<'_>) -> Result<Outcome> {
+    let Some(crit) = real::find_program("crit") else {
+        return Ok(Outcome::needs("crit"));
+    };
+    let mut read = 0;
+    for name in ["tree_threads", "file_deleted", "pipes", "memfd", "posix_timers", "pending_signals", "zombies"] {
+        let own = Case::new(case.args, &format!("{}.{name}", case.name()))?;
+        let result = decode_program(&own, name, &crit);
+        own.end_everything();
+        read += result.with_context(|| name.to_owned())?;
+        fs::remove_dir_all(&own.dir).ok();
+    }
+    Ok(Outcome::Passed(format!("{read} images")))
+}
+
+fn decode_program(case: &Case<'_>, name: &str, crit: &Path) -> Result<usize> {
+    let program = programs::find(case, name)?;
+    let mut command = case.command(&program);
+    command.arg(&case.dir);
+    let child = case.start(command)?;
+    if programs::await_ready(case)?.is_some() {
+        return Ok(0);
+    }
+    let images = case.path("img");
+    case.put_to_sleep(&case.args.bin, crate::case::pid_of(&child), &images, &[])?;
+    decode_all(&images, crit)
+}
+
+fn crit_decodes_work(case: &Case<'_>) -> Result<Outcome> {
+    let Some(crit) = real::find_program("crit") else {
+        return Ok(Outcome::needs("crit"));
+    };
+    let work = real_cases::find("python_threads");
+    let root = match real::start(case, work)? {
+        Ok(root) => root,
+        Err(outcome) => return Ok(outcome),
+    };
+    real::let_work(case, work)?;
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, root, &images, &[])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    Ok(Outcome::Passed(format!("{} images", decode_all(&images, &crit)?)))
+}
+
+/// Has crit read every image of a directory, and write it again with the same bytes; how many there were.
+fn decode_all(images: &Path, crit: &Path) -> Result<usize> {
+    let mut read = 0;
+    for path in image_files(images)? {
+        let decoded = crit_says(crit, &["decode", "-i"], &path, &path.with_extension("json"))?;
+        ensure!(decoded.starts_with(b"{"), "crit decode of {}: no object", path.display());
+        let again = path.with_extension("again");
+        crit_says(crit, &["encode", "-i"], &path.with_extension("json"), &again)?;
+        if fs::read(&path)? != fs::read(&again)? {
+            bail!("{}: crit decode and crit encode do not give back the same bytes", path.display());
+        }
+        read += 1;
+    }
+    ensure!(read > 5, "only {read} images in {}", images.display());
+    Ok(read)
+}
+
+/// The images with a format: not the page contents, and not the files that are ours alone.
+fn image_files(images: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(images)? {
+        let name = entry?.file_name().display().to_string();
+        if name.ends_with(".img") && !name.starts_with("pages-") && !name.starts_with("dormouse") {
+            paths.push(images.join(name));
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn crit_says(crit: &Path, verb: &[&str], from: &Path, to: &Path) -> Result<Vec<u8>> {
+    let output = Command::new(crit).args(verb).arg(from).arg("-o").arg(to).stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "crit {} of {}: {said}", verb[0], from.display());
+    Ok(fs::read(to)?)
 }

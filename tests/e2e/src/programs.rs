@@ -84,6 +84,13 @@ fn is_newer(built: &Path, source: &str) -> bool {
 }
 
 fn run(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
+    let bin: &Path = &case.args.bin;
+    let rounds = vec![(bin, bin); case.args.iters];
+    run_with(case, name, text, &rounds)
+}
+
+/// Runs a program through rounds of a dump by one binary and a restore by another.
+pub fn run_with(case: &Case<'_>, name: &str, text: &str, rounds: &[(&Path, &Path)]) -> Result<Outcome> {
     let program = find(case, name)?;
     if !program.exists() {
         return Ok(Outcome::needs(format!("the built program {name}")));
@@ -100,11 +107,19 @@ fn run(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
     if let Some(needs) = await_ready(case)? {
         return Ok(Outcome::needs(needs));
     }
-    for round in 1..=case.args.iters {
-        case.sleep_and_wake(pid_of(&child), round, &options.dump, &options.restore)?;
+    for (round, (dump, restore)) in (1..).zip(rounds) {
+        let images = case.path(&format!("img.{round}"));
+        let tree = case.put_to_sleep(dump, pid_of(&child), &images, &options.dump);
+        let tree = tree.with_context(|| format!("round {round}"))?;
+        case.wake_up(restore, &images, &options.restore, &tree).with_context(|| format!("round {round}"))?;
         ask(case, round)?;
     }
     Ok(Outcome::PASSED)
+}
+
+/// The text of the program called `name`.
+pub fn source(name: &str) -> &'static str {
+    SOURCES.iter().find(|(known, _)| *known == name).expect("the name of a program").1
 }
 
 /// Huge pages reserved for one test.

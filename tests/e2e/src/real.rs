@@ -39,7 +39,8 @@ pub fn start(case: &Case<'_>, work: &Work) -> Result<Result<i32, Outcome>> {
     Ok(Ok(pid_of(&case.start(command)?)))
 }
 
-fn find_program(name: &str) -> Option<PathBuf> {
+/// Where a program of the machine is.
+pub fn find_program(name: &str) -> Option<PathBuf> {
     ["/usr/local/bin", "/usr/bin", "/bin"].iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
 }
 

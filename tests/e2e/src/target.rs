@@ -183,7 +183,7 @@ pub fn refused(case: &Case<'_>, ran: &Ran, words: &[&str]) -> Result<()> {
     let code = status.code().with_context(|| format!("it was ended by a signal: {}", ran.errors()))?;
     ensure!(code != 0, "it was not refused");
     ensure!(!ran.said.contains("panicked at"), "it panicked: {}", ran.errors());
-    if case.args.as_criu {
+    if case.as_criu {
         return Ok(());
     }
     let naming: Vec<&str> = ran.said.lines().filter(|line| words.iter().all(|word| names(line, word))).collect();

@@ -43,39 +43,46 @@ fn watch(text: &str) -> Option<pb::EventpollTfdEntry> {
 fn watches(view: &FdView) -> Result<std::result::Result<Vec<pb::EventpollTfdEntry>, Blocker>> {
     let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
     let mut found = Vec::new();
+    let mut moved = Vec::new();
     let mut counts: HashMap<u32, u32> = HashMap::new();
     for text in view.info.all("tfd") {
         let parsed = std::str::from_utf8(text).ok().and_then(watch);
-        let mut watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
-        let nth = counts.entry(watch.tfd).or_default();
-        match number_of(view, epoll, watch.tfd, *nth)? {
-            Some(number) => watch.tfd = number,
-            None => {
-                let what = format!("it watches what was fd {}, which pid {} no longer has", watch.tfd, view.pid);
-                return Ok(Err(view.blocker(what, "close the copies of that descriptor in other processes and retry")));
+        let watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
+        let count = counts.entry(watch.tfd).or_default();
+        let nth = std::mem::replace(count, *count + 1);
+        if is_watched(view, epoll, watch.tfd as i32, watch.tfd, nth)? {
+            found.push(watch);
+        } else {
+            moved.push((watch, nth));
+        }
+    }
+    // The number was closed or is another file's now, but the process may have the file under another one. A file cannot
+    // be watched twice under one number.
+    for (mut watch, nth) in moved {
+        let mut other = None;
+        for n in proc::fds(view.pid)? {
+            let taken = found.iter().any(|f: &pb::EventpollTfdEntry| f.tfd == n as u32);
+            if !taken && is_watched(view, epoll, n, watch.tfd, nth)? {
+                other = Some(n as u32);
+                break;
             }
         }
-        *nth += 1;
+        let Some(other) = other else {
+            let what = format!("it watches what was fd {}, which pid {} no longer has", watch.tfd, view.pid);
+            return Ok(Err(view.blocker(what, "close all copies of that descriptor, or the epoll, and retry")));
+        };
+        watch.tfd = other;
         found.push(watch);
     }
     Ok(Ok(found))
 }
 
-/// The descriptor that the process has of a watched file; the one it was added under if it still is that file.
-fn number_of(view: &FdView, epoll: TargetFd, added: u32, nth: u32) -> Result<Option<u32>> {
-    let is = |n: i32| match host::epoll_watches(view.pid, TargetFd(n), epoll, added, nth) {
+/// Whether descriptor `n` of the process is the file that was added under the number `added`.
+fn is_watched(view: &FdView, epoll: TargetFd, n: i32, added: u32, nth: u32) -> Result<bool> {
+    match host::epoll_watches(view.pid, TargetFd(n), epoll, added, nth) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EBADF | libc::ENOENT)) => Ok(false),
         other => other.map_err(call(format!("cannot find out what {} watches (kcmp)", view.subject()))),
-    };
-    if is(added as i32)? {
-        return Ok(Some(added));
     }
-    for n in proc::fds(view.pid)? {
-        if is(n)? {
-            return Ok(Some(n as u32));
-        }
-    }
-    Ok(None)
 }
 
 impl FdKind for Epoll {

@@ -18,7 +18,7 @@ use super::ghost::Made;
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
 use super::tty::Given;
-use super::{FdKind, kind_of_type, reg};
+use super::{FdKind, kind_of_type, pidfd, reg};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
 use crate::{RestoreOptions, Result, TaskImage, call, invalid};

@@ -10,9 +10,11 @@ mod fifo;
 pub(crate) mod files;
 mod ghost;
 mod ids;
+mod late;
 mod link;
 mod memfd;
 mod paths;
+mod pidfd;
 mod pipe;
 mod reg;
 mod signalfd;
@@ -83,7 +85,7 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 9] = [
+pub static KINDS: [&dyn FdKind; 10] = [
     &reg::Reg,
     &pipe::Pipe,
     &fifo::Fifo,
@@ -93,6 +95,7 @@ pub static KINDS: [&dyn FdKind; 9] = [
     &signalfd::Signalfd,
     &timerfd::Timerfd,
     &epoll::Epoll,
+    &pidfd::Pidfd,
 ];
 
 /// The one kind that claims a descriptor, or why it cannot be dumped.

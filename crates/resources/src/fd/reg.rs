@@ -13,7 +13,7 @@ use nix::sys::stat::{SFlag, major};
 use super::files::{reopen, seek};
 use super::paths::again;
 use super::view::magic;
-use super::{FdKind, FdView, FileTable, Files, Look, Place, ghost, link, memfd};
+use super::{FdKind, FdView, FileTable, Files, Look, Place, ghost, late, link, memfd};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
 use crate::{Blocker, Result, TaskImage, call, invalid};
@@ -85,8 +85,7 @@ impl FdKind for Reg {
             return Ok(fd);
         }
         if is_opened_late(files.image(), reg) {
-            // Takes the place until the task has opened the file itself.
-            return files.paths().open("/dev/null", libc::O_PATH).map_err(call("cannot open /dev/null"));
+            return late::placeholder(files);
         }
         let flags = reg.flags as i32;
         let fd = open_file(files, reg, flags)?;
@@ -101,20 +100,14 @@ impl FdKind for Reg {
         if !is_opened_late(files.image(), reg) {
             return Ok(());
         }
-        let numbers: Vec<u32> = task.fds.iter().map(|f| f.fd).collect();
-        // Nothing else is open below the numbers of the restore, so the kernel takes this one.
-        let free = (0..).find(|n| !numbers.contains(n)).unwrap_or(u32::MAX).into();
         let path = arena.put(format!("{}\0", reg.name).as_bytes());
         let flags = again(reg.flags as i32).bits() as u64;
-        b.must(format!("opening {}", reg.name), nr::OPENAT, &[libc::AT_FDCWD as u64, path, flags, 0]);
-        if reg.pos != 0 && reg.flags as i32 & libc::O_PATH == 0 {
-            b.must(format!("the offset of {}", reg.name), nr::LSEEK, &[free, reg.pos, libc::SEEK_SET as u64]);
-        }
-        for f in task.fds.iter().filter(|f| f.id == id) {
-            let flags = if f.flags & 1 != 0 { libc::O_CLOEXEC as u64 } else { 0 };
-            b.must(format!("descriptor {}", f.fd), nr::DUP3, &[free, f.fd.into(), flags]);
-        }
-        b.must(format!("close of a copy of {}", reg.name), nr::CLOSE, &[free]);
+        late::fill(b, task, id, &reg.name, |b, free| {
+            b.must(format!("opening {}", reg.name), nr::OPENAT, &[libc::AT_FDCWD as u64, path, flags, 0]);
+            if reg.pos != 0 && reg.flags as i32 & libc::O_PATH == 0 {
+                b.must(format!("the offset of {}", reg.name), nr::LSEEK, &[free, reg.pos, libc::SEEK_SET as u64]);
+            }
+        });
         Ok(())
     }
 }

@@ -41,6 +41,10 @@ pub struct FileTable<'a> {
     memfd_ids: HashMap<File, u64>,
     /// Descriptions that cannot be shared by several tasks, since a task has to open them.
     private: HashSet<u32>,
+    /// The processes added so far.
+    tasks: HashSet<HostPid>,
+    /// Processes that have to be in the tree, and who says so.
+    needed: Vec<(HostPid, String)>,
 }
 
 impl<'a> FileTable<'a> {
@@ -62,6 +66,8 @@ impl<'a> FileTable<'a> {
             memfds: Vec::new(),
             memfd_ids: HashMap::new(),
             private: HashSet::new(),
+            tasks: HashSet::new(),
+            needed: Vec::new(),
         }
     }
 
@@ -72,6 +78,7 @@ impl<'a> FileTable<'a> {
     /// A descriptor cannot be dumped, the process is gone, or an image could not be written.
     pub fn add_task(&mut self, pid: HostPid, skip: &[TargetFd]) -> Result<Vec<pb::FdinfoEntry>> {
         let process = Process::open(pid)?;
+        self.tasks.insert(pid);
         let mut table = Vec::new();
         for fd in proc::fds(pid)?.into_iter().map(TargetFd).filter(|fd| !skip.contains(fd)) {
             let info = fdinfo::read(pid, fd)?;
@@ -86,8 +93,8 @@ impl<'a> FileTable<'a> {
                 Ok(known) if known.pid() != pid && self.private.contains(&known.id) => {
                     let link = String::from_utf8_lossy(&proc::fd_link(pid, fd)?).into_owned();
                     return Err(invalid!(
-                        "cannot dump fd {fd} of pid {pid}: {link}: a file of a process under /proc that is shared with pid {}, \
-                         which cannot be restored yet; close it in one of them and retry",
+                        "cannot dump fd {fd} of pid {pid}: {link}: it refers to a process and is shared with pid {}, which \
+                         cannot be restored yet; close it in one of them and retry",
                         known.pid()
                     ));
                 }
@@ -158,6 +165,9 @@ impl<'a> FileTable<'a> {
     /// # Errors
     /// An image could not be written, or a memfd not be read.
     pub fn finish(&mut self, shared: &mut SharedDump<'_>) -> Result<()> {
+        if let Some((pid, who)) = self.needed.iter().find(|(pid, _)| !self.tasks.contains(pid)) {
+            return Err(invalid!("cannot dump {who}: it refers to pid {pid}, which is not in the tree; close it and retry"));
+        }
         self.pipes.finish()?;
         self.fifos.finish()?;
         let memfds = self.memfds.iter().map(|m| m.finish(shared)).collect::<Result<Vec<_>>>()?;
@@ -216,6 +226,11 @@ impl<'a> FileTable<'a> {
     /// File `id` has to be opened by a task, and so can be had by one task alone.
     pub(super) fn set_private(&mut self, id: u32) {
         self.private.insert(id);
+    }
+
+    /// Process `pid` has to be in the tree for this descriptor to be restored.
+    pub(super) fn needs_process(&mut self, pid: HostPid, view: &FdView) {
+        self.needed.push((pid, view.subject()));
     }
 
     /// Keeps a record.

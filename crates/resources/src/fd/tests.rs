@@ -85,7 +85,7 @@ fn at_most_one_kind_claims_a_descriptor() {
     nix::pty::unlockpt(&master).unwrap();
     let slave = PathBuf::from(nix::pty::ptsname_r(&master).unwrap());
     let memfd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let samples: [(OwnedFd, Option<&str>); 16] = [
+    let samples: [(OwnedFd, Option<&str>); 17] = [
         (at(&dir.path("file"), OFlag::O_RDWR | OFlag::O_CREAT), Some("file")),
         (at(&dir.0, OFlag::O_RDONLY), Some("file")),
         (at(Path::new("/dev/zero"), OFlag::O_RDONLY), Some("file")),
@@ -101,6 +101,7 @@ fn at_most_one_kind_claims_a_descriptor() {
         (host::signalfd(1).unwrap(), Some("signalfd")),
         (host::timerfd(libc::CLOCK_MONOTONIC).unwrap(), Some("timerfd")),
         (host::epoll().unwrap(), Some("epoll")),
+        (host::pidfd_open(HostPid::current()).unwrap(), Some("pidfd")),
         (one.into(), None),
     ];
     for (fd, expected) in &samples {
@@ -117,11 +118,6 @@ fn what_no_kind_claims_is_named() {
     let refused = kind_of(&view(&socket)).map(FdKind::name).unwrap_err().to_string();
     let start = format!("cannot dump fd {} of pid {}: socket:[", socket.as_raw_fd(), std::process::id());
     assert!(refused.starts_with(&start) && refused.contains("IPv4 stream socket"), "{refused}");
-    let fd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let handle = host::pidfd_open(HostPid::current()).unwrap();
-    let refused = kind_of(&view(&handle)).map(FdKind::name).unwrap_err().to_string();
-    assert!(refused.contains("pidfd"), "{refused}");
-    assert!(kind_of(&view(&fd)).is_ok());
 }
 
 #[test]
@@ -412,6 +408,22 @@ fn an_epoll_names_what_it_watches_by_the_numbers_that_are_left() {
     let kept = other.as_fd().try_clone_to_owned().unwrap();
     assert!(epoll::Epoll.blocker(&view(&epoll.0), &mut Look::new(&options)).unwrap().is_none());
     drop(kept);
+}
+
+#[test]
+fn a_handle_of_an_ended_process_is_one_again() {
+    let dir = Scratch::new("pidfd");
+    let ended = host::pidfd_of_ended().unwrap();
+    let new = round_trip(&dir, &DumpOptions::default(), &[&ended]);
+    assert_eq!(view(&new[0]).field("Pid", |v| v.parse::<i32>().ok()).unwrap(), -1);
+    // Processes of the tree are another matter.
+    let images = dir.images();
+    let options = DumpOptions::default();
+    let mut table = FileTable::new(&images, &options);
+    table.add(&view(&host::pidfd_open(HostPid(1)).unwrap())).unwrap();
+    let page_ids = PageIds::new();
+    let refused = table.finish(&mut SharedDump::new(&images, &page_ids)).unwrap_err().to_string();
+    assert!(refused.contains("it refers to pid 1, which is not in the tree"), "{refused}");
 }
 
 #[test]

@@ -20,7 +20,6 @@ const PR_SET_NAME: u64 = 15;
 const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_TID_ADDRESS: u64 = 40;
-const SIGKILL: u64 = 9;
 
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS`, Linux 6.3.
 const GET_REGISTRATIONS: u64 = 1 << 9;
@@ -173,11 +172,6 @@ pub fn after_creds_ops(b: &mut Batch, death_signal: Option<u32>, dumpable: Optio
         b.must("PR_SET_DUMPABLE", nr::PRCTL, &[PR_SET_DUMPABLE, d, 0, 0, 0]);
     }
     b.must("PR_SET_PDEATHSIG", nr::PRCTL, &[PR_SET_PDEATHSIG, death_signal.unwrap_or(0).into(), 0, 0, 0]);
-}
-
-/// Until it is handed over, a task dies with the one that forked it.
-pub fn guard_ops(b: &mut Batch) {
-    b.must("PR_SET_PDEATHSIG", nr::PRCTL, &[PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0]);
 }
 
 /// Sets what the host sets in `/proc` for a process: its OOM score adjustment. Where that cannot be set, it is told and

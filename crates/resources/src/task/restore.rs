@@ -93,8 +93,3 @@ pub fn thread_ops(
 pub fn after_creds_ops(b: &mut Batch, core: &pb::CoreEntry, dumpable: Option<i32>) {
     misc::after_creds_ops(b, core.thread_core.as_ref().and_then(|t| t.pdeath_sig), dumpable);
 }
-
-/// Until it is handed over, a task dies with the one that forked it.
-pub fn guard_ops(b: &mut Batch) {
-    misc::guard_ops(b);
-}
