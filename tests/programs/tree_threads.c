@@ -8,10 +8,12 @@ static volatile long counts[COUNTERS], passed;
 static long seen[COUNTERS], seen_passed;
 static unsigned char *memory;
 static int ring[3][2], me;
+static volatile int started; // threads whose signal masks are their own: they begin with all signals blocked
 
 static void *counter(void *arg)
 {
 	int k = (int)(long)arg;
+	__atomic_fetch_add(&started, 1, __ATOMIC_RELAXED);
 	for (;;) {
 		test_sleep_ms(1);
 		memory[(counts[k] * 4096 + k) % SIZE]++;
@@ -24,6 +26,7 @@ static void *counter(void *arg)
 static void *pass(void *arg)
 {
 	long number;
+	__atomic_fetch_add(&started, 1, __ATOMIC_RELAXED);
 	for (;;) {
 		if (read(ring[me][0], &number, sizeof number) != sizeof number)
 			test_fail("process %d reads no number: %s", me, strerror(errno));
@@ -45,6 +48,8 @@ static void run(void)
 	for (long k = 0; k < COUNTERS; k++)
 		MUST(!pthread_create(&t, NULL, counter, (void *)k));
 	MUST(!pthread_create(&t, NULL, pass, NULL));
+	if (!UNTIL(started == COUNTERS + 1, 5000))
+		test_fail("%d threads of process %d have started", started, me);
 }
 
 static void check(void)

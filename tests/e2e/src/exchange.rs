@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::case::Case;
 use crate::programs;
@@ -180,21 +180,17 @@ fn crit_decodes_work(case: &Case<'_>) -> Result<Outcome> {
     Ok(Outcome::Passed(format!("{} images", decode_all(&images, &crit)?)))
 }
 
-/// Has crit read every image of a directory, and write it again with the same bytes; how many there were.
+/// Has crit read every image of a directory; how many there were.
 fn decode_all(images: &Path, crit: &Path) -> Result<usize> {
-    let mut read = 0;
-    for path in image_files(images)? {
-        let decoded = crit_says(crit, &["decode", "-i"], &path, &path.with_extension("json"))?;
-        ensure!(decoded.starts_with(b"{"), "crit decode of {}: no object", path.display());
-        let again = path.with_extension("again");
-        crit_says(crit, &["encode", "-i"], &path.with_extension("json"), &again)?;
-        if fs::read(&path)? != fs::read(&again)? {
-            bail!("{}: crit decode and crit encode do not give back the same bytes", path.display());
-        }
-        read += 1;
+    let paths = image_files(images)?;
+    ensure!(paths.len() > 5, "only {} images in {}", paths.len(), images.display());
+    for path in &paths {
+        let output = Command::new(crit).args(["decode", "-i"]).arg(path).stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "crit decode of {}: {said}", path.display());
+        ensure!(output.stdout.starts_with(b"{"), "crit decode of {} prints no object", path.display());
     }
-    ensure!(read > 5, "only {read} images in {}", images.display());
-    Ok(read)
+    Ok(paths.len())
 }
 
 /// The images with a format: not the page contents, and not the files that are ours alone.
@@ -208,11 +204,4 @@ fn image_files(images: &Path) -> Result<Vec<PathBuf>> {
     }
     paths.sort();
     Ok(paths)
-}
-
-fn crit_says(crit: &Path, verb: &[&str], from: &Path, to: &Path) -> Result<Vec<u8>> {
-    let output = Command::new(crit).args(verb).arg(from).arg("-o").arg(to).stdin(Stdio::null()).output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "crit {} of {}: {said}", verb[0], from.display());
-    Ok(fs::read(to)?)
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -59,10 +60,13 @@ pub fn find(case: &Case<'_>, name: &str) -> Result<PathBuf> {
     let dir = case.args.work.join("programs");
     fs::create_dir_all(&dir)?;
     let (built, source) = (dir.join(name), format!("{}/../programs/{name}.c", env!("CARGO_MANIFEST_DIR")));
+    // One at a time: two tests may want the same program.
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     if is_newer(&built, &source) {
         return Ok(built);
     }
-    let part = dir.join(format!("{name}.{}", case.dir.file_name().context("a test has a name")?.display()));
+    let part = dir.join(format!("{name}.part"));
     let output = Command::new(&case.args.cc)
         .args(["-O1", "-Wall", "-static", "-pthread", "-o"])
         .arg(&part)

@@ -41,9 +41,13 @@ pub fn pidfd_of_ended() -> io::Result<OwnedFd> {
     result(pid.into())?;
     // It cannot be gone: it is ours, and nobody has waited for it.
     let handle = pidfd_open(HostPid(pid));
-    // SAFETY: waits for the child; its status is not asked for.
-    let waited = result(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }.into());
-    waited.and(handle)
+    loop {
+        // SAFETY: waits for the child; its status is not asked for.
+        match result(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }.into()) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            waited => return waited.and(handle),
+        }
+    }
 }
 
 /// Our own copy of a descriptor of another process, for the same description (pidfd_getfd(2), Linux 5.6). The process

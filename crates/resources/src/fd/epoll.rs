@@ -135,7 +135,8 @@ impl FdKind for Epoll {
             if !task.fds.iter().any(|f| f.fd == t.tfd) {
                 return Err(invalid!(
                     "files.img: epoll {id} watches fd {} of pid {}, which has no such descriptor; the image is damaged",
-                    t.tfd, task.pid()
+                    t.tfd,
+                    task.pid()
                 ));
             }
             let event = arena.put(&event(t.events, t.data));

@@ -39,7 +39,10 @@ impl FdKind for Eventfd {
         // Since Linux 6.5; older kernels do not tell.
         let semaphore = view.info.get("eventfd-semaphore");
         if semaphore.is_none() {
-            tracing::debug!("{}: this kernel does not tell semaphores from counters; taken for a counter", view.subject());
+            tracing::debug!(
+                "{}: this kernel does not tell semaphores from counters; taken for a counter",
+                view.subject()
+            );
         }
         let semaphore = if semaphore == Some(b"1") { SEMAPHORE } else { 0 };
         let flags = view.flags() as u32 | semaphore;

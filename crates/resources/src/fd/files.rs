@@ -392,14 +392,12 @@ fn check(image: &TreeImage) -> Result<()> {
             if i32::try_from(f.fd).is_err() || !taken.insert(f.fd) {
                 return Err(invalid!("{}: the number is used twice or is none", what()));
             }
-            if let Some(reg) = e.reg.as_ref().filter(|r| reg::is_opened_late(image, r))
-                && *late.entry(f.id).or_insert(task.pid()) != task.pid()
-            {
-                let other = late[&f.id];
+            let is_late = e.reg.as_ref().is_some_and(|r| reg::is_opened_late(image, r)) || pidfd::is_made_late(e);
+            if is_late && *late.entry(f.id).or_insert(task.pid()) != task.pid() {
+                let (name, other) = (kind.name(), late[&f.id]);
                 return Err(invalid!(
-                    "{}: {} is shared with pid {other}, which cannot be restored yet",
-                    what(),
-                    reg.name
+                    "{}: a {name} that refers to a process is shared with pid {other}, which cannot be restored yet",
+                    what()
                 ));
             }
         }

@@ -49,7 +49,9 @@ impl FdKind for Pidfd {
 
     fn blocker(&self, view: &FdView, _: &mut Look<'_>) -> Result<Option<Blocker>> {
         let of_thread = view.flags() & PIDFD_THREAD != 0;
-        Ok(of_thread.then(|| view.blocker("a handle of a thread (PIDFD_THREAD), which cannot be dumped yet", "close it and retry")))
+        Ok(of_thread.then(|| {
+            view.blocker("a handle of a thread (PIDFD_THREAD), which cannot be dumped yet", "close it and retry")
+        }))
     }
 
     fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {

@@ -166,7 +166,9 @@ impl<'a> FileTable<'a> {
     /// An image could not be written, or a memfd not be read.
     pub fn finish(&mut self, shared: &mut SharedDump<'_>) -> Result<()> {
         if let Some((pid, who)) = self.needed.iter().find(|(pid, _)| !self.tasks.contains(pid)) {
-            return Err(invalid!("cannot dump {who}: it refers to pid {pid}, which is not in the tree; close it and retry"));
+            return Err(invalid!(
+                "cannot dump {who}: it refers to pid {pid}, which is not in the tree; close it and retry"
+            ));
         }
         self.pipes.finish()?;
         self.fifos.finish()?;

@@ -382,7 +382,8 @@ fn event_signal_and_timer_descriptors_keep_what_they_hold() {
     assert_eq!(u64::from_ne_bytes(ticks), 1, "one expiration was not read yet");
     assert_eq!(nix::unistd::read(&new[1], &mut ticks).unwrap(), 8);
     assert_eq!(u64::from_ne_bytes(ticks), 1, "a semaphore counts down by one");
-    let left = |fd: &OwnedFd| view(fd).field("it_value", |v| v.trim_start_matches('(').split(',').next()?.parse::<i64>().ok());
+    let left =
+        |fd: &OwnedFd| view(fd).field("it_value", |v| v.trim_start_matches('(').split(',').next()?.parse::<i64>().ok());
     assert!((left(&point).unwrap() - left(&new[5]).unwrap()).abs() < 5);
     assert_eq!(left(&new[6]).unwrap(), 0);
 }

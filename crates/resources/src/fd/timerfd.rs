@@ -26,7 +26,13 @@ fn pair(text: &str) -> Option<(u64, u64)> {
 }
 
 fn clock_name(clock: u32) -> String {
-    let names = [(0, "CLOCK_REALTIME"), (1, "CLOCK_MONOTONIC"), (7, "CLOCK_BOOTTIME"), (8, "CLOCK_REALTIME_ALARM"), (9, "CLOCK_BOOTTIME_ALARM")];
+    let names = [
+        (0, "CLOCK_REALTIME"),
+        (1, "CLOCK_MONOTONIC"),
+        (7, "CLOCK_BOOTTIME"),
+        (8, "CLOCK_REALTIME_ALARM"),
+        (9, "CLOCK_BOOTTIME_ALARM"),
+    ];
     names.iter().find(|n| n.0 == clock).map_or_else(|| format!("clock {clock}"), |n| n.1.to_owned())
 }
 
@@ -56,9 +62,7 @@ impl FdKind for Timerfd {
             fown: super::table::fown(view)?,
             clockid: view.field("clockid", |v| v.parse().ok())?,
             ticks: view.field("ticks", |v| v.parse().ok())?,
-            settime_flags: view.field("settime", |v| {
-                u32::from_str_radix(v.strip_prefix("flags:")?.trim(), 8).ok()
-            })?,
+            settime_flags: view.field("settime", |v| u32::from_str_radix(v.strip_prefix("flags:")?.trim(), 8).ok())?,
             vsec,
             vnsec,
             isec,

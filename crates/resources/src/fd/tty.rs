@@ -413,7 +413,8 @@ impl Given {
         let master = match self.masters.entry(id) {
             Entry::Occupied(e) => e.into_mut(),
             Entry::Vacant(e) => {
-                let master = nix::pty::posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).map_err(cannot)?;
+                let master =
+                    nix::pty::posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).map_err(cannot)?;
                 nix::pty::grantpt(&master).map_err(cannot)?;
                 nix::pty::unlockpt(&master).map_err(cannot)?;
                 e.insert(master)
