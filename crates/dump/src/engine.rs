@@ -126,7 +126,7 @@ fn finish(request: &Request<'_>, tree: Tree) -> Result<(), DumpError> {
         After::Stop => {
             for t in tree.tasks.iter().filter(|t| !t.zombie) {
                 process::stop(t.pid)
-                    .map_err(|source| DumpError::Call { what: format!("cannot stop pid {}", t.pid), source })?;
+                    .map_err(|cause| DumpError::Call { what: format!("cannot stop pid {}", t.pid), cause })?;
             }
             tree.thaw();
         }

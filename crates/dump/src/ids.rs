@@ -25,7 +25,7 @@ impl Sorted {
         while low < high {
             let middle = low + (high - low) / 2;
             let order = kcmp(self.objects[middle].0, pid, kind)
-                .map_err(|source| DumpError::Call { what: format!("kcmp of pid {pid}"), source })?;
+                .map_err(|cause| DumpError::Call { what: format!("kcmp of pid {pid}"), cause })?;
             match order {
                 Ordering::Equal => return Ok(self.objects[middle].1),
                 Ordering::Less => low = middle + 1,

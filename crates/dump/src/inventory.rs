@@ -14,7 +14,7 @@ const IMG_VERSION: u32 = 2;
 /// The inventory of a checkpoint. `ids` is fresh: the root numbers are those of this program.
 pub fn inventory(_tree: &Tree, ids: &mut Ids) -> Result<pb::InventoryEntry, DumpError> {
     let session =
-        Session::new().map_err(|source| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), source })?;
+        Session::new().map_err(|cause| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), cause })?;
     Ok(pb::InventoryEntry {
         img_version: IMG_VERSION,
         fdinfo_per_id: Some(true),
@@ -36,7 +36,7 @@ fn run_id(session: &Session) -> String {
 }
 
 fn now(clock: ClockId) -> Result<pb::Timespec, DumpError> {
-    let t = clock_gettime(clock).map_err(|e| DumpError::Call { what: "clock_gettime".into(), source: e.into() })?;
+    let t = clock_gettime(clock).map_err(|e| DumpError::Call { what: "clock_gettime".into(), cause: e.into() })?;
     Ok(pb::Timespec { tv_sec: t.tv_sec() as u64, tv_nsec: t.tv_nsec() as u64 })
 }
 

@@ -95,12 +95,12 @@ pub enum DumpError {
     #[error("{0}")]
     Target(String),
     /// A kernel call of the host failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Call {
         /// Operation and subject.
         what: String,
         /// The kernel's answer.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A hook failed.
     #[error("{0:#}")]

@@ -35,7 +35,7 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         match of_one(p, options) {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
-            Err(ResourceError::Proc(e)) if e.is_gone() && p != pid => continue,
+            Err(_) if p != pid && stat::read(p).map_or_else(|e| e.is_gone(), |s| matches!(s.state, b'Z' | b'X')) => continue,
             Err(e) => return Err(e.into()),
         }
         todo.extend(tree::children(p).unwrap_or_default());

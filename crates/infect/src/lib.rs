@@ -24,14 +24,14 @@ use dormouse_kernel::ids::HostPid;
 #[derive(Debug, thiserror::Error)]
 pub enum InfectError {
     /// A kernel call on a target failed.
-    #[error("{op} of pid {pid} failed: {source}")]
+    #[error("{op} of pid {pid} failed: {cause}")]
     Call {
         /// What was tried.
         op: &'static str,
         /// Which thread or process.
         pid: HostPid,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The target ended while it was being worked on.
     #[error("pid {0} ended while it was being dumped; start again with a task that stays")]
@@ -45,14 +45,14 @@ pub enum InfectError {
         what: String,
     },
     /// An operation inside the target failed.
-    #[error("{what} inside pid {pid} failed: {source}")]
+    #[error("{what} inside pid {pid} failed: {cause}")]
     Remote {
         /// Which thread or process.
         pid: HostPid,
         /// The operation.
         what: String,
         /// The target kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The run was asked to stop (its front end was killed or interrupted).
     #[error("interrupted; the target goes on unchanged")]
@@ -66,6 +66,6 @@ pub(crate) fn last(op: &'static str, pid: HostPid) -> InfectError {
     failed(op, pid, io::Error::last_os_error())
 }
 
-pub(crate) fn failed(op: &'static str, pid: HostPid, source: io::Error) -> InfectError {
-    if source.raw_os_error() == Some(libc::ESRCH) { InfectError::Gone(pid) } else { InfectError::Call { op, pid, source } }
+pub(crate) fn failed(op: &'static str, pid: HostPid, cause: io::Error) -> InfectError {
+    if cause.raw_os_error() == Some(libc::ESRCH) { InfectError::Gone(pid) } else { InfectError::Call { op, pid, cause } }
 }

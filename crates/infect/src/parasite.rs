@@ -122,8 +122,8 @@ impl<'a> Parasite<'a> {
         }
         let i = status as usize;
         let ret = if i < batch.len() { batch.ret(crate::arena::OpId(i)) } else { -i64::from(libc::EPROTO) };
-        let source = io::Error::from_raw_os_error(-ret as i32);
-        Err(InfectError::Remote { pid, what: batch.name(i).to_owned(), source })
+        let cause = io::Error::from_raw_os_error(-ret as i32);
+        Err(InfectError::Remote { pid, what: batch.name(i).to_owned(), cause })
     }
 
     fn exchange(&self, request: &Request) -> Result<u64, InfectError> {
@@ -273,7 +273,7 @@ impl Site {
         // Registers before the mask: the stub would put the mask back, the target's own code would not.
         leader.set_regs(&arch::for_syscall(&leader.regs()?, insn, nr::MMAP, args))?;
         leader.set_sigmask(ALL_SIGNALS)?;
-        leader.pass_syscall()?.map_err(|source| InfectError::Remote { pid, what: "mmap".into(), source })
+        leader.pass_syscall()?.map_err(|cause| InfectError::Remote { pid, what: "mmap".into(), cause })
     }
 
     /// Undoes whatever of socket and mapping there is, and gives the stopped leader its state back.
@@ -281,7 +281,7 @@ impl Site {
         let pid = leader.tid();
         let undo = |r: Result<io::Result<u64>, InfectError>, what: &str| match r {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(source)) => Err(InfectError::Remote { pid, what: what.to_owned(), source }),
+            Ok(Err(cause)) => Err(InfectError::Remote { pid, what: what.to_owned(), cause }),
             Err(e) => Err(e),
         };
         let mut done = Ok(());
@@ -395,7 +395,7 @@ fn take_pair(leader: &Tracee, arena: &mut Arena, entry: u64) -> Result<(OwnedFd,
     let failure = |errno: u32| InfectError::Remote {
         pid,
         what: "socketpair".into(),
-        source: io::Error::from_raw_os_error(errno as i32),
+        cause: io::Error::from_raw_os_error(errno as i32),
     };
     if word.load(Ordering::Acquire) == PAIR_FAILED {
         return Err(failure(arena.word32(entry + offset_of!(Entry, errno) as u64)));

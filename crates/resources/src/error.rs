@@ -18,12 +18,12 @@ pub enum ResourceError {
     #[error("{0}")]
     Invalid(String),
     /// A kernel call of the host failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Call {
         /// Operation and subject.
         what: String,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A target could not be entered or asked.
     #[error(transparent)]
@@ -42,7 +42,7 @@ pub(crate) use invalid;
 /// Turns an `io::Error` into [`ResourceError::Call`]: `.map_err(call("cannot open X"))`.
 pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(io::Error) -> ResourceError {
     let what = what.into();
-    move |source| ResourceError::Call { what, source }
+    move |cause| ResourceError::Call { what, cause }
 }
 
 /// One reason why a tree cannot be dumped; all of them are reported together before the target is touched.

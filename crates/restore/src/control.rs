@@ -64,13 +64,13 @@ impl<'p, 'a> Watch<'p, 'a> {
     }
 
     fn explain(&self, f: dormouse_infect::restorer::Failure) -> RestoreError {
-        let source = std::io::Error::from_raw_os_error(f.errno);
+        let cause = std::io::Error::from_raw_os_error(f.errno);
         let Some(list) = self.plan.lists.get(f.list) else {
-            return RestoreError::Died { pid: 0, how: format!("unknown list {} failed: {source}", f.list) };
+            return RestoreError::Died { pid: 0, how: format!("unknown list {} failed: {cause}", f.list) };
         };
         let what = list.batch.name(f.op).to_owned();
-        let hint = if what.starts_with("clone3") { hint(&source) } else { "" };
-        RestoreError::Task { pid: list.tid, what, source, hint }
+        let hint = if what.starts_with("clone3") { hint(&cause) } else { "" };
+        RestoreError::Task { pid: list.tid, what, cause, hint }
     }
 
     /// Processes and threads that exist, by the results of the clones: (list, pid).

@@ -132,10 +132,10 @@ fn stop_all(tracees: &mut [Tracee]) -> Result<(), InfectError> {
 fn unmap(plan: &Plan<'_>, leader: &mut Tracee) -> Result<(), RestoreError> {
     let hole = [plan.hole.start, plan.hole.end - plan.hole.start, 0, 0, 0, 0];
     let pid = leader.tid();
-    leader.syscall(plan.insn, nr::MUNMAP, hole)?.map_err(|source| RestoreError::Task {
+    leader.syscall(plan.insn, nr::MUNMAP, hole)?.map_err(|cause| RestoreError::Task {
         pid: pid.0,
         what: "munmap of the restorer".into(),
-        source,
+        cause,
         hint: "",
     })?;
     leader.settle()?;

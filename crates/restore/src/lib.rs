@@ -57,22 +57,22 @@ pub enum RestoreError {
     #[error(transparent)]
     Resource(#[from] ResourceError),
     /// A kernel call of the host failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Call {
         /// Operation and subject.
         what: String,
         /// The kernel's answer.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// An operation inside a task failed.
-    #[error("pid {pid}: {what}: {source}{hint}")]
+    #[error("pid {pid}: {what}: {cause}{hint}")]
     Task {
         /// The task, as numbered in the image.
         pid: i32,
         /// Operation and subject.
         what: String,
         /// The kernel's answer.
-        source: std::io::Error,
+        cause: std::io::Error,
         /// The next step, if one is known.
         hint: &'static str,
     },
@@ -94,7 +94,7 @@ pub enum RestoreError {
 
 pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RestoreError {
     let what = what.into();
-    move |source| RestoreError::Call { what, source }
+    move |cause| RestoreError::Call { what, cause }
 }
 
 /// Restores the tree of `request.images_dir`.

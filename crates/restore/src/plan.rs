@@ -143,7 +143,7 @@ fn descriptor_base(image: &TreeImage, own: &Own) -> Result<RawFd, RestoreError> 
                 "the tree has descriptor {highest}, but this process may only have {hard} (hard RLIMIT_NOFILE); \
                  raise the limit and retry"
             ),
-            source: std::io::Error::from_raw_os_error(libc::EMFILE),
+            cause: std::io::Error::from_raw_os_error(libc::EMFILE),
         });
     }
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
@@ -193,7 +193,7 @@ fn find_insn(arena: &Arena) -> Result<u64, RestoreError> {
     (0..code.len()).step_by(step).find(|&i| code[i..].starts_with(insn)).map(|i| arena.base() + i as u64).ok_or_else(
         || RestoreError::Call {
             what: "the restorer holds no system-call instruction".into(),
-            source: std::io::Error::from_raw_os_error(libc::ENOEXEC),
+            cause: std::io::Error::from_raw_os_error(libc::ENOEXEC),
         },
     )
 }

@@ -14,12 +14,12 @@ pub fn fork_root(arena: &Arena, args: u64, entry: u64, pid: i32) -> Result<HostP
     let blocked = process::SignalsBlocked::new().map_err(crate::call("cannot block signals"))?;
     let made = process::fork_into(arena, args, entry);
     drop(blocked);
-    made.map_err(|source| RestoreError::Task { pid, what: format!("clone3 of pid {pid}"), hint: hint(&source), source })
+    made.map_err(|cause| RestoreError::Task { pid, what: format!("clone3 of pid {pid}"), hint: hint(&cause), cause })
 }
 
 /// The next step after clone3 failed.
-pub fn hint(source: &std::io::Error) -> &'static str {
-    match source.raw_os_error() {
+pub fn hint(cause: &std::io::Error) -> &'static str {
+    match cause.raw_os_error() {
         Some(libc::EEXIST) => "; the pid is taken here: end that process, or restore in a new pid namespace",
         Some(libc::EPERM) => "; choosing a pid needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
         Some(libc::EINVAL) => "; the pid is above kernel.pid_max or not allowed in this pid namespace",

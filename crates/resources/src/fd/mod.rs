@@ -197,7 +197,7 @@ fn locks(pid: HostPid, place: Place, link: &str, info: &fdinfo::FdInfo) -> Optio
 fn is_closed(e: &ResourceError) -> bool {
     match e {
         ResourceError::Proc(e) => e.is_gone(),
-        ResourceError::Call { source, .. } => source.raw_os_error() == Some(libc::EBADF),
+        ResourceError::Call { cause, .. } => cause.raw_os_error() == Some(libc::EBADF),
         _ => false,
     }
 }

@@ -276,6 +276,48 @@ fn a_deleted_file_above_the_limit_is_refused() {
 }
 
 #[test]
+fn a_held_lock_is_refused() {
+    let dir = Scratch::new("lock");
+    let path = dir.path("file").display().to_string();
+    let mut child = child(&format!("exec 3>{path}; flock 3; exec sleep 100"));
+    let found = blockers(HostPid(child.id() as i32), &DumpOptions::default()).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let [lock] = &found[..] else { panic!("{found:?}") };
+    assert_eq!(lock.fd, Some(TargetFd(3)));
+    assert!(lock.what.contains("(flock)"), "{lock}");
+}
+
+#[test]
+fn a_file_left_to_the_user_is_taken_from_a_given_descriptor() {
+    let dir = Scratch::new("external");
+    let file = at(&dir.path("old"), OFlag::O_RDWR | OFlag::O_CREAT);
+    std::fs::write(dir.path("new"), "new").unwrap();
+    let given = at(&dir.path("new"), OFlag::O_RDONLY);
+    let view = view(&file);
+    let key = format!("file[{:x}:{:x}]", view.info.mnt_id, view.stat.st_ino);
+    let options = DumpOptions { external: vec![key.clone()], ..Default::default() };
+    let images = dir.images();
+    let mut table = FileTable::new(&images, &options);
+    let (id, _) = table.add(&view).unwrap();
+    let page_ids = PageIds::new();
+    table.finish(&mut SharedDump::new(&images, &page_ids)).unwrap();
+    let tree = dir.tree();
+    assert_eq!(
+        (tree.files[&id].reg.as_ref().unwrap().ext(), &*tree.files[&id].reg.as_ref().unwrap().name),
+        (true, &*key)
+    );
+    let shared = crate::mem::Shared::make(&tree, 300).unwrap();
+    let open = |options: &RestoreOptions| {
+        let mut files = Files::new(options, &tree, 300).unwrap();
+        files.fd(id, &shared).map(|n| link_of(&super::files::copy_of(n).unwrap())).map_err(|e| e.to_string())
+    };
+    assert!(open(&RestoreOptions::default()).unwrap_err().contains("--inherit-fd"));
+    let restore = RestoreOptions { inherit_fd: vec![(given.as_raw_fd(), key)], ..Default::default() };
+    assert_eq!(open(&restore).unwrap(), dir.path("new").display().to_string());
+}
+
+#[test]
 fn a_renamed_link_is_kept_until_the_restore() {
     let dir = Scratch::new("link");
     std::fs::write(dir.path("one"), "text").unwrap();
