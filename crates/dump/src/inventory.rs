@@ -3,6 +3,7 @@
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::freeze::Tree;
 use dormouse_kernel::{HostPid, Session};
+use dormouse_resources::task::OWN_CG_SET;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::DumpError;
@@ -20,7 +21,7 @@ pub fn inventory(_tree: &Tree, ids: &mut Ids) -> Result<pb::InventoryEntry, Dump
         fdinfo_per_id: Some(true),
         root_ids: Some(ids.of(HostPid::current())?),
         ns_per_id: Some(true),
-        root_cg_set: Some(1),
+        root_cg_set: Some(OWN_CG_SET),
         // No profile of a security module is recorded: a tree under one is refused before.
         lsmtype: Some(0),
         dump_uptime: Some(uptime_us()?),

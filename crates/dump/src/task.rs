@@ -58,7 +58,9 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task) -> Result<Saved, DumpErr
     let stopped = task.stopped;
     let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
     let threads = Threads { pid, states: &states, stopped, shared: &shared, asked: &asked };
+    let start = Instant::now();
     let mut parasite = Parasite::infect(leader, states[0].clone())?;
+    tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
     let saved = with_parasite(savings, &threads, &mut parasite, others);
     // Cured whatever has happened; the first error is the one that counts.
     let cured = parasite.cure();
@@ -89,13 +91,16 @@ fn with_parasite(
     let start = Instant::now();
     let pages = mem::dump_pages(parasite, &mappings, savings.images, savings.page_ids)?;
     savings.report.memory_us += start.elapsed().as_micros() as u64;
+    tracing::debug!("pid {pid}: {} of {} pages written in {} us", pages.written, pages.scanned, start.elapsed().as_micros());
     savings.report.pages_scanned += pages.scanned;
     savings.report.pages_written += pages.written;
     let (cores, ext, task_umask) = cores(threads, parasite, others)?;
     savings.report.threads += cores.len();
+    tracing::debug!("pid {pid}: {} threads asked, {} us", cores.len(), start.elapsed().as_micros());
     let mm = mem::mm_entry(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
     let fds = savings.files.add_task(pid, &[TargetFd(parasite.own_fd())])?;
     let fs = savings.files.fs_entry(pid, task_umask)?;
+    tracing::debug!("pid {pid}: mappings and {} descriptors recorded, {} us", fds.len(), start.elapsed().as_micros());
     Ok(Saved { cores, ext, mm, fs, fds })
 }
 

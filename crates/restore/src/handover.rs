@@ -14,6 +14,7 @@ use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
 use dormouse_resources::checkpoint::TASK_STOPPED;
 use dormouse_resources::task::LoginUid;
+use dormouse_resources::task::signal::late;
 use dormouse_resources::{TreeImage, task};
 use dormouse_sys::nr;
 
@@ -104,8 +105,12 @@ fn run_stages(
         tracee.restore(&state_of(image, list, &plan.forest)?)?;
     }
     (request.hooks)("pre-resume", Some(root.0)).map_err(RestoreError::Hook)?;
-    for t in &image.tasks {
-        if !t.is_zombie() && (request.leave_stopped || t.tc().task_state == TASK_STOPPED) {
+    for t in image.tasks.iter().filter(|t| !t.is_zombie()) {
+        let own = t.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
+        for signal in late(t.tc().signals_s.as_ref()).into_iter().chain(late(own)) {
+            process::send(HostPid(t.pid()), signal).map_err(crate::call(format!("cannot signal pid {}", t.pid())))?;
+        }
+        if request.leave_stopped || t.tc().task_state == TASK_STOPPED {
             process::stop(HostPid(t.pid())).map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
         }
     }

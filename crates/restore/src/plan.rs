@@ -4,6 +4,7 @@
 //! that depends on another task's doing lies on the other side of one.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::RawFd;
 
 use dormouse_blob_abi::restorer::{CloneArgs, Control, TaskArgs};
@@ -67,7 +68,7 @@ pub struct Plan<'a> {
     /// Address of a system-call instruction in the shared mapping.
     pub insn: u64,
     /// The address range that no task uses: the shared mapping, and the vDSO's parking place behind it.
-    pub hole: std::ops::Range<u64>,
+    pub hole: Range<u64>,
     /// All lists; those of processes first, in the order of `forest.nodes`.
     pub lists: Vec<List>,
     /// Who forks whom.
@@ -88,7 +89,8 @@ pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool
         vdso.check(t)?;
     }
     let forest = tree::forest::build(&image.tasks, options.shell_job)?;
-    let base = descriptor_base(image, &own)?;
+    let descriptors = descriptor_range(image, &own)?;
+    let base = descriptors.start;
     let shared = Shared::make(image, base)?;
     let mut files = Files::new(options, image, base)?;
     let size = arena_size(image, &forest);
@@ -110,13 +112,14 @@ pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool
         arena: &mut arena,
         forest: &forest,
         hole: hole.clone(),
-        base,
+        descriptors: descriptors.clone(),
         control,
         park: hole.end - park_len,
         lists: Vec::new(),
         births: Vec::new(),
     };
     writer.write()?;
+    check_descriptors(&descriptors)?;
     let (lists, births) = (writer.lists, writer.births);
     Ok(Plan { arena, control, insn, hole, lists, forest, births, shared, files })
 }
@@ -131,25 +134,50 @@ fn own_settings() -> Result<(Own, u64), RestoreError> {
     Ok((own, status.sig_ign))
 }
 
-/// First descriptor number above all of the tree's and all of ours.
-fn descriptor_base(image: &TreeImage, own: &Own) -> Result<RawFd, RestoreError> {
-    let highest = image.tasks.iter().flat_map(|t| &t.fds).map(|f| f.fd).max().unwrap_or(2);
-    let base = (highest.saturating_add(1)).max(64);
-    let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1);
-    let need = u64::from(base) + 64;
-    if need > hard {
-        return Err(RestoreError::Call {
-            what: format!(
-                "the tree has descriptor {highest}, but this process may only have {hard} (hard RLIMIT_NOFILE); \
-                 raise the limit and retry"
-            ),
-            cause: std::io::Error::from_raw_os_error(libc::EMFILE),
-        });
+/// Descriptor numbers that no task of the tree uses: the restore's own lie there.
+///
+/// Above the tree's highest number if there is room, else in the largest hole between its numbers.
+fn descriptor_range(image: &TreeImage, own: &Own) -> Result<Range<RawFd>, RestoreError> {
+    let mut numbers: Vec<u64> = image.tasks.iter().flat_map(|t| &t.fds).map(|f| f.fd.into()).collect();
+    numbers.extend([LOWEST_OWN_FD - 1]);
+    numbers.sort_unstable();
+    numbers.dedup();
+    let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1).min(i32::MAX as u64);
+    let need = 64 + 2 * (image.files.len() + image.tasks.len()) as u64;
+    let last = numbers.last().map_or(0, |n| n + 1);
+    let holes = numbers.windows(2).map(|w| w[0] + 1..w[1]).filter(|h| h.start >= LOWEST_OWN_FD);
+    let above = last..hard.max(last);
+    let range = if above.end - above.start >= need {
+        above
+    } else {
+        holes.chain([above.clone()]).max_by_key(|h| h.end - h.start).unwrap_or(above)
+    };
+    if range.end - range.start < need {
+        let what = format!(
+            "the restore needs {need} descriptor numbers that the tree does not use, but only {} are free in a row below {hard} \
+             (hard RLIMIT_NOFILE); raise the limit and retry",
+            range.end - range.start
+        );
+        return Err(RestoreError::Call { what, cause: std::io::Error::from_raw_os_error(libc::EMFILE) });
     }
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
         .map_err(|e| call("cannot raise our own RLIMIT_NOFILE")(e.into()))?;
-    Ok(base as RawFd)
+    Ok(range.start as RawFd..range.end as RawFd)
 }
+
+/// What the restore opened must lie in its range, or a task would lose it, or get it in place of its own.
+fn check_descriptors(range: &Range<RawFd>) -> Result<(), RestoreError> {
+    let own = dormouse_kernel::proc::fds(HostPid::current()).map_err(dormouse_resources::ResourceError::from)?;
+    let highest = own.into_iter().max().unwrap_or(0);
+    if highest < range.end {
+        return Ok(());
+    }
+    let what = format!("the restore's descriptors do not fit into the hole below {} that the tree leaves; raise RLIMIT_NOFILE", range.end);
+    Err(RestoreError::Call { what, cause: std::io::Error::from_raw_os_error(libc::EMFILE) })
+}
+
+/// Below it lie what this program was started with.
+const LOWEST_OWN_FD: u64 = 64;
 
 /// Bytes of address space for all lists and what they point to. Only what is touched costs memory.
 fn arena_size(image: &TreeImage, forest: &Forest) -> usize {
@@ -208,8 +236,8 @@ struct Writer<'w, 'f> {
     files: &'w mut Files<'f>,
     arena: &'w mut Arena,
     forest: &'w Forest,
-    hole: std::ops::Range<u64>,
-    base: RawFd,
+    hole: Range<u64>,
+    descriptors: Range<RawFd>,
     control: u64,
     park: u64,
     lists: Vec<List>,
@@ -310,7 +338,9 @@ impl<'f> Writer<'_, 'f> {
             b.must("munmap of the restoring program's memory", nr::MUNMAP, &[0, self.hole.start]);
             let rest = layout::TASK_SIZE - self.hole.end;
             b.must("munmap of the restoring program's memory", nr::MUNMAP, &[self.hole.end, rest]);
-            b.must("closing inherited descriptors", nr::CLOSE_RANGE, &[0, self.base as u64 - 1, 0]);
+            let own = &self.descriptors;
+            b.must("closing inherited descriptors", nr::CLOSE_RANGE, &[0, own.start as u64 - 1, 0]);
+            b.must("closing inherited descriptors", nr::CLOSE_RANGE, &[own.end as u64, u32::MAX.into(), 0]);
         }
         let parent = match node.forker.map(|f| &self.forest.nodes[f]) {
             None if self.sibling => nix::unistd::getppid().as_raw(),
@@ -399,11 +429,12 @@ impl<'f> Writer<'_, 'f> {
             self.birth(&mut b, i, *list, OpKind::Thread);
         }
         barrier(&mut b, STAGE_GUARDED);
-        b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[self.base as u64, u32::MAX.into(), 0]);
+        b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[self.descriptors.start as u64, self.descriptors.end as u64 - 1, 0]);
         let pid = task.pid();
         let tc = task.tc();
         task::process_ops(&mut b, &mut self.ctx(false), task)?;
-        task::thread_ops(&mut b, &mut self.ctx(false), &task.core, Some(&tc.comm), pid)?;
+        let ext = self.image.ext.get(&(pid as u32));
+        task::thread_ops(&mut b, &mut self.ctx(false), &task.core, ext, Some(&tc.comm), pid)?;
         self.owner_ops(&mut b, task);
         task::after_creds_ops(&mut b, &task.core, task.mm.as_ref().and_then(|m| m.dumpable));
         let own = task.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
@@ -418,7 +449,8 @@ impl<'f> Writer<'_, 'f> {
         let (tid, core) = &task.threads[k];
         let mut b = Batch::new();
         barrier(&mut b, STAGE_GUARDED);
-        task::thread_ops(&mut b, &mut self.ctx(false), core, None, *tid)?;
+        let ext = self.image.ext.get(&(*tid as u32));
+        task::thread_ops(&mut b, &mut self.ctx(false), core, ext, None, *tid)?;
         task::after_creds_ops(&mut b, core, None);
         let own = core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
         task::signal_ops(&mut b, self.arena, task.pid(), *tid, None, own)?;

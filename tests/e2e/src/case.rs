@@ -24,6 +24,8 @@ pub struct Ran {
     pub status: Option<ExitStatus>,
     /// Everything it printed, then everything in its log.
     pub said: String,
+    /// How many bytes of `said` it printed.
+    printed: usize,
 }
 
 impl Ran {
@@ -32,13 +34,17 @@ impl Ran {
         self.status.is_some_and(|status| status.success())
     }
 
-    /// The lines that tell of errors, or the last ones when none does.
+    /// What it printed, or, when it printed nothing, the lines of its log that tell of errors, or the last ones.
     pub fn errors(&self) -> String {
         let telling = |line: &&str| line.contains("Error") || line.contains("error") || line.contains("panicked");
         let harmless = |line: &&str| line.contains("rlimit: Can't setup RLIMIT_NOFILE");
-        let mut lines: Vec<&str> = self.said.lines().filter(telling).filter(|line| !harmless(line)).collect();
+        let (printed, log) = self.said.split_at(self.printed);
+        let mut lines: Vec<&str> = printed.lines().collect();
         if lines.is_empty() {
-            lines = self.said.lines().rev().take(5).collect();
+            lines = log.lines().filter(telling).filter(|line| !harmless(line)).collect();
+        }
+        if lines.is_empty() {
+            lines = log.lines().rev().take(5).collect();
             lines.reverse();
         }
         lines.truncate(12);
@@ -133,8 +139,9 @@ impl<'a> Case<'a> {
             std::thread::sleep(Duration::from_millis(1));
         };
         let mut said = String::from_utf8_lossy(&fs::read(self.path(&format!("{file}.out")))?).into_owned();
+        let printed = said.len();
         said.push_str(&String::from_utf8_lossy(&fs::read(log).unwrap_or_default()));
-        Ok(Ran { status, said })
+        Ok(Ran { status, said, printed })
     }
 
     /// The command `BIN dump -t PID …`, which writes to `images`.

@@ -56,6 +56,16 @@ pub fn kill(pid: HostPid) -> io::Result<()> {
     Ok(())
 }
 
+/// Sends a signal by number.
+///
+/// # Errors
+/// kill(2)'s: `EINVAL` if there is no such signal.
+pub fn send(pid: HostPid, signal: i32) -> io::Result<()> {
+    let signal = nix::sys::signal::Signal::try_from(signal)?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), signal)?;
+    Ok(())
+}
+
 /// Sends SIGSTOP.
 ///
 /// # Errors

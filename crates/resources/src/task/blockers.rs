@@ -98,8 +98,12 @@ fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
         found
             .add("its children will be in another pid namespace (unshare, setns)", "dump the tree before it makes one");
     }
-    if ns_inode(pid, NsKind::User)? != ns_inode(HostPid::current(), NsKind::User)? {
-        found.add("it is in another user namespace than dormouse", "dump it from inside that namespace");
+    let kinds = [NsKind::User, NsKind::Mnt, NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Cgroup, NsKind::Time];
+    for kind in kinds {
+        if ns_inode(pid, kind)? != ns_inode(HostPid::current(), kind)? {
+            let what = format!("it is in another {} namespace than dormouse", kind.file_name());
+            found.add(what, "dump it from inside that namespace (nsenter(1))");
+        }
     }
     Ok(())
 }

@@ -138,6 +138,9 @@ impl ProcessAsk {
     }
 }
 
+/// Number of the set of control groups of the program that dumps (`inventory_entry.root_cg_set`).
+pub const OWN_CG_SET: u32 = 1;
+
 /// The little that only a thread itself can tell.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadAsk {
@@ -173,7 +176,10 @@ impl ThreadAsk {
         }
         let (futex_rla, futex_rla_len) = robust_list::read(tid)?;
         let clear_tid = self.misc.clear_tid_address(arena);
-        let (mut core, ext) = regs::to_core(tid.0, view.state, clear_tid, view.interruption())?;
+        let (mut core, mut ext) = regs::to_core(tid.0, view.state, clear_tid, view.interruption())?;
+        if let Some(slack) = self.misc.timer_slack(b) {
+            ext.get_or_insert_with(|| pb::ThreadExt { tid: tid.0 as u32, ..Default::default() }).timer_slack_ns = Some(slack);
+        }
         let mut thread = pb::ThreadCoreEntry {
             futex_rla,
             futex_rla_len,
@@ -185,6 +191,8 @@ impl ThreadAsk {
             creds: Some(self.creds.collect(b, view.status)?),
             comm: Some(misc::name_to_image(&view.status.name)),
             rseq_entry: view.rseq.map(rseq::to_image),
+            // The set of control groups that this program is in: they are not managed yet.
+            cg_set: Some(OWN_CG_SET),
             ..Default::default()
         };
         sched::to_image(&sched, &mut thread);

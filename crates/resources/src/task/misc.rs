@@ -17,6 +17,10 @@ const PR_GET_PDEATHSIG: u64 = 2;
 const PR_GET_DUMPABLE: u64 = 3;
 const PR_SET_DUMPABLE: u64 = 4;
 const PR_SET_NAME: u64 = 15;
+const PR_SET_TIMERSLACK: u64 = 29;
+const PR_GET_TIMERSLACK: u64 = 30;
+/// Nanoseconds (init/init_task.c).
+const DEFAULT_TIMER_SLACK: u64 = 50_000;
 const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_TID_ADDRESS: u64 = 40;
@@ -91,6 +95,7 @@ impl ProcessAsk {
 pub struct ThreadAsk {
     clear_tid: u64,
     death_signal: u64,
+    timer_slack: OpId,
 }
 
 impl ThreadAsk {
@@ -100,12 +105,18 @@ impl ThreadAsk {
         b.must("PR_GET_TID_ADDRESS (CONFIG_CHECKPOINT_RESTORE)", nr::PRCTL, &[PR_GET_TID_ADDRESS, clear_tid, 0, 0, 0]);
         let death_signal = arena.alloc(8, 8);
         b.must("PR_GET_PDEATHSIG", nr::PRCTL, &[PR_GET_PDEATHSIG, death_signal, 0, 0, 0]);
-        Self { clear_tid, death_signal }
+        let timer_slack = b.must("PR_GET_TIMERSLACK", nr::PRCTL, &[PR_GET_TIMERSLACK, 0, 0, 0, 0]);
+        Self { clear_tid, death_signal, timer_slack }
     }
 
     /// Address of the word that the kernel clears, and wakes, when the thread ends (set_tid_address(2)).
     pub fn clear_tid_address(&self, arena: &Arena) -> u64 {
         arena.word(self.clear_tid)
+    }
+
+    /// Its timer slack in nanoseconds, if it is not what every thread begins with; realtime threads have none.
+    pub fn timer_slack(&self, b: &Batch) -> Option<u64> {
+        Some(b.ret(self.timer_slack) as u64).filter(|s| ![0, DEFAULT_TIMER_SLACK].contains(s))
     }
 
     /// The signal that it gets when its parent ends.
@@ -153,6 +164,11 @@ pub fn thread_ops(b: &mut Batch, arena: &mut Arena, clear_tid: Option<u64>, name
     if let Some(name) = name {
         name_op(b, arena, name);
     }
+}
+
+/// By how much the kernel may delay the thread's timers (`PR_SET_TIMERSLACK`(2const)), in nanoseconds.
+pub fn timer_slack_op(b: &mut Batch, slack: u64) {
+    b.must("PR_SET_TIMERSLACK", nr::PRCTL, &[PR_SET_TIMERSLACK, slack, 0, 0, 0]);
 }
 
 /// The thread's name (`PR_SET_NAME`(2const)): at most 15 bytes are kept.

@@ -67,6 +67,7 @@ pub fn thread_ops(
     b: &mut Batch,
     c: &mut RestoreCtx<'_, '_>,
     core: &pb::CoreEntry,
+    ext: Option<&pb::ThreadExt>,
     comm: Option<&str>,
     tid: i32,
 ) -> Result<()> {
@@ -75,6 +76,9 @@ pub fn thread_ops(
     let clear_tid =
         core.thread_info.as_ref().map(|i| i.clear_tid_addr).or(core.ti_aarch64.as_ref().map(|i| i.clear_tid_addr));
     misc::thread_ops(b, c.arena, clear_tid, tc.comm.as_deref().or(comm));
+    if let Some(slack) = ext.and_then(|e| e.timer_slack_ns) {
+        misc::timer_slack_op(b, slack);
+    }
     robust_list::restore_op(b, tc.futex_rla, tc.futex_rla_len);
     if let Some(s) = &tc.sas {
         sigaltstack::restore_op(b, c.arena, s);
