@@ -8,7 +8,7 @@ use dormouse_infect::freeze::{self, Tree};
 use dormouse_infect::host::process;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
-use dormouse_resources::fd::FileTable;
+use dormouse_resources::fd::{FileTable, LinkGuard};
 use dormouse_resources::mem::{PageIds, SharedDump};
 use dormouse_resources::task as kinds;
 
@@ -31,11 +31,12 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut tree = Tree::freeze(request.pid, request.timeout)?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
-    let mut report = save(request, &images, &mut tree)?;
+    let (mut report, links) = save(request, &images, &mut tree)?;
     cancel::check()?;
     (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let inventory = inventory::inventory(&tree, &mut Ids::default())?;
     images.write_inventory(&inventory)?;
+    links.keep();
     finish(request, tree)?;
     report.freezing_us = freezing_us;
     report.frozen_us = frozen.elapsed().as_micros() as u64;
@@ -44,7 +45,9 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
 }
 
 /// Writes every image but the inventory. The tree is cured when this returns, but still stopped.
-fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<Report, DumpError> {
+///
+/// The links that keep files without a name vanish with the guard, unless the checkpoint becomes complete.
+fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<(Report, LinkGuard), DumpError> {
     let page_ids = PageIds::new();
     let mut ids = Ids::default();
     // The first numbers are those of this program, as in CRIU's images.
@@ -82,6 +85,7 @@ fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<Rep
         all_ids.push((t.pid, task_ids));
     }
     pstree.finish()?;
+    let links = savings.files.take_links();
     savings.files.finish(&mut savings.shared)?;
     savings.shared.finish()?;
     if !ext.is_empty() {
@@ -89,7 +93,7 @@ fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<Rep
     }
     inventory::write_clocks(images)?;
     images.write_one(ImageKind::Seccomp, 0, &pb::SeccompEntry::default())?;
-    Ok(savings.report)
+    Ok((savings.report, links))
 }
 
 fn pstree_entry(t: &freeze::Task, outside: Option<HostPid>) -> Result<pb::PstreeEntry, DumpError> {

@@ -78,6 +78,7 @@ fn run_stages(
     tracing::debug!("{processes} processes forked, memory read, in {} us", start.elapsed().as_micros());
     watch.block.open(STAGE_FORKED);
     watch.until(|c| c.arrived(STAGE_GROUPED) == processes)?;
+    plan.files.to_foreground(root)?;
     watch.block.open(STAGE_GROUPED);
     watch.until(|c| c.arrived(STAGE_GUARDED) == parking.len())?;
     for l in &parking {
