@@ -107,10 +107,18 @@ pub enum DumpError {
     Hook(anyhow::Error),
 }
 
+/// How many reasons a message lists; a tree of thousands of processes that are alike has thousands.
+const LISTED: usize = 50;
+
 fn list(blockers: &[String]) -> String {
     match blockers {
         [one] => one.clone(),
-        many => format!("{} things stand against a dump:\n  {}", many.len(), many.join("\n  ")),
+        many if many.len() <= LISTED => format!("{} things stand against a dump:\n  {}", many.len(), many.join("\n  ")),
+        many => format!(
+            "{} things stand against a dump; the first {LISTED}:\n  {}",
+            many.len(),
+            many[..LISTED].join("\n  ")
+        ),
     }
 }
 

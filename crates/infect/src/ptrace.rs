@@ -392,15 +392,18 @@ impl Tracee {
     /// # Errors
     /// As [`Tracee::syscall`].
     pub fn pass_syscall(&mut self) -> Result<io::Result<u64>, InfectError> {
+        let mut deliver = 0;
         for _ in 0..2 {
             loop {
-                self.request(libc::PTRACE_SYSCALL as i32, 0, "PTRACE_SYSCALL")?;
+                self.request(libc::PTRACE_SYSCALL as i32, std::mem::take(&mut deliver), "PTRACE_SYSCALL")?;
                 match self.wait(false)? {
                     (Stop::Syscall, 0) => break,
                     (Stop::Ended(_), _) => {
                         self.attached = false;
                         return Err(InfectError::Gone(self.tid));
                     }
+                    // It cannot be blocked; the stop that it was pending for is in force from now on, also once we are gone.
+                    (Stop::Syscall, libc::SIGSTOP) => deliver = libc::SIGSTOP,
                     (Stop::Syscall, signal) => {
                         return Err(InfectError::Unexpected {
                             pid: self.tid,

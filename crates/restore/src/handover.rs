@@ -15,12 +15,17 @@ use dormouse_kernel::proc::stat;
 use dormouse_resources::checkpoint::TASK_STOPPED;
 use dormouse_resources::task::LoginUid;
 use dormouse_resources::task::signal::late;
-use dormouse_resources::{TreeImage, task};
+use dormouse_resources::{TaskImage, TreeImage, task};
 use dormouse_sys::nr;
 
 use crate::control::Watch;
 use crate::plan::{Plan, STAGE_FORKED, STAGE_GROUPED, STAGE_GUARDED, state_of};
 use crate::{Report, Request, RestoreError, process as root_process};
+
+const SIGSTOP: i32 = 19;
+const SIGTSTP: i32 = 20;
+const SIGTTIN: i32 = 21;
+const SIGTTOU: i32 = 22;
 
 /// How long the end of a failed tree is waited for.
 const END: Duration = Duration::from_secs(10);
@@ -112,7 +117,9 @@ fn run_stages(
             process::send(HostPid(t.pid()), signal).map_err(crate::call(format!("cannot signal pid {}", t.pid())))?;
         }
         if request.leave_stopped || t.tc().task_state == TASK_STOPPED {
-            process::stop(HostPid(t.pid())).map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
+            let signal = if request.leave_stopped { None } else { stop_signal(image, t) };
+            process::send(HostPid(t.pid()), signal.unwrap_or(SIGSTOP))
+                .map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
         }
     }
     for t in tracees.iter() {
@@ -122,6 +129,22 @@ fn run_stages(
         t.detach()?;
     }
     Ok(parked_us)
+}
+
+/// The signal by which a task was stopped, if it would stop it again: by default action, not blocked, and not in an
+/// orphaned process group, which takes no notice of job control (setpgid(2)).
+fn stop_signal(image: &TreeImage, t: &TaskImage) -> Option<i32> {
+    let signal = t.tc().stop_signo? as i32;
+    if !matches!(signal, SIGTSTP | SIGTTIN | SIGTTOU) || t.tc().blk_sigset & 1 << (signal - 1) != 0 {
+        return None;
+    }
+    // The table leaves SIGKILL (9) and SIGSTOP (19) out.
+    let action = t.tc().sigactions.get(signal as usize - 3)?.sigaction;
+    let tended = image.tasks.iter().filter(|m| m.tree.pgid == t.tree.pgid && !m.is_zombie()).any(|m| {
+        let parent = image.tasks.iter().find(|p| p.tree.pid == m.tree.ppid);
+        parent.is_some_and(|p| p.tree.sid == m.tree.sid && p.tree.pgid != m.tree.pgid)
+    });
+    (action == 0 && tended).then_some(signal)
 }
 
 fn stop_all(tracees: &mut [Tracee]) -> Result<(), InfectError> {

@@ -47,7 +47,7 @@ pub const GIFTS: &[Gift] = &[
         name: "file_lock_without_option",
         open: locked_file,
         options: &[],
-        words: &["--file-locks"],
+        words: &["lock"],
         needs: "file locks",
     },
     Gift {

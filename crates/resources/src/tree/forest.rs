@@ -215,9 +215,11 @@ impl Builder<'_> {
         }
         for (pgid, member) in groups {
             let t = self.forest.nodes[member].task.expect("only tasks name groups");
-            if self.tasks[t].is_zombie() {
-                return Err(invalid!("process group {pgid} has only dead members; this cannot be restored yet"));
-            }
+            // The dead fork nobody: theirs is made where they are made.
+            let member = match self.forest.nodes[member].forker.filter(|_| self.tasks[t].is_zombie()) {
+                Some(forker) => forker,
+                None => member,
+            };
             self.push(Node {
                 pid: pgid,
                 task: None,
@@ -331,6 +333,11 @@ mod tests {
     #[test]
     fn a_zombie_leads_its_group_until_all_have_joined() {
         check(&[(10, 0, 10, 10, false), (11, 10, 11, 10, true), (12, 10, 11, 10, false)]);
+    }
+
+    #[test]
+    fn a_group_of_zombies_alone_is_led_by_a_helper() {
+        check(&[(10, 0, 10, 10, false), (12, 10, 11, 10, true), (13, 10, 11, 10, true)]);
     }
 
     #[test]
