@@ -71,16 +71,18 @@ fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<(Re
             continue;
         }
         let task_ids = ids.of(t.pid)?;
+        let parent = all_ids.iter().find(|(pid, _)| *pid == t.ppid).map(|(_, ids)| ids);
         for (other, have) in &all_ids {
-            if let Some(what) = shared_between(have, &task_ids) {
+            if let Some(what) = shared_between(&task_ids, have, parent) {
                 return Err(DumpError::Refused(vec![format!(
-                    "cannot dump pid {}: it shares {what} with pid {other}, which cannot be restored yet; \
-                     wait until one of them has ended",
+                    "cannot dump pid {}: it shares {what} with pid {other}, which is not its parent, and that \
+                     cannot be restored yet; wait until one of them has ended",
                     t.pid
                 )]));
             }
         }
-        let saved = task::save(&mut savings, t)?;
+        let has_own_files = all_ids.iter().all(|(_, have)| have.files_id != task_ids.files_id);
+        let saved = task::save(&mut savings, t, has_own_files)?;
         write_task(images, t, &task_ids, saved, &mut ext)?;
         all_ids.push((t.pid, task_ids));
     }
@@ -114,7 +116,9 @@ fn write_task(
     images.write_one(ImageKind::Ids, pid, ids)?;
     images.write_one(ImageKind::Mm, pid, &saved.mm)?;
     images.write_one(ImageKind::Fs, pid, &saved.fs)?;
-    images.write_all(ImageKind::Fdinfo, ids.files_id.into(), &saved.fds)?;
+    if let Some(fds) = &saved.fds {
+        images.write_all(ImageKind::Fdinfo, ids.files_id.into(), fds)?;
+    }
     for (tid, core) in &saved.cores {
         images.write_one(ImageKind::Core, tid.0 as u64, core)?;
     }

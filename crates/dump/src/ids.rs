@@ -73,13 +73,19 @@ impl Ids {
     }
 }
 
-/// What two tasks share that cannot be restored as shared yet, if anything.
-pub fn shared_between(a: &TaskKobjIdsEntry, b: &TaskKobjIdsEntry) -> Option<&'static str> {
+/// What task `a` shares with task `b` that cannot be restored as shared yet, if anything. What a task shares with its
+/// `parent` can be.
+pub fn shared_between(
+    a: &TaskKobjIdsEntry,
+    b: &TaskKobjIdsEntry,
+    parent: Option<&TaskKobjIdsEntry>,
+) -> Option<&'static str> {
+    let with_parent = |id: fn(&TaskKobjIdsEntry) -> u32| parent.is_some_and(|p| id(p) == id(a));
     if a.vm_id == b.vm_id {
         Some("its memory (CLONE_VM)")
-    } else if a.files_id == b.files_id {
+    } else if a.files_id == b.files_id && !with_parent(|i| i.files_id) {
         Some("its descriptor table (CLONE_FILES)")
-    } else if a.fs_id == b.fs_id {
+    } else if a.fs_id == b.fs_id && !with_parent(|i| i.fs_id) {
         Some("its working directory (CLONE_FS)")
     } else if a.sighand_id == b.sighand_id {
         Some("its signal actions (CLONE_SIGHAND)")

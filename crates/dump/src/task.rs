@@ -41,12 +41,13 @@ pub struct Saved {
     pub mm: pb::MmEntry,
     /// Root, working directory, umask.
     pub fs: pb::FsEntry,
-    /// Descriptor table.
-    pub fds: Vec<pb::FdinfoEntry>,
+    /// Descriptor table, unless it is that of another task.
+    pub fds: Option<Vec<pb::FdinfoEntry>>,
 }
 
-/// Saves a stopped process and leaves it stopped, as it was.
-pub fn save(savings: &mut Savings<'_>, task: &mut Task) -> Result<Saved, DumpError> {
+/// Saves a stopped process and leaves it stopped, as it was. Its descriptors are saved only if no task before had the
+/// same table.
+pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> Result<Saved, DumpError> {
     let pid = task.pid;
     let mut states = task.threads.iter().map(Tracee::state).collect::<Result<Vec<State>, _>>()?;
     for (thread, state) in task.threads.iter().zip(&mut states) {
@@ -57,7 +58,7 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task) -> Result<Saved, DumpErr
     let asked = task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
     let stopped = task.stopped;
     let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
-    let threads = Threads { pid, states: &states, stopped, shared: &shared, asked: &asked };
+    let threads = Threads { pid, states: &states, stopped, shared: &shared, asked: &asked, has_own_files };
     let start = Instant::now();
     let mut parasite = Parasite::infect(leader, states[0].clone())?;
     tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
@@ -76,6 +77,7 @@ struct Threads<'a> {
     stopped: Option<i32>,
     /// Pending signals of the process.
     shared: &'a [[u8; 128]],
+    has_own_files: bool,
     /// Pending signals and restartable sequence of each thread.
     asked: &'a [(Vec<[u8; 128]>, Option<RseqConfig>)],
 }
@@ -98,9 +100,10 @@ fn with_parasite(
     savings.report.threads += cores.len();
     tracing::debug!("pid {pid}: {} threads asked, {} us", cores.len(), start.elapsed().as_micros());
     let mm = mem::mm_entry(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
-    let fds = savings.files.add_task(pid, &[TargetFd(parasite.own_fd())])?;
+    let skip = [TargetFd(parasite.own_fd())];
+    let fds = threads.has_own_files.then(|| savings.files.add_task(pid, &skip)).transpose()?;
     let fs = savings.files.fs_entry(pid, task_umask)?;
-    tracing::debug!("pid {pid}: mappings and {} descriptors recorded, {} us", fds.len(), start.elapsed().as_micros());
+    tracing::debug!("pid {pid}: mappings and descriptors recorded, {} us", start.elapsed().as_micros());
     Ok(Saved { cores, ext, mm, fs, fds })
 }
 

@@ -113,7 +113,32 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
     for entry in tree {
         tasks.push(load_task(&dir, &path, entry)?);
     }
+    check_shared(&tasks)?;
     Ok(TreeImage { dir, path, tasks, files, remaps, ext })
+}
+
+/// What tasks share must be what they can share when one is forked by the other.
+fn check_shared(tasks: &[TaskImage]) -> Result<(), ResourceError> {
+    type Id = fn(&pb::TaskKobjIdsEntry) -> u32;
+    let kinds: [(&str, bool, Id); 4] = [
+        ("memory", false, |i| i.vm_id),
+        ("signal actions", false, |i| i.sighand_id),
+        ("a descriptor table", true, |i| i.files_id),
+        ("directories", true, |i| i.fs_id),
+    ];
+    let by_pid: HashMap<u32, &TaskImage> = tasks.iter().map(|t| (t.tree.pid, t)).collect();
+    for (what, with_parent, id) in kinds {
+        let mut seen = HashMap::new();
+        for t in tasks {
+            let Some(own) = t.ids.as_ref().map(id) else { continue };
+            let Some(other) = seen.insert(own, t.pid()) else { continue };
+            let parent = by_pid.get(&t.tree.ppid).and_then(|p| p.ids.as_ref()).map(id);
+            if !with_parent || parent != Some(own) {
+                return Err(invalid!("ids-{}.img: pid {} shares {what} with pid {other}, which cannot be restored yet", t.pid(), t.pid()));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A missing image reads as empty.

@@ -288,7 +288,10 @@ impl<'f> Writer<'_, 'f> {
             (_, true, _) if self.sibling => (CLONE_CLEAR_SIGHAND | CLONE_PARENT, 0),
             (_, true, _) => (CLONE_CLEAR_SIGHAND, SIGCHLD),
             (_, _, true) => (CLONE_PARENT, 0),
-            _ => (0, SIGCHLD),
+            _ => {
+                let (files, fs) = self.shares(self.lists[list].node);
+                (if files { CLONE_FILES } else { 0 } | if fs { CLONE_FS } else { 0 }, SIGCHLD)
+            }
         };
         let clone = CloneArgs { flags, exit_signal, stack, stack_size: STACK, set_tid, set_tid_size: 1, ..Default::default() };
         let args = TaskArgs {
@@ -303,6 +306,16 @@ impl<'f> Writer<'_, 'f> {
         self.arena.write_record(at, &args);
         self.lists[list].ops = ops;
         self.lists[list].batch = batch;
+    }
+
+    /// Does this process have the descriptor table, and the directories, of the one that forks it?
+    fn shares(&self, node: usize) -> (bool, bool) {
+        let n = &self.forest.nodes[node];
+        let ids = |t: Option<usize>| t.and_then(|t| self.image.tasks[t].ids.as_ref());
+        match (ids(n.task), ids(n.forker.and_then(|f| self.forest.nodes[f].task))) {
+            (Some(own), Some(its)) if !n.as_sibling => (own.files_id == its.files_id, own.fs_id == its.fs_id),
+            _ => (false, false),
+        }
     }
 
     fn birth(&mut self, b: &mut Batch, by: usize, of: usize, kind: OpKind) {
@@ -418,24 +431,33 @@ impl<'f> Writer<'_, 'f> {
         self.forks(&mut b, i, |n| n.after_memory);
         self.join(&mut b, i);
         map::final_ops(&mut b, &mut self.ctx(parent.is_some()), task)?;
-        self.fs_ops(&mut b, task)?;
-        for f in &task.fds {
+        let (shares_files, shares_fs) = self.shares(i);
+        if !shares_fs {
+            self.fs_ops(&mut b, task)?;
+        }
+        let fds = if shares_files { &[][..] } else { &task.fds };
+        for f in fds {
             let fd = self.files.fd(f.id, self.shared)?;
             let flags = if f.flags & 1 != 0 { libc::O_CLOEXEC as u64 } else { 0 };
             b.must(format!("descriptor {}", f.fd), nr::DUP3, &[fd as u64, f.fd.into(), flags]);
         }
-        self.files.task_ops(&mut b, self.arena, task)?;
+        if !shares_files {
+            self.files.task_ops(&mut b, self.arena, task)?;
+        }
         for list in threads {
             self.birth(&mut b, i, *list, OpKind::Thread);
         }
         barrier(&mut b, STAGE_GUARDED);
+        // Whoever shares a table finds it as it is to be: its owner has filled it before the last stage.
         b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[self.descriptors.start as u64, self.descriptors.end as u64 - 1, 0]);
         let pid = task.pid();
         let tc = task.tc();
         task::process_ops(&mut b, &mut self.ctx(false), task)?;
         let ext = self.image.ext.get(&(pid as u32));
         task::thread_ops(&mut b, &mut self.ctx(false), &task.core, ext, Some(&tc.comm), pid)?;
-        self.owner_ops(&mut b, task);
+        if !shares_files {
+            self.owner_ops(&mut b, task);
+        }
         task::after_creds_ops(&mut b, &task.core, task.mm.as_ref().and_then(|m| m.dumpable));
         let own = task.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
         task::signal_ops(&mut b, self.arena, pid, pid, tc.signals_s.as_ref(), own)?;

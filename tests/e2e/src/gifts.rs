@@ -43,13 +43,7 @@ pub const GIFTS: &[Gift] = &[
     Gift { name: "io_uring", open: |_| io_uring(), options: &[], words: &["io_uring"], needs: "io_uring" },
     Gift { name: "perf_event", open: |_| perf_event(), options: &[], words: &["perf_event"], needs: "perf events" },
     Gift { name: "socket_to_outside", open: socket, options: &[], words: &["socket"], needs: "unix sockets" },
-    Gift {
-        name: "file_lock_without_option",
-        open: locked_file,
-        options: &[],
-        words: &["lock"],
-        needs: "file locks",
-    },
+    Gift { name: "file_lock_without_option", open: locked_file, options: &[], words: &["lock"], needs: "file locks" },
     Gift {
         name: "lost_name_without_option",
         open: file_with_a_lost_name,

@@ -1,0 +1,1 @@
+//! Unix sockets (stream, dgram, seqpacket) in the namespaces of the host.
