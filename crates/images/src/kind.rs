@@ -264,6 +264,10 @@ kinds! {
     IrmapCache: "IRMAP_CACHE", "irmap-cache", One, ".img", 0x57004059, "irmap_cache_entry", Plain;
     /// What images of CRIU have no place for of each thread; only dormouse writes and reads it.
     DormouseThreads: "DORMOUSE_THREADS", "dormouse-threads", One, ".img", 0x444d5448, "thread_ext", Plain;
+    /// Borders of the packets in pipes; only dormouse writes and reads it.
+    DormousePackets: "DORMOUSE_PACKETS", "dormouse-packets", One, ".img", 0x444d5041, "pipe_packets", Plain;
+    /// What images of CRIU have no place for of pseudoterminals; only dormouse writes and reads it.
+    DormouseTerminals: "DORMOUSE_TERMINALS", "dormouse-terminals", One, ".img", 0x444d5454, "tty_ext", Plain;
 }
 
 impl ImageKind {

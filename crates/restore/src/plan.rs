@@ -13,7 +13,7 @@ use dormouse_blobs::RESTORER;
 use dormouse_infect::arena::{Arena, Batch, OpId};
 use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
-use dormouse_resources::fd::Files;
+use dormouse_resources::fd::{Files, When};
 use dormouse_resources::mem::{Shared, Vdso, layout, map};
 use dormouse_resources::task::{self, regs};
 use dormouse_resources::tree::Forest;
@@ -452,11 +452,12 @@ impl<'f> Writer<'_, 'f> {
         b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[self.descriptors.start as u64, self.descriptors.end as u64 - 1, 0]);
         let pid = task.pid();
         let tc = task.tc();
+        self.files.owner_ops(&mut b, self.arena, task, When::BeforeCredentials)?;
         task::process_ops(&mut b, &mut self.ctx(false), task)?;
         let ext = self.image.ext.get(&(pid as u32));
         task::thread_ops(&mut b, &mut self.ctx(false), &task.core, ext, Some(&tc.comm), pid)?;
         if !shares_files {
-            self.owner_ops(&mut b, task);
+            self.files.owner_ops(&mut b, self.arena, task, When::AfterCredentials)?;
         }
         task::after_creds_ops(&mut b, &task.core, task.mm.as_ref().and_then(|m| m.dumpable));
         let own = task.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
@@ -505,31 +506,10 @@ impl<'f> Writer<'_, 'f> {
         b.must("umask", nr::UMASK, &[fs.umask.unwrap_or(0o22).into()]);
         Ok(())
     }
-
-    /// Who is told of events on a description: set by a task that has it, once all pids exist.
-    fn owner_ops(&mut self, b: &mut Batch, task: &TaskImage) {
-        for f in &task.fds {
-            let Some(owner) = self.files.fown(f.id) else { continue };
-            if owner.signum != 0 {
-                let what = format!("F_SETSIG of descriptor {}", f.fd);
-                b.must(what, nr::FCNTL, &[f.fd.into(), F_SETSIG, owner.signum.into()]);
-            }
-            if owner.pid != 0 {
-                // struct f_owner_ex { int type; pid_t pid }
-                let at = self.arena.put_words(&[u64::from(owner.pid_type) | u64::from(owner.pid) << 32]);
-                let what = format!("F_SETOWN_EX of descriptor {}", f.fd);
-                b.must(what, nr::FCNTL, &[f.fd.into(), F_SETOWN_EX, at]);
-            }
-        }
-    }
 }
 
 /// rseq(2).
 const RSEQ_FLAG_UNREGISTER: u64 = 1;
-/// fcntl(2).
-const F_SETSIG: u64 = 10;
-/// fcntl(2), Linux 2.6.32.
-const F_SETOWN_EX: u64 = 15;
 
 fn barrier(b: &mut Batch, stage: usize) {
     b.push("barrier", OpKind::Barrier, Policy::Must, 0, [stage as u64, 0, 0, 0, 0, 0]);

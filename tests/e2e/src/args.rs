@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 const USAGE: &str =
-    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange]...
+    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange|concurrent]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
     [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
@@ -29,16 +29,19 @@ pub enum Group {
     Damage,
     /// Images exchanged with a peer.
     Exchange,
+    /// Many restores at once.
+    Concurrent,
 }
 
 impl Group {
-    const ALL: [(&'static str, Self); 6] = [
+    const ALL: [(&'static str, Self); 7] = [
         ("programs", Self::Programs),
         ("real", Self::Real),
         ("refuse", Self::Refuse),
         ("kill", Self::Kill),
         ("damage", Self::Damage),
         ("exchange", Self::Exchange),
+        ("concurrent", Self::Concurrent),
     ];
 }
 

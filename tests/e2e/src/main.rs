@@ -5,6 +5,7 @@
 
 mod args;
 mod case;
+mod concurrent;
 mod damage;
 mod exchange;
 mod gifts;
@@ -75,6 +76,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
             Group::Kill => tests.extend(kill::tests()),
             Group::Damage => tests.extend(damage::tests()),
             Group::Exchange => tests.extend(exchange::tests()),
+            Group::Concurrent => tests.extend(concurrent::tests()),
         }
     }
     tests.retain(|test| args.filter.is_empty() || args.filter.iter().any(|part| test.name.contains(part.as_str())));

@@ -15,6 +15,7 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fifo::Fifos;
 use super::ghost::Made;
+use super::owner::Owners;
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
 use super::tty::Given;
@@ -24,7 +25,7 @@ use crate::mem::Shared;
 use crate::{RestoreOptions, Result, TaskImage, call, invalid};
 
 /// Status flags that can be set on an open description (fcntl(2), `F_SETFL`).
-const SETTABLE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK | libc::O_NOATIME;
+pub(super) const SETTABLE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK | libc::O_NOATIME;
 /// `remap_file_path_entry.remap_id` of old images marks ghosts by this bit.
 const OLD_GHOST: u32 = 1 << 31;
 
@@ -49,9 +50,9 @@ pub fn reopen(fd: &impl AsFd, flags: i32) -> io::Result<OwnedFd> {
     Ok(open(path.as_str(), again(flags & !libc::O_NOFOLLOW), Mode::empty())?)
 }
 
-/// Sets those status flags of a description that can be set.
+/// Sets those status flags of a description that can be set, but for O_ASYNC, which is left to [`super::owner`].
 pub fn set_status(fd: &impl AsFd, flags: i32, what: &str) -> Result<()> {
-    let settable = OFlag::from_bits_retain(flags & SETTABLE);
+    let settable = OFlag::from_bits_retain(flags & SETTABLE & !libc::O_ASYNC);
     fcntl(fd, FcntlArg::F_SETFL(settable)).map_err(|e| call(format!("cannot set the flags of {what}"))(e.into()))?;
     Ok(())
 }
@@ -84,6 +85,7 @@ pub struct Files<'a> {
     pub(super) pipes: Pipes,
     pub(super) fifos: Fifos,
     pub(super) ttys: Given,
+    pub(super) owners: Owners,
     /// Temporary names to remove once the restore has succeeded ([`Self::remove_link_remaps`]).
     pub link_remaps: Vec<PathBuf>,
 }
@@ -95,7 +97,7 @@ impl<'a> Files<'a> {
     /// A record is missing, contradicts another or is of a kind that cannot be restored; all before anything is made.
     pub fn new(options: &'a RestoreOptions, image: &'a TreeImage, base: RawFd) -> Result<Self> {
         check(image)?;
-        Ok(Self {
+        let mut files = Self {
             image,
             options,
             base,
@@ -110,8 +112,11 @@ impl<'a> Files<'a> {
             pipes: Pipes::load(image)?,
             fifos: Fifos::load(image)?,
             ttys: Given::load(image, options)?,
+            owners: Owners::default(),
             link_remaps: Vec::new(),
-        })
+        };
+        files.owners = Owners::assign(&files, &image.tasks);
+        Ok(files)
     }
 
     fn entry(&self, id: u32) -> Result<(&'a pb::FileEntry, &'static dyn FdKind)> {
@@ -155,9 +160,19 @@ impl<'a> Files<'a> {
     }
 
     /// Who is told of events on a description, and by which signal; `None` if nobody is.
-    pub fn fown(&self, id: u32) -> Option<&'a pb::FownEntry> {
+    pub(super) fn fown(&self, id: u32) -> Option<&'a pb::FownEntry> {
         let (e, kind) = self.entry(id).ok()?;
-        kind.owner(self, e).filter(|f| f.pid != 0 || f.signum != 0)
+        kind.owner(self, e).map(|(f, _)| f).filter(|f| f.pid != 0 || f.signum != 0)
+    }
+
+    /// Status flags of a description, 0 for none.
+    pub(super) fn status_flags(&self, id: u32) -> i32 {
+        self.entry(id).ok().and_then(|(e, kind)| kind.owner(self, e)).map_or(0, |(_, flags)| flags as i32)
+    }
+
+    /// Whether somebody is sent signals about events on a description (O_ASYNC).
+    pub(super) fn is_async(&self, id: u32) -> bool {
+        self.status_flags(id) & (libc::O_ASYNC | libc::O_PATH) == libc::O_ASYNC
     }
 
     /// The pages image of a task; -1 if it has no pages.

@@ -13,6 +13,7 @@ mod ids;
 mod late;
 mod link;
 mod memfd;
+mod owner;
 mod paths;
 mod pidfd;
 mod pipe;
@@ -36,6 +37,7 @@ use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage};
 
 pub use files::Files;
 pub use link::LinkGuard;
+pub use owner::When;
 pub use table::FileTable;
 pub use view::{FdView, Look, Place, Process};
 
@@ -65,8 +67,8 @@ pub trait FdKind: Sync {
     /// The id inside this kind's part of the record; `None` if that part is missing.
     fn record_id(&self, entry: &pb::FileEntry) -> Option<u32>;
 
-    /// Who is told of events on the description.
-    fn owner<'e>(&self, files: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry>;
+    /// Who is told of events on the description, and its status flags.
+    fn owner<'e>(&self, files: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)>;
 
     /// Opens the description, in the host.
     ///

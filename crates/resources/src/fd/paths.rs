@@ -18,7 +18,8 @@ const WITH_PATH: i32 = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
 
 /// Flags to open a file again with that was opened with `flags`.
 pub fn again(flags: i32) -> OFlag {
-    let mut flags = flags & !MAKING;
+    // Opening with O_ASYNC has no effect, and takes it from setting the flag later (open(2)).
+    let mut flags = flags & !(MAKING | libc::O_ASYNC);
     if flags & libc::O_TMPFILE == libc::O_TMPFILE {
         // It was made without a name, and has none now.
         flags &= !libc::O_TMPFILE;

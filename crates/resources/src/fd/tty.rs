@@ -151,8 +151,8 @@ impl FdKind for Tty {
         entry.tty.as_ref().map(|t| t.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
-        entry.tty.as_ref().map(|t| &t.fown)
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
+        entry.tty.as_ref().map(|t| (&t.fown, t.flags))
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
