@@ -5,6 +5,8 @@
 //! its children from there; at the end all of them park, the host gives them the registers of the image through
 //! ptrace, and lets them go together. Until then every task dies with the host.
 
+#![forbid(unsafe_code)]
+
 mod control;
 mod handover;
 mod plan;

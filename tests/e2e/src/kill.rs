@@ -170,7 +170,7 @@ fn come_back(case: &Case<'_>, target: &mut Target<'_>, images: &Path) -> Result<
     std::thread::sleep(Duration::from_millis(50));
     target.end();
     if let Err(pid) = proc::wait_free(target.ids(), PATIENCE) {
-        bail!("pid {pid} does not end: {:?}", proc::read(pid));
+        bail!("pid {pid} does not end: {:?}; {:?} remain", proc::threads_in_words(pid), case.left());
     }
     case.wake_up(&case.args.bin, images, &[], &target.tree)?;
     // Its pipes are new ones.
@@ -255,7 +255,7 @@ fn settle(case: &Case<'_>, target: &mut Target<'_>) -> Result<End> {
     target.ask_once().context("all processes are there, but")?;
     target.end();
     if let Err(pid) = proc::wait_free(target.ids(), PATIENCE) {
-        bail!("pid {pid} does not end: {:?}", proc::read(pid));
+        bail!("pid {pid} does not end: {:?}; {:?} remain", proc::threads_in_words(pid), case.left());
     }
     Ok(End::Whole)
 }

@@ -118,6 +118,17 @@ pub fn status(pid: i32, field: &str) -> Option<String> {
     text.lines().find_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned()))
 }
 
+/// State and tracer of each thread of a process, for messages.
+pub fn threads_in_words(pid: i32) -> Vec<String> {
+    let of_thread = |tid: i32| {
+        let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("gone").trim();
+        let call = fs::read_to_string(format!("/proc/{pid}/task/{tid}/wchan")).unwrap_or_default();
+        format!("thread {tid}: {}, traced by {}, in {call}", field("State:"), field("TracerPid:"))
+    };
+    numbers(&format!("/proc/{pid}/task")).into_iter().map(of_thread).collect()
+}
+
 /// Maps and descriptors of a process, one line each; the growing end of the stack is left out.
 pub fn possessions(pid: i32) -> Vec<String> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();

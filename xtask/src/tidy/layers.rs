@@ -39,7 +39,6 @@ const UNSAFE: &[(&str, &str)] = &[
     ("dormouse-infect", "ptrace(2) and memory shared with a target"),
     ("dormouse-pages", "reads and maps the memory of others"),
     ("dormouse-resources", "system calls that no crate has, for one kind each"),
-    ("dormouse-restore", "forks and hands over to the restorer"),
     ("dormouse-e2e", "plays the parts of hostile and dying processes"),
 ];
 

@@ -7,12 +7,12 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use dormouse_kernel::{HostPid, TargetFd};
 
-fn result(r: libc::c_long) -> io::Result<libc::c_long> {
+pub(super) fn result(r: libc::c_long) -> io::Result<libc::c_long> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
 
 /// Takes a descriptor number that the kernel has just made for this process.
-fn owned(r: libc::c_long) -> io::Result<OwnedFd> {
+pub(super) fn owned(r: libc::c_long) -> io::Result<OwnedFd> {
     let n = result(r)? as RawFd;
     // SAFETY: the caller got the number from a call that makes a new descriptor, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(n) })
@@ -216,6 +216,17 @@ pub fn tee(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> {
     result(n as libc::c_long).map(|n| n as usize)
 }
 
+/// Bytes that can be read from a pipe or terminal without waiting (`FIONREAD`).
+///
+/// # Errors
+/// `ENOTTY` for files that have no such number.
+pub fn unread(fd: impl AsFd) -> io::Result<usize> {
+    let mut bytes = 0i32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(fd, 0x541B, &mut bytes) }?;
+    Ok(bytes as usize)
+}
+
 /// The modes of a terminal as the kernel has them: `struct termios` of asm-generic/termbits.h.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -341,6 +352,117 @@ pub fn set_tty_size(fd: impl AsFd, size: WindowSize) -> io::Result<()> {
 pub fn set_tty_exclusive(fd: impl AsFd) -> io::Result<()> {
     // SAFETY: the request takes no argument.
     unsafe { ioctl(fd, 0x540C, &mut 0i32) }
+}
+
+/// The number of a pseudoterminal, from its master side (`TIOCGPTN`).
+///
+/// # Errors
+/// As [`tty_modes`]; `ENOTTY` for anything but a master.
+pub fn pty_index(master: impl AsFd) -> io::Result<u32> {
+    let mut index = 0u32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(master, 0x8004_5430, &mut index) }?;
+    Ok(index)
+}
+
+/// Whether the other side of a master is locked against being opened (`TIOCGPTLCK`, Linux 3.8).
+///
+/// # Errors
+/// As [`pty_index`].
+pub fn pty_locked(master: impl AsFd) -> io::Result<bool> {
+    let mut locked = 0i32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(master, 0x8004_5439, &mut locked) }?;
+    Ok(locked != 0)
+}
+
+/// Locks the other side of a master against being opened, or unlocks it (`TIOCSPTLCK`).
+///
+/// # Errors
+/// As [`pty_index`].
+pub fn set_pty_lock(master: impl AsFd, locked: bool) -> io::Result<()> {
+    // SAFETY: reads an int.
+    unsafe { ioctl(master, 0x4004_5431, &mut i32::from(locked)) }
+}
+
+/// Whether reads of a master begin with a byte that tells of changes (`TIOCGPKT`, Linux 3.8; ioctl_tty(2)).
+///
+/// # Errors
+/// As [`pty_index`].
+pub fn pty_packet_mode(master: impl AsFd) -> io::Result<bool> {
+    let mut on = 0i32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(master, 0x8004_5438, &mut on) }?;
+    Ok(on != 0)
+}
+
+/// Sets packet mode of a master (`TIOCPKT`).
+///
+/// # Errors
+/// As [`pty_index`].
+pub fn set_pty_packet_mode(master: impl AsFd) -> io::Result<()> {
+    // SAFETY: reads an int.
+    unsafe { ioctl(master, 0x5420, &mut 1i32) }
+}
+
+/// Opens the side for programs of a master's terminal, whatever its name (`TIOCGPTPEER`, Linux 4.13). It does not become
+/// this process's controlling terminal, its calls do not wait, and it is closed on exec.
+///
+/// # Errors
+/// As [`pty_index`]; `EIO` if it is locked, `EBUSY` if it is exclusive and we lack CAP_SYS_ADMIN.
+pub fn pty_peer(master: impl AsFd) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK | libc::O_CLOEXEC;
+    // SAFETY: takes a number; the new descriptor is ours.
+    owned(unsafe { libc::ioctl(master.as_fd().as_raw_fd(), 0x5441, flags) }.into())
+}
+
+/// The session that a pseudoterminal controls, by its leader's pid (`TIOCGSID` of its master).
+///
+/// # Errors
+/// As [`pty_index`]; `ENOTTY` if there is none.
+pub fn pty_session(master: impl AsFd) -> io::Result<i32> {
+    let mut sid = 0i32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(master, 0x5429, &mut sid) }?;
+    Ok(sid)
+}
+
+/// The foreground group of a pseudoterminal, 0 for none (`TIOCGPGRP` of its master).
+///
+/// # Errors
+/// As [`pty_index`].
+pub fn pty_foreground(master: impl AsFd) -> io::Result<i32> {
+    let mut group = 0i32;
+    // SAFETY: writes an int.
+    unsafe { ioctl(master, 0x540F, &mut group) }?;
+    Ok(group)
+}
+
+/// Lets output to a terminal that was stopped by [`tty_stop`] go on (`TCXONC` with `TCOON`).
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn tty_resume(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    result(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), 0x540A, 1) }.into()).map(drop)
+}
+
+/// Stops output to a terminal (`TCXONC` with `TCOOFF`).
+///
+/// # Errors
+/// As [`tty_modes`].
+pub fn tty_stop(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    result(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), 0x540A, 0) }.into()).map(drop)
+}
+
+/// Puts a byte into the input of a terminal as if it had been typed (`TIOCSTI`); it has been taken in on return.
+///
+/// # Errors
+/// As [`tty_modes`]; `EPERM` or `EIO` without CAP_SYS_ADMIN.
+pub fn tty_type(fd: impl AsFd, mut byte: u8) -> io::Result<()> {
+    // SAFETY: reads a byte.
+    unsafe { ioctl(fd, 0x5412, &mut byte) }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ mod late;
 mod link;
 mod memfd;
 mod owner;
+mod packets;
 mod paths;
 mod pidfd;
 mod pipe;

@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageDir, ImageKind, ImageWriter, pb};
-use dormouse_infect::host::fd::tee;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::SFlag;
 use nix::unistd::pipe2;
 
 use super::files::{reopen, set_status};
+use super::packets::{BUFFER, Content, peek};
 use super::view::keep;
 use super::{FdKind, FdView, FileTable, Files, Look};
 use crate::checkpoint::{TreeImage, optional};
@@ -70,8 +70,10 @@ impl FdKind for Pipe {
 struct Seen {
     id: u32,
     size: u32,
-    /// Its content is in the image.
-    saved: bool,
+    /// What it holds, once that is in the image.
+    saved: Option<Content>,
+    /// Who writes to it writes packets.
+    packet_mode: bool,
 }
 
 /// The contents of all pipes (or of all FIFOs) of a dump.
@@ -94,7 +96,7 @@ impl<'a> Contents<'a> {
     /// of a pipe whose readers are all outside of the tree is theirs and is not saved.
     ///
     /// # Errors
-    /// The pipe could not be read, holds several packets, or the image could not be written.
+    /// The pipe could not be read, holds packets and a stream, or the image could not be written.
     pub fn add(&mut self, view: &FdView) -> Result<u32> {
         let file = (view.stat.st_dev, view.stat.st_ino);
         if !self.seen.contains_key(&file) {
@@ -105,13 +107,16 @@ impl<'a> Contents<'a> {
             while !self.ids.insert(id) {
                 id = id.wrapping_add(1);
             }
-            self.seen.insert(file, Seen { id, size: size as u32, saved: false });
+            self.seen.insert(file, Seen { id, size: size as u32, saved: None, packet_mode: false });
         }
         let seen = self.seen.get_mut(&file).expect("inserted above");
         let reads = view.flags() & libc::O_ACCMODE != libc::O_WRONLY;
+        seen.packet_mode |= view.flags() & libc::O_DIRECT != 0;
         let (id, size) = (seen.id, seen.size);
-        if reads && !std::mem::replace(&mut seen.saved, true) {
-            let bytes = peek(&view.own, size as usize, &view.subject())?;
+        if reads && seen.saved.is_none() {
+            let mut content = peek(&view.own, size as usize, &view.subject())?;
+            let bytes = std::mem::take(&mut content.bytes);
+            seen.saved = Some(content);
             self.record(id, size, &bytes)?;
         }
         Ok(id)
@@ -126,51 +131,34 @@ impl<'a> Contents<'a> {
         Ok(writer.payload(bytes)?)
     }
 
-    /// Records the sizes of the pipes that are only written to, and completes the image.
+    /// Records the sizes of the pipes that are only written to, and completes the image; the borders of packets.
     ///
     /// # Errors
     /// It could not be written.
-    pub fn finish(&mut self) -> Result<()> {
-        let unsaved: Vec<(u32, u32)> = self.seen.values().filter(|s| !s.saved).map(|s| (s.id, s.size)).collect();
+    pub fn finish(&mut self) -> Result<Vec<pb::PipePackets>> {
+        let unsaved: Vec<(u32, u32)> =
+            self.seen.values().filter(|s| s.saved.is_none()).map(|s| (s.id, s.size)).collect();
         for (id, size) in unsaved {
             self.record(id, size, &[])?;
         }
-        match self.writer.take() {
-            Some(writer) => Ok(writer.finish()?),
-            None => Ok(()),
+        if let Some(writer) = self.writer.take() {
+            writer.finish()?;
         }
+        let fifo = (self.kind == ImageKind::FifoData).then_some(true);
+        let packets = self.seen.values_mut().filter_map(|s| {
+            let lengths = s.saved.take()?.packets;
+            (s.packet_mode || !lengths.is_empty()).then_some(pb::PipePackets { pipe_id: s.id, fifo, lengths })
+        });
+        Ok(packets.collect())
     }
-}
-
-/// The bytes in a pipe of `size` bytes, which stay there.
-fn peek(end: &OwnedFd, size: usize, what: &str) -> Result<Vec<u8>> {
-    let cannot = |e: io::Error| call(format!("cannot copy the content of {what}"))(e);
-    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| cannot(e.into()))?;
-    fcntl(&write, FcntlArg::F_SETPIPE_SZ(size as i32)).map_err(|e| {
-        call(format!("cannot make a pipe as large as {what}, {size} bytes (see fs.pipe-max-size in proc_sys_fs(5))"))(
-            e.into(),
-        )
-    })?;
-    let len = match tee(end, &write, size) {
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
-        other => other.map_err(cannot)?,
-    };
-    let mut bytes = vec![0; len];
-    let mut copy = File::from(read);
-    // A stream gives all at once, packets one at a time.
-    let first = if len == 0 { 0 } else { copy.read(&mut bytes).map_err(cannot)? };
-    if first != len {
-        return Err(invalid!(
-            "{what} holds several packets (O_DIRECT), whose borders the images cannot hold; dump when they have been read"
-        ));
-    }
-    Ok(bytes)
 }
 
 /// What a pipe of an image held.
 struct Data {
     bytes: Vec<u8>,
     size: Option<u32>,
+    /// Lengths of the packets; `None` if the images do not tell.
+    packets: Option<Vec<u32>>,
 }
 
 /// The contents of pipes or FIFOs in an image, by number.
@@ -183,8 +171,25 @@ impl Saved {
     /// # Errors
     /// The image is damaged.
     pub fn load(image: &TreeImage, kind: ImageKind) -> Result<Self> {
-        let records = optional(image.dir.read_with_payload::<pb::PipeDataEntry>(kind, 0))?;
-        Ok(Self(records.into_iter().map(|(e, bytes)| (e.pipe_id, Data { bytes, size: e.size })).collect()))
+        let is_fifo = kind == ImageKind::FifoData;
+        let packets = optional(image.dir.read_all::<pb::PipePackets>(ImageKind::DormousePackets, 0))?;
+        let packets = packets.into_iter().filter(|p| p.fifo() == is_fifo);
+        let mut packets: HashMap<u32, Vec<u32>> = packets.map(|p| (p.pipe_id, p.lengths)).collect();
+        let mut saved = HashMap::new();
+        for (e, bytes) in optional(image.dir.read_with_payload::<pb::PipeDataEntry>(kind, 0))? {
+            let packets = packets.remove(&e.pipe_id);
+            let lengths = packets.as_deref().unwrap_or_default();
+            let sum: usize = lengths.iter().map(|l| *l as usize).sum();
+            if !lengths.is_empty() && (sum != bytes.len() || lengths.iter().any(|l| !(1..=BUFFER as u32).contains(l))) {
+                let (file, all) = (ImageKind::DormousePackets.file_name(0), bytes.len());
+                return Err(invalid!("{file}: the packets of pipe {} do not make up its {all} bytes", e.pipe_id));
+            }
+            saved.insert(e.pipe_id, Data { bytes, size: e.size, packets });
+        }
+        if let Some(id) = packets.keys().next() {
+            return Err(invalid!("{}: pipe {id} is in no other image", ImageKind::DormousePackets.file_name(0)));
+        }
+        Ok(Self(saved))
     }
 
     /// Sizes a new pipe or FIFO and fills it; `write` can be written to and is empty.
@@ -207,12 +212,21 @@ impl Saved {
         }
         let end = reopen(write, libc::O_WRONLY | libc::O_NONBLOCK);
         let end = end.map_err(call(format!("{what}: cannot open another end")))?;
-        if packet {
+        // CRIU does not tell packets from a stream; what is in a pipe in packet mode is likely to be one packet.
+        let one = [data.bytes.len() as u32];
+        let packets = data.packets.as_deref().unwrap_or(if packet { &one } else { &[] });
+        if !packets.is_empty() {
             // Cannot be asked for when opening.
             set_status(&end, libc::O_NONBLOCK | libc::O_DIRECT, what)?;
         }
-        let cannot = call(format!("{what}: cannot put back {} bytes", data.bytes.len()));
-        File::from(end).write_all(&data.bytes).map_err(cannot)
+        let cannot = || call(format!("{what}: cannot put back {} bytes", data.bytes.len()));
+        let (mut end, mut rest) = (File::from(end), data.bytes.as_slice());
+        for len in packets {
+            let (packet, others) = rest.split_at(*len as usize);
+            end.write_all(packet).map_err(cannot())?;
+            rest = others;
+        }
+        end.write_all(rest).map_err(cannot())
     }
 }
 
@@ -271,42 +285,3 @@ impl Pipes {
 
 /// O_LARGEFILE as the kernel has it; the C library's is 0 where it is always set.
 const LARGEFILE: i32 = if cfg!(target_arch = "aarch64") { 0o400_000 } else { 0o100_000 };
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn peeking_leaves_the_content() {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        assert_eq!(peek(&read, 65536, "p").unwrap(), b"");
-        let bytes: Vec<u8> = (0..60_000u32).map(|i| i as u8).collect();
-        nix::unistd::write(&write, &bytes).unwrap();
-        for _ in 0..2 {
-            assert_eq!(peek(&read, 65536, "p").unwrap(), bytes);
-        }
-        let mut got = vec![0; 60_000];
-        File::from(read).read_exact(&mut got).unwrap();
-        assert_eq!(got, bytes);
-    }
-
-    #[test]
-    fn one_packet_can_be_kept_and_two_cannot() {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_DIRECT).unwrap();
-        nix::unistd::write(&write, b"one").unwrap();
-        assert_eq!(peek(&read, 65536, "p").unwrap(), b"one");
-        nix::unistd::write(&write, b"two").unwrap();
-        assert!(peek(&read, 65536, "p").unwrap_err().to_string().contains("several packets"));
-    }
-
-    #[test]
-    fn many_small_writes_in_full_buffers_fit() {
-        // Each write that begins a page-sized buffer takes a slot of its own.
-        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
-        let mut total = 0;
-        while let Ok(n) = nix::unistd::write(&write, &[7; 3000]) {
-            total += n;
-        }
-        assert_eq!(peek(&read, 65536, "p").unwrap().len(), total);
-    }
-}

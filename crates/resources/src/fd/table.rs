@@ -170,8 +170,11 @@ impl<'a> FileTable<'a> {
                 "cannot dump {who}: it refers to pid {pid}, which is not in the tree; close it and retry"
             ));
         }
-        self.pipes.finish()?;
-        self.fifos.finish()?;
+        let mut packets = self.pipes.finish()?;
+        packets.extend(self.fifos.finish()?);
+        if !packets.is_empty() {
+            self.images.write_all(ImageKind::DormousePackets, 0, &packets)?;
+        }
         let memfds = self.memfds.iter().map(|m| m.finish(shared)).collect::<Result<Vec<_>>>()?;
         if !memfds.is_empty() {
             self.images.write_all(ImageKind::MemfdInode, 0, &memfds)?;

@@ -105,7 +105,11 @@ fn cannot_make(what: &str, e: io::Error) -> ResourceError {
 /// What is left until the next expiration; counted from the clock's now for a timer that was set to a point in time,
 /// so that no time seems to have passed in between. Zeros for a timer that is not armed.
 fn first_expiration(t: &pb::TimerfdEntry) -> io::Result<(i64, i64)> {
-    let left = (t.vsec as i64, t.vnsec as i64);
+    let mut left = (t.vsec as i64, t.vnsec as i64);
+    if left == (0, 0) && t.ticks > 0 {
+        // A periodic timer that has expired stands still until it is read, and then goes on by its interval.
+        left = (t.isec as i64, t.insec as i64);
+    }
     if t.settime_flags & ABSOLUTE == 0 || left == (0, 0) {
         return Ok(left);
     }

@@ -70,10 +70,6 @@ pub(crate) fn reason(v: &Vma, codes: Codes, kind: Kind) -> Option<(String, Strin
     if let Some((_, what, next_step)) = FLAGS.iter().find(|(code, ..)| codes.has(code)) {
         return Some((format!("{what} {place}"), (*next_step).to_owned()));
     }
-    if kind == Kind::Memfd && codes.has("ht") {
-        let what = format!("a memfd of huge pages {place}, which cannot be dumped yet");
-        return Some((what, "unmap it and retry".to_owned()));
-    }
     let io = (codes.has("io") || codes.has("pf")) && kind != Kind::Vvar;
     let name = String::from_utf8_lossy(&v.name);
     io.then(|| (format!("memory of a device {place} ({name})"), "end the use of the device and retry".to_owned()))

@@ -1,0 +1,233 @@
+//! Terminals: those of a shell outside of the tree (`--shell-job`), those the user gives (`--external`), the controlling
+//! terminal's name /dev/tty, and consoles and serial lines that are opened by name.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::os::fd::OwnedFd;
+
+use dormouse_images::{ImageKind, pb};
+use dormouse_infect::host::fd as host;
+use dormouse_infect::host::process::SignalsBlocked;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::stat;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::pty::PtyMaster;
+use nix::sys::stat::{Mode, SFlag};
+use nix::unistd::{Pid, getpgid, getsid, tcsetpgrp};
+
+use super::files::{reopen, set_status};
+use super::{FdKind, FdView, FileTable, Files, Look, paths, reg};
+use crate::checkpoint::{TreeImage, optional};
+use crate::mem::Shared;
+use crate::{Blocker, RestoreOptions, Result, call, invalid};
+
+/// The kind.
+pub struct Tty;
+
+/// What sort of terminal a device number stands for (the kernel's devices.txt).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sort {
+    /// A pseudoterminal's controlling side.
+    Master,
+    /// A pseudoterminal's side for programs, with its number.
+    Slave(u32),
+    /// /dev/tty: whatever controls the process.
+    Controlling,
+    /// /dev/console.
+    Console,
+    /// A virtual console.
+    Virtual,
+    /// A serial line.
+    Serial,
+}
+
+impl Sort {
+    fn of(rdev: (u64, u64)) -> Option<Self> {
+        match rdev {
+            (5, 0) => Some(Self::Controlling),
+            (5, 1) => Some(Self::Console),
+            (5, 2) | (128..=135, _) => Some(Self::Master),
+            (major @ 136..=143, minor) => Some(Self::Slave(((major - 136) * 256 + minor) as u32)),
+            (4, 0..=63) => Some(Self::Virtual),
+            // ttyS, ttyACM, ttyUSB, boards' own, hvc.
+            (4 | 166 | 188 | 204 | 229, _) => Some(Self::Serial),
+            _ => None,
+        }
+    }
+
+    fn image_type(self) -> pb::TtyType {
+        match self {
+            Self::Master | Self::Slave(_) => pb::TtyType::Pty,
+            Self::Controlling => pb::TtyType::Ctty,
+            Self::Console => pb::TtyType::Console,
+            Self::Virtual => pb::TtyType::Vt,
+            Self::Serial => pb::TtyType::Serial,
+        }
+    }
+
+    /// CRIU's number for the terminal: twice its index, plus one for masters.
+    fn preferred_id(self) -> u32 {
+        match self {
+            Self::Slave(index) => index << 1,
+            Self::Master => 1,
+            Self::Console => 1002 << 1,
+            Self::Virtual => 1004 << 1,
+            Self::Controlling => 1006 << 1,
+            Self::Serial => 1010 << 1,
+        }
+    }
+}
+
+/// First number of terminals that the user gives.
+const EXTERNAL_ID: u32 = 1013 << 1;
+
+/// The user's name for a terminal: hexadecimal device number, and device that its node lies on.
+fn key(rdev: u64, dev: u64) -> String {
+    format!("tty[{rdev:x}:{dev:x}]")
+}
+
+fn is_external(view: &FdView, look: &Look<'_>) -> bool {
+    look.is_external(&key(view.stat.st_rdev, view.stat.st_dev))
+}
+
+fn is_hung_up(view: &FdView) -> bool {
+    host::tty_modes(&view.own).is_err_and(|e| e.raw_os_error() == Some(libc::EIO))
+}
+
+impl FdKind for Tty {
+    fn name(&self) -> &'static str {
+        "terminal"
+    }
+
+    fn fd_type(&self) -> pb::FdTypes {
+        pb::FdTypes::Tty
+    }
+
+    fn claims(&self, view: &FdView) -> bool {
+        view.file_type() == SFlag::S_IFCHR && !view.is_path() && Sort::of(view.rdev()).is_some()
+    }
+
+    fn blocker(&self, view: &FdView, look: &mut Look<'_>) -> Result<Option<Blocker>> {
+        if is_external(view, look) {
+            return Ok(None);
+        }
+        let outside = || {
+            let what = "the terminal of a shell outside of the tree";
+            view.blocker(
+                what,
+                "dump and restore with --shell-job, or start the program with its input and output redirected",
+            )
+        };
+        let sort = Sort::of(view.rdev()).ok_or_else(|| invalid!("{}: no terminal", view.subject()))?;
+        let found = match sort {
+            Sort::Master => {
+                let what = "the master side of a pseudoterminal, which cannot be dumped yet";
+                Some(view.blocker(what, "end what opened the terminal (a terminal multiplexer, script(1)), and retry"))
+            }
+            Sort::Slave(_) => (!look.options.shell_job && !is_hung_up(view)).then(outside),
+            Sort::Controlling => (!look.options.shell_job).then(outside),
+            Sort::Console | Sort::Virtual | Sort::Serial => {
+                (!look.options.shell_job && session_on(view)?.is_some()).then(outside)
+            }
+        };
+        Ok(match found {
+            None => reg::reach(view, look)?.err(),
+            some => some,
+        })
+    }
+
+    fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {
+        let external = is_external(view, table.look());
+        let regf_id = if external { None } else { Some(table.dump_named(view)?) };
+        let tty_info_id = table.terminals().add(view, external)?;
+        let tty =
+            pb::TtyFileEntry { id, tty_info_id, flags: view.flags() as u32, fown: super::table::fown(view)?, regf_id };
+        Ok(pb::FileEntry { r#type: self.fd_type() as i32, id, tty: Some(tty), ..Default::default() })
+    }
+
+    fn record_id(&self, entry: &pb::FileEntry) -> Option<u32> {
+        entry.tty.as_ref().map(|t| t.id)
+    }
+
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
+        entry.tty.as_ref().map(|t| (&t.fown, t.flags))
+    }
+
+    fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
+        let t = entry.tty.as_ref().ok_or_else(|| invalid!("files.img: terminal {} has no record", entry.id))?;
+        let info = files.ttys.info(t.tty_info_id)?;
+        let name = key(info.rdev.into(), info.dev().into());
+        let flags = t.flags as i32;
+        let fd = match files.inherited(&name)? {
+            Some(fd) => {
+                set_modes(&fd, &info)?;
+                set_size(&fd, &info)?;
+                return Ok(fd);
+            }
+            None => open_terminal(files, t, &info, &name)?,
+        };
+        set_status(&fd, flags, &name)?;
+        Ok(fd)
+    }
+}
+
+fn open_terminal(files: &mut Files<'_>, t: &pb::TtyFileEntry, info: &pb::TtyInfoEntry, name: &str) -> Result<OwnedFd> {
+    let flags = t.flags as i32;
+    match info.r#type() {
+        pb::TtyType::ExtTty => {
+            Err(invalid!("terminal {name} of the images was left to you; give it by --inherit-fd 'fd[N]:{name}'"))
+        }
+        pb::TtyType::Ctty => {
+            let fd = open("/dev/tty", paths::again(flags), Mode::empty());
+            fd.map_err(|e| call("cannot open /dev/tty; run the restore in a terminal")(e.into()))
+        }
+        pb::TtyType::Pty if info.id & 1 == 1 => {
+            Err(invalid!("tty-info.img: {name} is the master side of a pseudoterminal, which cannot be restored yet"))
+        }
+        pb::TtyType::Pty if info.termios.is_none() => files.ttys.hung_up(info.id, flags),
+        pb::TtyType::Pty if files.options().shell_job => {
+            let own = files.ttys.own(name)?;
+            let fd = reopen(own, flags).map_err(call("cannot reopen the terminal of this process"))?;
+            // Its size is the user's window's, whatever that of the old one was.
+            set_modes(&fd, info)?;
+            Ok(fd)
+        }
+        pb::TtyType::Pty => Err(invalid!("the tree had the terminal of a shell ({name}); restore it with --shell-job")),
+        pb::TtyType::Console | pb::TtyType::Vt | pb::TtyType::Serial => {
+            let reg = files.reg(t.regf_id.unwrap_or(t.id))?;
+            let fd = reg::open_file(files, reg, flags)?;
+            set_modes(&fd, info)?;
+            set_size(&fd, info)?;
+            Ok(fd)
+        }
+        pb::TtyType::Unknown => Err(invalid!("tty-info.img: {name} is a terminal of no known type ({})", info.r#type)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_name_sorts_of_terminals() {
+        assert_eq!(Sort::of((136, 3)), Some(Sort::Slave(3)));
+        assert_eq!(Sort::of((137, 3)), Some(Sort::Slave(259)));
+        assert_eq!(Sort::of((5, 2)), Some(Sort::Master));
+        assert_eq!(Sort::of((4, 64)), Some(Sort::Serial));
+        assert_eq!(Sort::of((1, 3)), None);
+        assert_eq!(key(0x8803, 0x18), "tty[8803:18]");
+    }
+
+    #[test]
+    fn a_terminal_hangs_up_when_all_are_open() {
+        let mut given = Given { infos: BTreeMap::new(), own: None, used: false, masters: BTreeMap::new() };
+        let fds = [given.hung_up(6, libc::O_RDWR).unwrap(), given.hung_up(6, libc::O_RDONLY).unwrap()];
+        assert!(host::tty_modes(&fds[0]).is_ok());
+        drop(given);
+        for fd in fds {
+            assert_eq!(host::tty_modes(&fd).unwrap_err().raw_os_error(), Some(libc::EIO));
+        }
+    }
+}
