@@ -23,7 +23,7 @@ pub fn run() -> Result<()> {
     let out = cmd::target("dist");
     fs::create_dir_all(&out)?;
     for arch in Arch::ALL {
-        let built = build_static(arch, &["dormouse-cli"])?.join("dormouse");
+        let built = build_static(arch, "release", &["dormouse-cli"])?.join("dormouse");
         is_static(&built, arch)?;
         let file = out.join(format!("dormouse-{arch}"));
         fs::copy(&built, &file).with_context(|| format!("cannot write {}", file.display()))?;
@@ -32,19 +32,22 @@ pub fn run() -> Result<()> {
     man_pages(&out)
 }
 
-/// Builds release binaries of `packages` for musl and returns the directory they are in.
+/// The profile of what runs in emulated machines.
+pub const EMULATED: &str = "emulated";
+
+/// Builds binaries of `packages` for musl with a profile of Cargo.toml and returns the directory they are in.
 ///
 /// # Errors
 /// They do not build.
-pub fn build_static(arch: Arch, packages: &[&str]) -> Result<PathBuf> {
+pub fn build_static(arch: Arch, profile: &str, packages: &[&str]) -> Result<PathBuf> {
     let target = format!("{arch}-unknown-linux-musl");
     let mut command = cmd::cargo();
-    command.args(["build", "--release", "--target", &target]);
+    command.args(["build", "--profile", profile, "--target", &target]);
     for package in packages {
         command.args(["--package", package]);
     }
     cmd::run(&mut command)?;
-    Ok(cmd::target(&target).join("release"))
+    Ok(cmd::target(&target).join(profile))
 }
 
 /// Refuses dependencies that compile C.

@@ -94,9 +94,9 @@ pub fn run(options: &Options) -> Result<bool> {
     let kernel = kernel::fetch(arch, &options.kernel, &dir)?;
     let busybox = packages::busybox(arch, &cmd::target("vm"))?;
     let (harness, bin) = match &options.bin {
-        Some(bin) => (dist::build_static(arch, &["dormouse-e2e"])?, bin.clone()),
+        Some(bin) => (dist::build_static(arch, dist::EMULATED, &["dormouse-e2e"])?, bin.clone()),
         None => {
-            let dir = dist::build_static(arch, &["dormouse-cli", "dormouse-e2e"])?;
+            let dir = dist::build_static(arch, dist::EMULATED, &["dormouse-cli", "dormouse-e2e"])?;
             (dir.clone(), dir.join("dormouse"))
         }
     };
