@@ -1,4 +1,5 @@
 // A pseudo terminal whose both ends are in the tree, the controlling terminal of a session in it.
+// options: harness=alone
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 #include "test.h"
 #include <termios.h>

@@ -30,8 +30,12 @@ const STEPS: &[Step] = &[
     ("tidy", || if tidy::run()? { Ok(()) } else { bail!("see above") }),
     ("clippy", clippy),
     ("build-blobs", crate::blobs::report),
-    ("static-x86_64", || dist::build_static(Arch::X86_64, dist::EMULATED, &["dormouse-cli", "dormouse-e2e"]).map(|_| ())),
-    ("static-aarch64", || dist::build_static(Arch::Aarch64, dist::EMULATED, &["dormouse-cli", "dormouse-e2e"]).map(|_| ())),
+    ("static-x86_64", || {
+        dist::build_static(Arch::X86_64, dist::EMULATED, &["dormouse-cli", "dormouse-e2e"]).map(|_| ())
+    }),
+    ("static-aarch64", || {
+        dist::build_static(Arch::Aarch64, dist::EMULATED, &["dormouse-cli", "dormouse-e2e"]).map(|_| ())
+    }),
     ("no-c-code", dist::no_c_code),
     ("vm-aarch64-6.12", || emulated(Arch::Aarch64, "6.12")),
     ("vm-x86_64-6.1", || emulated(Arch::X86_64, "6.1")),

@@ -14,8 +14,8 @@ const IMG_VERSION: u32 = 2;
 
 /// The inventory of a checkpoint. `ids` is fresh: the root numbers are those of this program.
 pub fn inventory(_tree: &Tree, ids: &mut Ids) -> Result<pb::InventoryEntry, DumpError> {
-    let session =
-        Session::new().map_err(|cause| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), cause })?;
+    let session = Session::new()
+        .map_err(|cause| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), cause })?;
     Ok(pb::InventoryEntry {
         img_version: IMG_VERSION,
         fdinfo_per_id: Some(true),

@@ -17,7 +17,9 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         Err(e) => return Err(e.into()),
     };
     if matches!(root.state, b'Z' | b'X') {
-        return Err(DumpError::Target(format!("pid {pid} is a zombie: it has ended and holds nothing to dump; dump its parent")));
+        return Err(DumpError::Target(format!(
+            "pid {pid} is a zombie: it has ended and holds nothing to dump; dump its parent"
+        )));
     }
     if pid == HostPid::current() {
         return Err(DumpError::Target(format!("pid {pid} is this program itself; it cannot dump itself")));
@@ -26,16 +28,21 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     if !found.is_empty() {
         return Ok(found);
     }
+    let masters = fd::Masters::of(pid);
     let mut todo = vec![pid];
     while let Some(p) = todo.pop() {
         if p == HostPid::current() {
-            found.push(format!("cannot dump pid {pid}: this program (pid {p}) is part of the tree; run it from outside"));
+            found.push(format!(
+                "cannot dump pid {pid}: this program (pid {p}) is part of the tree; run it from outside"
+            ));
             continue;
         }
-        match of_one(p, options) {
+        match of_one(p, options, &masters) {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
-            Err(_) if p != pid && stat::read(p).map_or_else(|e| e.is_gone(), |s| matches!(s.state, b'Z' | b'X')) => continue,
+            Err(_) if p != pid && stat::read(p).map_or_else(|e| e.is_gone(), |s| matches!(s.state, b'Z' | b'X')) => {
+                continue;
+            }
             Err(e) => return Err(e.into()),
         }
         todo.extend(tree::children(p).unwrap_or_default());
@@ -44,13 +51,13 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     Ok(found)
 }
 
-fn of_one(pid: HostPid, options: &DumpOptions) -> Result<Vec<Blocker>, ResourceError> {
+fn of_one(pid: HostPid, options: &DumpOptions, masters: &fd::Masters) -> Result<Vec<Blocker>, ResourceError> {
     if stat::read(pid)?.state == b'Z' {
         return Ok(Vec::new());
     }
     let mut found = task::blockers(pid, options)?;
     found.extend(mem::blockers(pid)?);
-    found.extend(fd::blockers(pid, options)?);
+    found.extend(fd::blockers(pid, options, masters)?);
     Ok(found)
 }
 

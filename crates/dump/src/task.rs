@@ -7,8 +7,8 @@ use dormouse_infect::arch;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::freeze::Task;
 use dormouse_infect::parasite::Parasite;
-use dormouse_infect::rseq;
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
+use dormouse_infect::rseq;
 use dormouse_kernel::proc::{stat, status, timers};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::fd::FileTable;
@@ -55,7 +55,8 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> 
     }
     // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
     let shared = task.threads.first().expect("a live task has a leader").pending(true)?;
-    let asked = task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
+    let asked =
+        task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
     let stopped = task.stopped;
     let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
     let threads = Threads { pid, states: &states, stopped, shared: &shared, asked: &asked, has_own_files };
@@ -89,11 +90,17 @@ fn with_parasite(
     others: &mut [Tracee],
 ) -> Result<Saved, DumpError> {
     let pid = threads.pid;
-    let mappings = Mappings::read(pid, parasite.own_range())?.with_stacks(threads.states.iter().map(|s| arch::sp(&s.regs)));
+    let mappings =
+        Mappings::read(pid, parasite.own_range())?.with_stacks(threads.states.iter().map(|s| arch::sp(&s.regs)));
     let start = Instant::now();
     let pages = mem::dump_pages(parasite, &mappings, savings.images, savings.page_ids)?;
     savings.report.memory_us += start.elapsed().as_micros() as u64;
-    tracing::debug!("pid {pid}: {} of {} pages written in {} us", pages.written, pages.scanned, start.elapsed().as_micros());
+    tracing::debug!(
+        "pid {pid}: {} of {} pages written in {} us",
+        pages.written,
+        pages.scanned,
+        start.elapsed().as_micros()
+    );
     savings.report.pages_scanned += pages.scanned;
     savings.report.pages_written += pages.written;
     let (cores, ext, task_umask) = cores(threads, parasite, others)?;

@@ -58,7 +58,9 @@ pub enum InfectError {
     #[error("interrupted; the target goes on unchanged")]
     Cancelled,
     /// The tree could not be stopped in time.
-    #[error("the tree could not be stopped in time (a thread may hang in the kernel, state D); raise --timeout and retry")]
+    #[error(
+        "the tree could not be stopped in time (a thread may hang in the kernel, state D); raise --timeout and retry"
+    )]
     Late,
 }
 
@@ -67,5 +69,9 @@ pub(crate) fn last(op: &'static str, pid: HostPid) -> InfectError {
 }
 
 pub(crate) fn failed(op: &'static str, pid: HostPid, cause: io::Error) -> InfectError {
-    if cause.raw_os_error() == Some(libc::ESRCH) { InfectError::Gone(pid) } else { InfectError::Call { op, pid, cause } }
+    if cause.raw_os_error() == Some(libc::ESRCH) {
+        InfectError::Gone(pid)
+    } else {
+        InfectError::Call { op, pid, cause }
+    }
 }

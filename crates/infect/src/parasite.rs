@@ -8,10 +8,10 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use dormouse_blob_abi::{DONE, OpKind, Policy};
 use dormouse_blob_abi::parasite::{
     Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_NONE,
 };
+use dormouse_blob_abi::{DONE, OpKind, Policy};
 use dormouse_blobs::PARASITE;
 use dormouse_kernel::ids::{HostPid, TargetFd};
 use dormouse_sys::{futex, nr};
@@ -133,7 +133,8 @@ impl<'a> Parasite<'a> {
 
     fn request(&self, request: &Request) -> Result<(), InfectError> {
         // SAFETY: sends 16 bytes of a plain record.
-        let n = unsafe { libc::send(self.socket.as_raw_fd(), (request as *const Request).cast(), 16, libc::MSG_NOSIGNAL) };
+        let n =
+            unsafe { libc::send(self.socket.as_raw_fd(), (request as *const Request).cast(), 16, libc::MSG_NOSIGNAL) };
         if n == 16 { Ok(()) } else { Err(InfectError::Gone(self.pid())) }
     }
 
@@ -172,7 +173,10 @@ impl<'a> Parasite<'a> {
         let mark = self.arena.mark();
         let ops = batch.place(&mut self.arena);
         // The parasite begins with the request and finds the descriptor right behind it.
-        let status = self.request(&Request { ops, n_ops: 1 }).and_then(|()| self.send_fd(fd)).and_then(|()| self.receive(self.leader));
+        let status = self
+            .request(&Request { ops, n_ops: 1 })
+            .and_then(|()| self.send_fd(fd))
+            .and_then(|()| self.receive(self.leader));
         batch.fetch(&self.arena, ops);
         self.arena.reset(mark);
         self.judge(self.pid(), &batch, status?)?;
@@ -197,7 +201,10 @@ impl<'a> Parasite<'a> {
             sendmsg::<()>(self.socket.as_raw_fd(), &byte, rights, MsgFlags::MSG_NOSIGNAL, None)
         };
         // A byte without a descriptor is an answer too, without which the parasite would wait for ever.
-        send(&rights).or_else(|_| send(&[])).map(drop).map_err(|e| failed("sendmsg to the parasite", self.pid(), e.into()))
+        send(&rights)
+            .or_else(|_| send(&[]))
+            .map(drop)
+            .map_err(|e| failed("sendmsg to the parasite", self.pid(), e.into()))
     }
 
     /// The descriptor of the parasite's own socket in the target: not part of what is dumped.
@@ -277,7 +284,13 @@ impl Site {
     }
 
     /// Undoes whatever of socket and mapping there is, and gives the stopped leader its state back.
-    fn leave(&self, leader: &mut Tracee, state: &State, socket: Option<RawFd>, base: Option<u64>) -> Result<(), InfectError> {
+    fn leave(
+        &self,
+        leader: &mut Tracee,
+        state: &State,
+        socket: Option<RawFd>,
+        base: Option<u64>,
+    ) -> Result<(), InfectError> {
         let pid = leader.tid();
         let undo = |r: Result<io::Result<u64>, InfectError>, what: &str| match r {
             Ok(Ok(_)) => Ok(()),
@@ -288,7 +301,12 @@ impl Site {
         if let Some(stub) = &self.stub {
             // One set of registers for all of it: the stub goes from one call to the next by itself.
             if let Some(fd) = socket {
-                leader.set_regs(&arch::for_syscall(&state.regs, stub.close_call(), nr::CLOSE, [fd as u64, 0, 0, 0, 0, 0]))?;
+                leader.set_regs(&arch::for_syscall(
+                    &state.regs,
+                    stub.close_call(),
+                    nr::CLOSE,
+                    [fd as u64, 0, 0, 0, 0, 0],
+                ))?;
                 done = undo(leader.pass_syscall(), "close of the parasite's socket");
             } else if base.is_some() {
                 let mut regs = arch::for_syscall(&state.regs, stub.unmap(), 0, [0; 6]);
@@ -438,7 +456,9 @@ fn find_syscall_insn(pid: HostPid, ranges: &[Range<u64>]) -> Result<u64, InfectE
         }
         let step = if cfg!(target_arch = "aarch64") { 4 } else { 1 };
         let insn = arch::SYSCALL_INSN;
-        if let Some(at) = (0..(n as usize).saturating_sub(insn.len())).step_by(step).find(|&i| bytes[i..].starts_with(insn)) {
+        if let Some(at) =
+            (0..(n as usize).saturating_sub(insn.len())).step_by(step).find(|&i| bytes[i..].starts_with(insn))
+        {
             return Ok(range.start + at as u64);
         }
     }

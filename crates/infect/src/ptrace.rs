@@ -223,7 +223,8 @@ impl Tracee {
         // SAFETY: a register block is plain integers.
         let mut regs: GpRegs = unsafe { std::mem::zeroed() };
         let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<GpRegs>() };
-        self.regset(libc::PTRACE_GETREGSET as i32, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_GETREGSET", self.tid, e))?;
+        self.regset(libc::PTRACE_GETREGSET as i32, NT_PRSTATUS, &mut iov)
+            .map_err(|e| failed("PTRACE_GETREGSET", self.tid, e))?;
         Ok(regs)
     }
 
@@ -234,7 +235,8 @@ impl Tracee {
     pub fn set_regs(&self, regs: &GpRegs) -> Result<(), InfectError> {
         let mut regs = *regs;
         let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<GpRegs>() };
-        self.regset(libc::PTRACE_SETREGSET as i32, NT_PRSTATUS, &mut iov).map_err(|e| failed("PTRACE_SETREGSET", self.tid, e))
+        self.regset(libc::PTRACE_SETREGSET as i32, NT_PRSTATUS, &mut iov)
+            .map_err(|e| failed("PTRACE_SETREGSET", self.tid, e))
     }
 
     fn regset(&self, request: i32, note: i32, iov: &mut libc::iovec) -> io::Result<()> {

@@ -48,7 +48,10 @@ impl Stub {
             return Ok(None);
         }
         if (at..vdso.end).contains(&arch::pc(&state.regs)) {
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it still recovers from a dump that was killed; retry"));
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "it still recovers from a dump that was killed; retry",
+            ));
         }
         memory.write_all_at(&code.bytes, at)?;
         Ok(Some(Self { memory, at, code }))

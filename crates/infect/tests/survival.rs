@@ -87,7 +87,8 @@ impl Target {
     fn looks(&self) -> BTreeMap<&'static str, String> {
         let read = |name: &str| std::fs::read_to_string(self.pid.proc_path(name)).unwrap_or_default();
         let fds = std::fs::read_dir(self.pid.proc_path("fd")).expect("descriptors");
-        let mut fds: Vec<String> = fds.filter_map(|f| Some(f.ok()?.file_name().to_string_lossy().into_owned())).collect();
+        let mut fds: Vec<String> =
+            fds.filter_map(|f| Some(f.ok()?.file_name().to_string_lossy().into_owned())).collect();
         fds.sort();
         let maps = read("maps").lines().map(|l| l.split(" 00:").next().unwrap_or(l).to_owned()).collect::<Vec<_>>();
         let tracer = read("status").lines().find(|l| l.starts_with("TracerPid")).unwrap_or_default().to_owned();
@@ -100,7 +101,8 @@ impl Target {
         let tell = |t: std::fs::DirEntry| {
             let read = |name: &str| std::fs::read_to_string(t.path().join(name)).unwrap_or_default();
             let status = read("status");
-            let state = status.lines().filter(|l| l.starts_with("State") || l.starts_with("SigBlk") || l.starts_with("SigPnd"));
+            let state =
+                status.lines().filter(|l| l.starts_with("State") || l.starts_with("SigBlk") || l.starts_with("SigPnd"));
             format!("{:?} {} {}", t.file_name(), state.collect::<Vec<_>>().join(" "), read("syscall"))
         };
         tasks.filter_map(Result::ok).map(tell).collect::<Vec<_>>().join("\n")

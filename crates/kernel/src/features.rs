@@ -168,7 +168,9 @@ mod tests {
     #[test]
     fn capabilities_by_name() {
         let set = CapSet(1 << 21 | 1 << 40);
-        assert!(set.has("CAP_SYS_ADMIN") && set.has("CAP_CHECKPOINT_RESTORE") && !set.has("CAP_CHOWN") && !set.has("x"));
+        assert!(
+            set.has("CAP_SYS_ADMIN") && set.has("CAP_CHECKPOINT_RESTORE") && !set.has("CAP_CHOWN") && !set.has("x")
+        );
         assert_eq!(set.names().collect::<Vec<_>>(), ["CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE"]);
         assert_eq!(CapSet(u64::MAX).names().count(), 41);
     }

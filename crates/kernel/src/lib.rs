@@ -6,7 +6,6 @@
 
 pub mod features;
 pub mod ids;
-pub mod netlink;
 pub mod proc;
 pub mod session;
 

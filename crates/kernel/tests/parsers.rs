@@ -31,7 +31,8 @@ VmFlags: rd wr mr mw me gd ac
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
 ";
 
-const STAT: &[u8] = b"29913 (a) R 1 (b\n) S 29910 29910 28973 34816 -1 4194304 99 0 0 0 7 8 -9 10 20 -5 3 0 473195 3133440 413 \
+const STAT: &[u8] =
+    b"29913 (a) R 1 (b\n) S 29910 29910 28973 34816 -1 4194304 99 0 0 0 7 8 -9 10 20 -5 3 0 473195 3133440 413 \
 18446744073709551615 93889703723008 93889703742889 140736662112704 0 0 0 17 0 0 0 0 0 17 0 50 1 0 0 0 93889703758896 \
 93889703760512 93890023256064 140736662117089 140736662117109 140736662117109 140736662118379 256\n";
 
@@ -76,8 +77,7 @@ ID: 4\nsignal: 0/0000000000000000\nnotify: none/pid.2635\nClockID: -6\n";
 const MOUNTINFO: &[u8] = b"36 35 98:0 /mnt\\0401 /mnt\\1342 rw,noatime master:1 propagate_from:2 novel:x - ext3 /dev/root rw,errors=continue\n\
 37 35 0:40 / /t rw shared:9 unbindable - tmpfs  rw,a b\n";
 
-const SYSCALL: &[u8] =
-    b"0 0x3 0x7fe8c7987000 0x20000 0x7fe8c7a1ab60 0xffffffff 0x0 0x7ffec23b0708 0x7fe8c7b032ad\n";
+const SYSCALL: &[u8] = b"0 0x3 0x7fe8c7987000 0x20000 0x7fe8c7a1ab60 0xffffffff 0x0 0x7ffec23b0708 0x7fe8c7b032ad\n";
 const CGROUP: &[u8] = b"9:name=systemd:/\n1:cpu,cpuacct:/a:b\n0::/x/y (deleted)\n";
 
 fn path() -> &'static Path {
@@ -108,7 +108,9 @@ fn smaps_errors_name_the_line() {
     assert_eq!(error.to_string(), "/proc/1/sample:1: attribute before the first mapping: \"Size: 1 kB\"");
     let error = maps::parse_maps(path(), b"1000-2000 rw-p 0 0:0 0\n2000-1000 rw-p 0 0:0 0").expect_err("reversed");
     assert!(matches!(error, ProcError::Parse { line: 2, .. }), "{error}");
-    for line in ["", "-", "1000", "1-2", "1-2 rwxq 0 0:0 0", "1-2 rw-p 0 0:0 -1", "1-2 rw-p 0 100000000:0 0", "1-2 rw 0 0:0 0"] {
+    for line in
+        ["", "-", "1000", "1-2", "1-2 rwxq 0 0:0 0", "1-2 rw-p 0 0:0 -1", "1-2 rw-p 0 100000000:0 0", "1-2 rw 0 0:0 0"]
+    {
         assert!(maps::parse_maps(path(), format!("{line}\n").as_bytes()).is_err(), "{line:?}");
     }
 }
@@ -117,7 +119,10 @@ fn smaps_errors_name_the_line() {
 fn stat_name_may_hold_anything() {
     let stat = stat::parse(path(), STAT).expect("sample");
     assert_eq!(stat.comm, b"a) R 1 (b\n");
-    assert_eq!((stat.pid, stat.state, stat.ppid, stat.tty_nr, stat.nice), (HostPid(29913), b'S', HostPid(29910), 34816, -5));
+    assert_eq!(
+        (stat.pid, stat.state, stat.ppid, stat.tty_nr, stat.nice),
+        (HostPid(29913), b'S', HostPid(29910), 34816, -5)
+    );
     assert_eq!((stat.utime, stat.stime, stat.cutime, stat.cstime, stat.starttime), (7, 8, -9, 10, 473195));
     assert_eq!((stat.startcode, stat.startstack, stat.blocked), (93889703723008, 140736662112704, 17));
     assert_eq!((stat.exit_signal, stat.rt_priority, stat.policy, stat.exit_code), (17, 50, 1, 256));
@@ -156,7 +161,10 @@ fn limits_sample() {
 fn fdinfo_sample() {
     let info = fdinfo::parse(path(), FDINFO).expect("sample");
     assert_eq!((info.pos, info.flags, info.mnt_id, info.ino), (-1, 0o2100002, 24, 3));
-    assert_eq!((info.get("clockid"), info.get("it_value"), info.get("x")), (Some(&b"7"[..]), Some(&b"(1, 2)"[..]), None));
+    assert_eq!(
+        (info.get("clockid"), info.get("it_value"), info.get("x")),
+        (Some(&b"7"[..]), Some(&b"(1, 2)"[..]), None)
+    );
     assert_eq!(info.all("tfd").count(), 2);
     assert!(info.get("inotify").expect("a watch").starts_with(b"wd:1 ino:2a "));
     let [posix, ofd, lease] = info.locks.as_slice() else { panic!("three locks: {:?}", info.locks) };
@@ -172,7 +180,10 @@ fn timers_sample() {
     let timers = timers::parse(path(), TIMERS).expect("sample");
     assert_eq!((timers[0].id, timers[0].signal, timers[0].sigval), (1, 60, 0x7fff86e452a8));
     assert_eq!((timers[0].notify, timers[0].target), (Notify::Signal, NotifyTarget::Thread(HostPid(2634))));
-    assert_eq!((timers[1].notify, timers[1].target, timers[1].clock_id), (Notify::None, NotifyTarget::Process(HostPid(2635)), -6));
+    assert_eq!(
+        (timers[1].notify, timers[1].target, timers[1].clock_id),
+        (Notify::None, NotifyTarget::Process(HostPid(2635)), -6)
+    );
     assert_eq!(timers::parse(path(), b"").expect("none"), []);
     assert!(timers::parse(path(), b"ID: 1\nsignal: 1/0\n").is_err());
 }

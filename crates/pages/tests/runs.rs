@@ -34,7 +34,11 @@ fn only_present_records_take_space_in_the_file() {
         record(11, 1, PE_LAZY),
     ];
     let reader = PagesReader::new(&records, 4096, 0).expect("valid");
-    let read = |page: u64, pages: u64, offset: u64| PageRead { addr: page * 4096, len: pages * 4096, file_offset: offset * 4096 };
+    let read = |page: u64, pages: u64, offset: u64| PageRead {
+        addr: page * 4096,
+        len: pages * 4096,
+        file_offset: offset * 4096,
+    };
     assert_eq!(reader.reads(), [read(1, 3, 0), read(10, 1, 3)]);
     assert_eq!(reader.parent_ranges(), [4 * 4096..10 * 4096]);
     assert_eq!(reader.lazy_ranges(), [3 * 4096..4 * 4096, 11 * 4096..12 * 4096]);
@@ -50,7 +54,10 @@ fn only_present_records_take_space_in_the_file() {
 fn bad_records_are_named() {
     let of = |records: &[PagemapRecord]| PagesReader::new(records, 4096, 0).expect_err("bad");
     assert!(matches!(of(&[record(1, 2, 4), record(2, 1, 4)]), RunsError::Unsorted { index: 1, .. }));
-    assert!(matches!(of(&[PagemapRecord { vaddr: 1, nr_pages: 1, flags: 4 }]), RunsError::Unaligned { index: 0, vaddr: 1 }));
+    assert!(matches!(
+        of(&[PagemapRecord { vaddr: 1, nr_pages: 1, flags: 4 }]),
+        RunsError::Unaligned { index: 0, vaddr: 1 }
+    ));
     assert!(matches!(of(&[record(1, u64::MAX, 4)]), RunsError::TooLarge { index: 0, .. }));
     assert!(matches!(PagesReader::new(&[], 0, 0), Err(RunsError::PageSize(0))));
 }

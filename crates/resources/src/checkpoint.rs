@@ -95,7 +95,10 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
     let dir = ImageDir::open(&path)?;
     let inventory: pb::InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
     if !(1..=2).contains(&inventory.img_version) {
-        return Err(invalid!("inventory.img: image version {} is not known; versions 1 and 2 are", inventory.img_version));
+        return Err(invalid!(
+            "inventory.img: image version {} is not known; versions 1 and 2 are",
+            inventory.img_version
+        ));
     }
     let mut files = HashMap::new();
     for f in optional(dir.read_all::<pb::FileEntry>(ImageKind::Files, 0))? {
@@ -134,7 +137,11 @@ fn check_shared(tasks: &[TaskImage]) -> Result<(), ResourceError> {
             let Some(other) = seen.insert(own, t.pid()) else { continue };
             let parent = by_pid.get(&t.tree.ppid).and_then(|p| p.ids.as_ref()).map(id);
             if !with_parent || parent != Some(own) {
-                return Err(invalid!("ids-{}.img: pid {} shares {what} with pid {other}, which cannot be restored yet", t.pid(), t.pid()));
+                return Err(invalid!(
+                    "ids-{}.img: pid {} shares {what} with pid {other}, which cannot be restored yet",
+                    t.pid(),
+                    t.pid()
+                ));
             }
         }
     }
@@ -177,7 +184,16 @@ fn load_task(dir: &ImageDir, path: &Path, tree: pb::PstreeEntry) -> Result<TaskI
     match tc.task_state {
         TASK_ALIVE | TASK_STOPPED => {}
         TASK_DEAD => {
-            return Ok(TaskImage { tree, core, threads: vec![], ids: None, mm: None, fds: vec![], fs: None, pages: None });
+            return Ok(TaskImage {
+                tree,
+                core,
+                threads: vec![],
+                ids: None,
+                mm: None,
+                fds: vec![],
+                fs: None,
+                pages: None,
+            });
         }
         other => return Err(invalid!("core-{pid}.img: task state {other} is not known")),
     }
@@ -251,8 +267,11 @@ pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> R
         }
         last_end = e.vaddr + len;
         if flags & PE_PARENT != 0 {
-            return Err(invalid!("{name}: pages at {:#x} are in a parent checkpoint, which is not supported yet; \
-                 make a full dump (without --prev-images-dir)", e.vaddr));
+            return Err(invalid!(
+                "{name}: pages at {:#x} are in a parent checkpoint, which is not supported yet; \
+                 make a full dump (without --prev-images-dir)",
+                e.vaddr
+            ));
         }
         if flags & PE_PRESENT != 0 && len > 0 {
             match runs.last_mut() {
@@ -263,9 +282,15 @@ pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> R
         }
     }
     if offset > 0 {
-        let size = size.map_err(crate::call(format!("cannot read {}", pages.display())))?;
+        let size = size.map_err(crate::call(format!(
+            "the checkpoint is incomplete: {} cannot be read; copy the whole directory and retry",
+            pages.display()
+        )))?;
         if size < offset {
-            return Err(invalid!("{}: {size} bytes, but {name} needs {offset}; the checkpoint is incomplete", pages.display()));
+            return Err(invalid!(
+                "{}: {size} bytes, but {name} needs {offset}; the checkpoint is incomplete",
+                pages.display()
+            ));
         }
     }
     Ok(PageMap { path: pages, runs })

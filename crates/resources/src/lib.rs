@@ -15,5 +15,5 @@ pub mod tree;
 pub use checkpoint::{TaskImage, TreeImage};
 pub use ctx::{Own, RestoreCtx};
 pub use error::{Blocker, ResourceError, Result};
-pub use options::{DumpOptions, RestoreOptions};
 pub(crate) use error::{call, invalid};
+pub use options::{DumpOptions, RestoreOptions};

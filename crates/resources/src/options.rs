@@ -17,6 +17,8 @@ pub struct DumpOptions {
     pub evasive_devices: bool,
     /// Resources that the user takes care of: `file[mnt_id:inode]`, `tty[rdev:dev]`, `unix[inode]`, … (`--external`).
     pub external: Vec<String>,
+    /// Datagram sockets may be connected to named ones outside of the tree (`--ext-unix-sk`).
+    pub ext_unix_sk: bool,
     /// Directory of the checkpoint before this one (`--prev-images-dir`), relative to the images directory.
     pub prev_images_dir: Option<PathBuf>,
     /// Never leave the target running, so nothing of its needs restoring (all is killed after the dump).
@@ -33,6 +35,7 @@ impl Default for DumpOptions {
             file_locks: false,
             evasive_devices: false,
             external: Vec::new(),
+            ext_unix_sk: false,
             prev_images_dir: None,
             final_dump: false,
         }
@@ -48,6 +51,8 @@ pub struct RestoreOptions {
     pub inherit_fd: Vec<(i32, String)>,
     /// Resources that the user takes care of (`--external`).
     pub external: Vec<String>,
+    /// Unix sockets may be connected to ones outside of the tree (`--ext-unix-sk`).
+    pub ext_unix_sk: bool,
     /// Directory that becomes the tree's root (`--root`).
     pub root: Option<PathBuf>,
     /// Do not compare the mode bits of files (`--skip-file-rwx-check`).

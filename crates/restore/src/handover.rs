@@ -48,7 +48,8 @@ pub fn execute(request: &Request<'_>, image: &TreeImage, mut plan: Plan<'_>) -> 
             drop(watch);
             plan.files.remove_link_remaps();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
-            let pages = image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();
+            let pages =
+                image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();
             tracing::info!("restored pid {root} in {} us", start.elapsed().as_micros());
             Ok(Report {
                 root_pid: root.0,

@@ -172,7 +172,10 @@ fn check_descriptors(range: &Range<RawFd>) -> Result<(), RestoreError> {
     if highest < range.end {
         return Ok(());
     }
-    let what = format!("the restore's descriptors do not fit into the hole below {} that the tree leaves; raise RLIMIT_NOFILE", range.end);
+    let what = format!(
+        "the restore's descriptors do not fit into the hole below {} that the tree leaves; raise RLIMIT_NOFILE",
+        range.end
+    );
     Err(RestoreError::Call { what, cause: std::io::Error::from_raw_os_error(libc::EMFILE) })
 }
 
@@ -293,7 +296,8 @@ impl<'f> Writer<'_, 'f> {
                 (if files { CLONE_FILES } else { 0 } | if fs { CLONE_FS } else { 0 }, SIGCHLD)
             }
         };
-        let clone = CloneArgs { flags, exit_signal, stack, stack_size: STACK, set_tid, set_tid_size: 1, ..Default::default() };
+        let clone =
+            CloneArgs { flags, exit_signal, stack, stack_size: STACK, set_tid, set_tid_size: 1, ..Default::default() };
         let args = TaskArgs {
             control: self.control,
             ops,
@@ -319,7 +323,8 @@ impl<'f> Writer<'_, 'f> {
     }
 
     fn birth(&mut self, b: &mut Batch, by: usize, of: usize, kind: OpKind) {
-        let what = format!("clone3 of {} {}", if kind == OpKind::Thread { "thread" } else { "pid" }, self.lists[of].tid);
+        let what =
+            format!("clone3 of {} {}", if kind == OpKind::Thread { "thread" } else { "pid" }, self.lists[of].tid);
         let op = b.push(what, kind, Policy::Must, 0, [self.lists[of].args, 0, 0, 0, 0, 0]);
         self.births.push((by, op, of));
     }
@@ -333,7 +338,7 @@ impl<'f> Writer<'_, 'f> {
     }
 
     /// The session and group part at the beginning of every process.
-    fn begin(&mut self, b: &mut Batch, i: usize) {
+    fn begin(&mut self, b: &mut Batch, i: usize) -> Result<(), RestoreError> {
         let node = &self.forest.nodes[i];
         if node.forker.is_none() {
             if let Some((at, lengths)) = process::own_rseq() {
@@ -366,11 +371,15 @@ impl<'f> Writer<'_, 'f> {
         let node = &self.forest.nodes[i];
         if node.setsid {
             b.must(format!("setsid of pid {}", node.pid), nr::SETSID, &[]);
+            if let Some(t) = node.task {
+                self.files.session_ops(b, &self.image.tasks[t])?;
+            }
         }
         if node.pgid == Some(node.pid) && !node.setsid {
             b.must(format!("setpgid of pid {} to itself", node.pid), nr::SETPGID, &[0, 0]);
         }
         self.forks(b, i, |n| !n.before_setsid && !n.after_memory);
+        Ok(())
     }
 
     /// Joins the group once all exist, and waits for the end of helpers and zombies.
@@ -401,7 +410,7 @@ impl<'f> Writer<'_, 'f> {
     /// A helper, which only lends its pid to a session or group, or a zombie.
     fn short_list(&mut self, i: usize, task: Option<usize>) -> Result<Batch, RestoreError> {
         let mut b = Batch::new();
-        self.begin(&mut b, i);
+        self.begin(&mut b, i)?;
         self.join(&mut b, i);
         let code = task.map_or(0, |t| self.image.tasks[t].tc().exit_code);
         if let Some(t) = task {
@@ -423,13 +432,14 @@ impl<'f> Writer<'_, 'f> {
     fn task_list(&mut self, i: usize, t: usize, threads: &[usize]) -> Result<Batch, RestoreError> {
         let task = &self.image.tasks[t];
         let mut b = Batch::new();
-        self.begin(&mut b, i);
+        self.begin(&mut b, i)?;
         let node = &self.forest.nodes[i];
         let parent = node.after_memory.then_some(node.forker).flatten().and_then(|f| self.forest.nodes[f].task);
         let parent = parent.map(|p| &self.image.tasks[p]);
         map::map_ops(&mut b, &mut self.ctx(parent.is_some()), task, parent)?;
         self.forks(&mut b, i, |n| n.after_memory);
         self.join(&mut b, i);
+        self.files.foreground_ops(&mut b, self.arena, task)?;
         map::final_ops(&mut b, &mut self.ctx(parent.is_some()), task)?;
         let (shares_files, shares_fs) = self.shares(i);
         if !shares_fs {
@@ -449,7 +459,11 @@ impl<'f> Writer<'_, 'f> {
         }
         barrier(&mut b, STAGE_GUARDED);
         // Whoever shares a table finds it as it is to be: its owner has filled it before the last stage.
-        b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[self.descriptors.start as u64, self.descriptors.end as u64 - 1, 0]);
+        b.must(
+            "closing the restore's descriptors",
+            nr::CLOSE_RANGE,
+            &[self.descriptors.start as u64, self.descriptors.end as u64 - 1, 0],
+        );
         let pid = task.pid();
         let tc = task.tc();
         self.files.owner_ops(&mut b, self.arena, task, When::BeforeCredentials)?;
@@ -520,7 +534,11 @@ fn park(b: &mut Batch) {
 }
 
 /// The state that a thread is handed over with.
-pub fn state_of(image: &TreeImage, list: &List, forest: &Forest) -> Result<dormouse_infect::ptrace::State, RestoreError> {
+pub fn state_of(
+    image: &TreeImage,
+    list: &List,
+    forest: &Forest,
+) -> Result<dormouse_infect::ptrace::State, RestoreError> {
     let task = &image.tasks[forest.nodes[list.node].task.expect("only tasks park")];
     let core = if task.pid() == list.tid {
         &task.core

@@ -8,7 +8,9 @@ const FUTEX_WAKE: u64 = 1;
 /// Sleeps while `*word == value`; also returns on a wake, a signal or a spurious wake-up (futex(2)).
 pub fn wait(word: &AtomicU32, value: u32) {
     // SAFETY: the word is valid for the whole call and the kernel only reads it.
-    unsafe { crate::syscall(crate::nr::FUTEX, [word as *const AtomicU32 as u64, FUTEX_WAIT, u64::from(value), 0, 0, 0]) };
+    unsafe {
+        crate::syscall(crate::nr::FUTEX, [word as *const AtomicU32 as u64, FUTEX_WAIT, u64::from(value), 0, 0, 0])
+    };
 }
 
 /// As [`wait`], for at most `nanos` nanoseconds.
@@ -26,5 +28,7 @@ pub fn wait_for(word: &AtomicU32, value: u32, nanos: u64) {
 /// Wakes every sleeper on `word`.
 pub fn wake_all(word: &AtomicU32) {
     // SAFETY: the kernel does not touch the word's memory for FUTEX_WAKE.
-    unsafe { crate::syscall(crate::nr::FUTEX, [word as *const AtomicU32 as u64, FUTEX_WAKE, i32::MAX as u64, 0, 0, 0]) };
+    unsafe {
+        crate::syscall(crate::nr::FUTEX, [word as *const AtomicU32 as u64, FUTEX_WAKE, i32::MAX as u64, 0, 0, 0])
+    };
 }

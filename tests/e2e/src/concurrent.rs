@@ -55,7 +55,8 @@ fn restores(case: &Case<'_>) -> Result<Outcome> {
     let program = programs::find(case, "tree")?;
     let (bin, home) = (&case.args.bin, case.path("home"));
     fs::create_dir_all(home.join("img"))?;
-    let slept = script(case, SLEEP, &[bin, &program, &home], &case.path("dump.out"))?.status().context("run unshare")?;
+    let slept =
+        script(case, SLEEP, &[bin, &program, &home], &case.path("dump.out"))?.status().context("run unshare")?;
     ensure!(slept.success(), "the dump failed: {}", case.tail("dump.out"));
     let mut running = Vec::new();
     for copy in 0..COPIES {

@@ -64,6 +64,9 @@ const PROGRAMS: &[&str] = &[
     "zombies",
 ];
 
+/// The same for programs whose restore takes what the machine has but once: numbers of pseudo terminals.
+const ALONE: &[&str] = &["pty"];
+
 /// All tests of the group.
 pub fn tests() -> Vec<Test> {
     let mut tests = Vec::new();
@@ -75,7 +78,13 @@ pub fn tests() -> Vec<Test> {
         }
     }
     for (to, ours_first) in [("to_peer", true), ("from_peer", false)] {
-        tests.push(Test::new(format!("exchange/programs_{to}"), move |case| exchanged_programs(case, ours_first)));
+        tests.push(Test::new(format!("exchange/programs_{to}"), move |case| {
+            exchanged_programs(case, ours_first, PROGRAMS)
+        }));
+        tests.push(
+            Test::new(format!("exchange/programs_alone_{to}"), move |case| exchanged_programs(case, ours_first, ALONE))
+                .alone(),
+        );
     }
     tests.push(Test::new("exchange/crit_decodes_programs", crit_decodes_programs));
     tests.push(Test::new("exchange/crit_decodes_python_threads", crit_decodes_work));
@@ -111,13 +120,13 @@ fn exchanged_work(case: &Case<'_>, work: &Work, ours_first: bool) -> Result<Outc
 }
 
 /// Each program in a directory of its own; all are tried, and the failures told together.
-fn exchanged_programs(case: &Case<'_>, ours_first: bool) -> Result<Outcome> {
+fn exchanged_programs(case: &Case<'_>, ours_first: bool, programs: &[&str]) -> Result<Outcome> {
     let (dump, restore) = match pair(case, ours_first) {
         Ok(pair) => pair,
         Err(outcome) => return Ok(outcome),
     };
     let (mut passed, mut failures) = (0, Vec::new());
-    for name in PROGRAMS {
+    for name in programs {
         let mut own = Case::new(case.args, &format!("{}.{name}", case.name()))?;
         own.as_criu = true;
         let result = programs::run_with(&own, name, programs::source(name), &[(dump, restore)]);
@@ -130,8 +139,8 @@ fn exchanged_programs(case: &Case<'_>, ours_first: bool) -> Result<Outcome> {
             Err(error) => failures.push(format!("{name}: {error:#}")),
         }
     }
-    ensure!(failures.is_empty(), "{} of {}:\n    {}", failures.len(), PROGRAMS.len(), failures.join("\n    "));
-    Ok(Outcome::Passed(format!("{passed} of {}", PROGRAMS.len())))
+    ensure!(failures.is_empty(), "{} of {}:\n    {}", failures.len(), programs.len(), failures.join("\n    "));
+    Ok(Outcome::Passed(format!("{passed} of {}", programs.len())))
 }
 
 // ---- crit -----------------------------------------------------------------------------------------------------------

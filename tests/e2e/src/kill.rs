@@ -1,5 +1,5 @@
 //! Dumps and restores that are killed at random moments: the target goes on as if nothing had happened, and of a restore
-//! there is nothing or everything.
+//! there is nothing or everything. And tasks that are killed while they are dumped or restored.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -15,7 +15,7 @@ use crate::case::{Case, TOOL_LIMIT, pid_of};
 use crate::proc::{self, Tree};
 use crate::report::{Outcome, Test};
 use crate::rng::Rng;
-use crate::target::{Session, Target};
+use crate::target::{Session, Target, nothing_left};
 
 /// A tree with threads, memory and pipes, whose counters are all in motion.
 const PROGRAM: &str = "tree_threads";
@@ -25,7 +25,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// All tests of the group.
 pub fn tests() -> Vec<Test> {
-    vec![Test::new("kill/dumps", dumps).alone(), Test::new("kill/restores", restores).alone()]
+    let tests: [(&str, fn(&Case<'_>) -> Result<Outcome>); 4] = [
+        ("kill/dumps", dumps),
+        ("kill/restores", restores),
+        ("kill/dumped_tasks", dumped_tasks),
+        ("kill/restored_tasks", restored_tasks),
+    ];
+    tests.map(|(name, body)| Test::new(name, body).alone()).into()
 }
 
 /// Whom the signal hits.
@@ -69,11 +75,7 @@ fn run_and_kill(
     (victim, after): (Victim, Duration),
 ) -> Result<bool> {
     let mut tool = start(case, command, name)?;
-    let moment = Instant::now() + after;
-    std::thread::sleep(after.saturating_sub(Duration::from_micros(100)));
-    while Instant::now() < moment {
-        std::hint::spin_loop();
-    }
+    sleep_until(Instant::now() + after);
     if let Some(status) = tool.try_wait()? {
         ensure!(status.success(), "the {name} failed by itself: {status}\n    {}", case.tail(&format!("{name}.out")));
         return Ok(true);
@@ -258,4 +260,101 @@ fn settle(case: &Case<'_>, target: &mut Target<'_>) -> Result<End> {
         bail!("pid {pid} does not end: {:?}; {:?} remain", proc::threads_in_words(pid), case.left());
     }
     Ok(End::Whole)
+}
+
+/// Sleeps until a moment from now.
+fn sleep_until(moment: Instant) {
+    std::thread::sleep(moment.saturating_duration_since(Instant::now()).saturating_sub(Duration::from_micros(100)));
+    while Instant::now() < moment {
+        std::hint::spin_loop();
+    }
+}
+
+/// Tasks that are killed while they are dumped: the dump ends in time, and nothing is left of anything.
+fn dumped_tasks(case: &Case<'_>) -> Result<Outcome> {
+    let mut rng = Rng::new(case.args.seed);
+    let times = case.args.kill.div_ceil(4);
+    let mut refused = 0;
+    let mut whole = Duration::from_millis(50);
+    for turn in 0..times {
+        let images = empty_directory(case, "img")?;
+        let target = match Target::restart(case, PROGRAM)? {
+            Ok(target) => target,
+            Err(outcome) => return Ok(outcome),
+        };
+        let tasks: Vec<i32> = target.tree.keys().copied().collect();
+        // One task, or all of them.
+        let chosen = usize::try_from(rng.below(tasks.len() as u64 + 1)).unwrap_or_default();
+        let victims = tasks.get(chosen..=chosen).unwrap_or(&tasks);
+        let after = if turn == 0 { Duration::from_secs(1) } else { moment(&mut rng, whole) };
+        let what =
+            format!("dump {turn}, tasks {victims:?} of {tasks:?} killed after {:.1} ms", after.as_secs_f64() * 1e3);
+        let started = Instant::now();
+        let tool = start(case, case.dump_command(&case.args.bin, target.pid, &images, &[])?, "dump")?;
+        if turn > 0 {
+            sleep_until(started + after);
+            for victim in victims {
+                kill(Pid::from_raw(*victim), Signal::SIGKILL).ok();
+            }
+        }
+        let ran = case.wait_tool(tool, "dump", &images.join("dump.log"), TOOL_LIMIT)?;
+        ensure!(ran.status.is_some(), "{what}: the dump does not end");
+        ensure!(!ran.said.contains("panicked at"), "{what}: {}", ran.errors());
+        if turn == 0 {
+            ensure!(ran.ok(), "a dump of which nobody is killed: {}", ran.errors());
+            whole = started.elapsed();
+        }
+        refused += usize::from(!ran.ok());
+        target.end();
+        if let Err(pid) = proc::wait_free(target.ids(), PATIENCE) {
+            bail!("{what}: pid {pid} does not end: {:?}; {:?} remain", proc::threads_in_words(pid), case.left());
+        }
+        only_the_tree(case, &target).with_context(|| what.clone())?;
+    }
+    Ok(Outcome::Passed(format!("{times} dumps of {:.0} ms, {refused} failed", whole.as_secs_f64() * 1e3)))
+}
+
+/// Tasks that are killed while they are restored: the restore ends in time, and when it fails nothing is left.
+fn restored_tasks(case: &Case<'_>) -> Result<Outcome> {
+    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
+        Ok(target) => target,
+        Err(outcome) => return Ok(outcome),
+    };
+    let (bin, images) = (&case.args.bin, case.path("img"));
+    case.put_to_sleep(bin, target.pid, &images, &[])?;
+    let tasks: Vec<i32> = target.tree.keys().copied().collect();
+    let (mut rng, times) = (Rng::new(case.args.seed), case.args.kill.div_ceil(4));
+    let (mut refused, mut whole) = (0, Duration::from_millis(50));
+    for turn in 0..times {
+        let victim = tasks[usize::try_from(rng.below(tasks.len() as u64)).unwrap_or_default()];
+        let after = moment(&mut rng, whole);
+        let what =
+            format!("restore {turn}, task {victim} of {tasks:?} killed after {:.1} ms", after.as_secs_f64() * 1e3);
+        let started = Instant::now();
+        let tool = start(case, case.restore_command(bin, &images, &[]), "restore")?;
+        if turn > 0 {
+            sleep_until(started + after);
+            // Nobody else gets such a pid meanwhile: the tree was of this machine, and pids are given in turn.
+            if proc::read(victim).is_some() {
+                kill(Pid::from_raw(victim), Signal::SIGKILL).ok();
+            }
+        }
+        let ran = case.wait_tool(tool, "restore", &images.join("restore.log"), TOOL_LIMIT)?;
+        ensure!(ran.status.is_some(), "{what}: the restore does not end");
+        ensure!(!ran.said.contains("panicked at"), "{what}: {}", ran.errors());
+        if turn == 0 {
+            ensure!(ran.ok(), "a restore of which nobody is killed: {}", ran.errors());
+            whole = started.elapsed();
+        }
+        if !ran.ok() {
+            refused += 1;
+            nothing_left(case, &target).with_context(|| what.clone())?;
+        }
+        target.end();
+        if let Err(pid) = proc::wait_free(target.ids(), PATIENCE) {
+            bail!("{what}: pid {pid} does not end: {:?}; {:?} remain", proc::threads_in_words(pid), case.left());
+        }
+        only_the_tree(case, &target).with_context(|| what.clone())?;
+    }
+    Ok(Outcome::Passed(format!("{times} restores of {:.0} ms, {refused} failed", whole.as_secs_f64() * 1e3)))
 }

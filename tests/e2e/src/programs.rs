@@ -21,7 +21,8 @@ pub struct Options {
     pub dump: Vec<String>,
     /// More words for the restore.
     pub restore: Vec<String>,
-    /// More words for the harness: `tty` runs the program as a job on a terminal, `hugepages` reserves some for it.
+    /// More words for the harness: `tty` runs the program as a job on a terminal, `hugepages` reserves some for it, `alone`
+    /// runs it beside no other (numbers of pseudo terminals are the machine's).
     pub harness: Vec<String>,
 }
 
@@ -48,7 +49,11 @@ impl Options {
 pub fn tests() -> Vec<Test> {
     SOURCES
         .iter()
-        .map(|(name, text)| Test::new(format!("programs/{name}"), move |case| run(case, name, text)))
+        .map(|(name, text)| {
+            let test = Test::new(format!("programs/{name}"), move |case| run(case, name, text));
+            let alone = Options::parse(text, Path::new("")).harness.iter().any(|word| word == "alone");
+            if alone { test.alone() } else { test }
+        })
         .collect()
 }
 

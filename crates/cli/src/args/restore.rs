@@ -55,6 +55,7 @@ impl RestoreArgs {
     /// The same for the kinds.
     pub fn options(&self) -> RestoreOptions {
         RestoreOptions {
+            ext_unix_sk: Default::default(),
             shell_job: self.shell_job,
             inherit_fd: self.inherit_fd.clone(),
             external: self.external.clone(),

@@ -5,6 +5,4 @@
 pub mod fd;
 pub mod mem;
 pub mod process;
-pub mod sock;
 pub mod task;
-pub mod unix;

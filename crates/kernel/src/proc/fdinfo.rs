@@ -184,5 +184,17 @@ fn lock(at: At<'_>, value: &[u8]) -> Result<FdLock> {
         Some(b"EOF") => None,
         word => Some(at.dec_field(word, "bad lock end")?),
     };
-    Ok(FdLock { id: at.dec(id, "bad lock number")?, waiting, kind, state: state.to_vec(), mode, pid, dev_major, dev_minor, inode, start, end })
+    Ok(FdLock {
+        id: at.dec(id, "bad lock number")?,
+        waiting,
+        kind,
+        state: state.to_vec(),
+        mode,
+        pid,
+        dev_major,
+        dev_minor,
+        inode,
+        start,
+        end,
+    })
 }

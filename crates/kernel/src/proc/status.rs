@@ -112,7 +112,9 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<Status> {
 
 fn field(status: &mut Status, at: At<'_>, key: &[u8], value: &[u8]) -> Result<()> {
     match key {
-        b"Umask" => status.umask = Some(u32::try_from(at.oct(value, "bad umask")?).map_err(|_| at.bad("bad umask", value))?),
+        b"Umask" => {
+            status.umask = Some(u32::try_from(at.oct(value, "bad umask")?).map_err(|_| at.bad("bad umask", value))?)
+        }
         b"State" => status.state = *value.first().ok_or_else(|| at.bad("empty state", value))?,
         b"Tgid" => status.tgid = Some(HostPid(at.dec(value, "bad Tgid")?)),
         b"Pid" => status.pid = Some(HostPid(at.dec(value, "bad Pid")?)),

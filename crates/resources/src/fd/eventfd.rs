@@ -54,8 +54,8 @@ impl FdKind for Eventfd {
         entry.efd.as_ref().map(|e| e.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.efd.as_ref().map(|e| (&e.fown, e.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.efd.as_ref().map(|e| &e.fown)
     }
 
     fn open(&self, _: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

@@ -44,9 +44,9 @@ impl FdKind for Fifo {
         entry.fifo.as_ref().map(|f| f.id)
     }
 
-    fn owner<'e>(&self, files: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
+    fn owner<'e>(&self, files: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
         let f = entry.fifo.as_ref()?;
-        files.reg(f.regf_id.unwrap_or(f.id)).ok().map(|r| (&r.fown, r.flags))
+        files.reg(f.regf_id.unwrap_or(f.id)).ok().map(|r| &r.fown)
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

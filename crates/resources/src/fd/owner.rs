@@ -11,8 +11,8 @@ use dormouse_infect::arena::{Arena, Batch};
 use dormouse_sys::nr;
 use nix::unistd::getresuid;
 
-use super::files::SETTABLE;
 use super::Files;
+use super::files::SETTABLE;
 use crate::{Result, TaskImage, call};
 
 /// fcntl(2).
@@ -84,7 +84,11 @@ impl Files<'_> {
                     When::AfterCredentials => set_owner(b, arena, owner, number, &what),
                 }
                 if owner.signum != 0 {
-                    b.must(format!("F_SETSIG of descriptor {}", f.fd), nr::FCNTL, &[number, F_SETSIG, owner.signum.into()]);
+                    b.must(
+                        format!("F_SETSIG of descriptor {}", f.fd),
+                        nr::FCNTL,
+                        &[number, F_SETSIG, owner.signum.into()],
+                    );
                 }
             }
             if self.is_async(f.id) {
@@ -111,10 +115,35 @@ fn as_user(b: &mut Batch, arena: &mut Arena, owner: &pb::FownEntry, fd: u64, wha
     let as_whom = format!("{what}: as user {} (needs CAP_SETUID)", owner.uid);
     b.must(as_whom, nr::SETRESUID, &[owner.uid.into(), owner.euid.into(), KEEP]);
     set_owner(b, arena, owner, fd, what);
-    b.must(format!("{what}: back as ourselves"), nr::SETRESUID, &[
-        own.real.as_raw().into(),
-        own.effective.as_raw().into(),
-        KEEP,
-    ]);
+    b.must(
+        format!("{what}: back as ourselves"),
+        nr::SETRESUID,
+        &[own.real.as_raw().into(), own.effective.as_raw().into(), KEEP],
+    );
     Ok(())
+}
+
+/// Status flags of the description of a record, whatever its kind; 0 for kinds that have none.
+pub fn flags_of(files: &Files<'_>, e: &pb::FileEntry) -> u32 {
+    let named = |f: &pb::FifoEntry| files.reg(f.regf_id.unwrap_or(f.id)).ok().map(|r| r.flags);
+    let of_file = e.reg.as_ref().map(|r| r.flags);
+    of_file
+        .or(e.isk.as_ref().map(|s| s.flags))
+        .or(e.usk.as_ref().map(|s| s.flags))
+        .or(e.nlsk.as_ref().map(|s| s.flags))
+        .or(e.psk.as_ref().map(|s| s.flags))
+        .or(e.pipe.as_ref().map(|p| p.flags))
+        .or(e.fifo.as_ref().and_then(named))
+        .or(e.tty.as_ref().map(|t| t.flags))
+        .or(e.memfd.as_ref().map(|m| m.flags))
+        .or(e.efd.as_ref().map(|f| f.flags))
+        .or(e.epfd.as_ref().map(|f| f.flags))
+        .or(e.sgfd.as_ref().map(|f| f.flags))
+        .or(e.tfd.as_ref().map(|f| f.flags))
+        .or(e.pidfd.as_ref().map(|f| f.flags))
+        .or(e.ify.as_ref().map(|f| f.flags))
+        .or(e.ffy.as_ref().map(|f| f.flags))
+        .or(e.nsf.as_ref().map(|f| f.flags))
+        .or(e.bpf.as_ref().map(|f| f.flags))
+        .unwrap_or(0)
 }

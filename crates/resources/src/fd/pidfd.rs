@@ -75,8 +75,8 @@ impl FdKind for Pidfd {
         entry.pidfd.as_ref().map(|p| p.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.pidfd.as_ref().map(|p| (&p.fown, p.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.pidfd.as_ref().map(|p| &p.fown)
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

@@ -49,8 +49,8 @@ impl FdKind for Pipe {
         entry.pipe.as_ref().map(|p| p.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.pipe.as_ref().map(|p| (&p.fown, p.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.pipe.as_ref().map(|p| &p.fown)
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

@@ -75,8 +75,8 @@ impl FdKind for Reg {
         entry.reg.as_ref().map(|r| r.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.reg.as_ref().map(|r| (&r.fown, r.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.reg.as_ref().map(|r| &r.fown)
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

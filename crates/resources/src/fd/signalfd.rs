@@ -40,8 +40,8 @@ impl FdKind for Signalfd {
         entry.sgfd.as_ref().map(|s| s.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.sgfd.as_ref().map(|s| (&s.fown, s.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.sgfd.as_ref().map(|s| &s.fown)
     }
 
     fn open(&self, _: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

@@ -179,9 +179,15 @@ impl<'a> FileTable<'a> {
         if !memfds.is_empty() {
             self.images.write_all(ImageKind::MemfdInode, 0, &memfds)?;
         }
-        let terminals = self.terminals.finish()?;
-        if !terminals.is_empty() {
-            self.images.write_all(ImageKind::TtyInfo, 0, &terminals)?;
+        let terminals = self.terminals.finish(&self.tasks, self.look.options.shell_job)?;
+        if !terminals.infos.is_empty() {
+            self.images.write_all(ImageKind::TtyInfo, 0, &terminals.infos)?;
+        }
+        if !terminals.data.is_empty() {
+            self.images.write_all(ImageKind::TtyData, 0, &terminals.data)?;
+        }
+        if !terminals.ext.is_empty() {
+            self.images.write_all(ImageKind::DormouseTerminals, 0, &terminals.ext)?;
         }
         if !self.remaps.is_empty() {
             self.images.write_all(ImageKind::RemapFpath, 0, &self.remaps)?;

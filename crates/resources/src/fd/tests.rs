@@ -154,7 +154,7 @@ fn descriptors_of_a_process_are_recorded_with_what_they_share() {
     let options = DumpOptions::default();
     let images = dir.images();
     let mut table = FileTable::new(&images, &options);
-    let blockers = blockers(pid, &options).unwrap();
+    let blockers = blockers(pid, &options, &Masters::of(pid)).unwrap();
     let fds = table.add_task(pid, &[TargetFd(0)]).unwrap();
     let again = table.add_task(pid, &[]).unwrap();
     let fs = table.fs_entry(pid, 0o22).unwrap();
@@ -280,7 +280,7 @@ fn a_held_lock_is_refused() {
     let dir = Scratch::new("lock");
     let path = dir.path("file").display().to_string();
     let mut child = child(&format!("exec 3>{path}; flock 3; exec sleep 100"));
-    let found = blockers(HostPid(child.id() as i32), &DumpOptions::default()).unwrap();
+    let found = blockers(HostPid(child.id() as i32), &DumpOptions::default(), &Masters::default()).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
     let [lock] = &found[..] else { panic!("{found:?}") };

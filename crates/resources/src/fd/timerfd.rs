@@ -75,8 +75,8 @@ impl FdKind for Timerfd {
         entry.tfd.as_ref().map(|t| t.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.tfd.as_ref().map(|t| (&t.fown, t.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.tfd.as_ref().map(|t| &t.fown)
     }
 
     fn open(&self, _: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {

@@ -13,6 +13,7 @@ use dormouse_kernel::{HostPid, TargetFd};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, stat};
 
+use super::tty::Masters;
 use crate::{Blocker, DumpOptions, ResourceError, Result, call, invalid};
 
 /// What refers to a file: a descriptor, or one of the places in a process that are none.
@@ -210,13 +211,27 @@ pub struct Look<'a> {
     own_ns: u64,
     /// Mount ids by namespace.
     mounts: HashMap<u64, HashSet<i32>>,
+    /// Pseudoterminals of the tree; `None` while it is not known as a whole.
+    masters: Option<&'a Masters>,
 }
 
 impl<'a> Look<'a> {
     /// Nothing is looked at yet.
     pub fn new(options: &'a DumpOptions) -> Self {
         let own_ns = ns_inode(HostPid::current(), NsKind::Mnt).ok().flatten().unwrap_or(0);
-        Self { options, own_ns, mounts: HashMap::new() }
+        Self { options, own_ns, mounts: HashMap::new(), masters: None }
+    }
+
+    /// Names the pseudoterminals whose masters are in the tree. Without them all are taken to be.
+    #[must_use]
+    pub fn with_masters(mut self, masters: &'a Masters) -> Self {
+        self.masters = Some(masters);
+        self
+    }
+
+    /// Whether a pseudoterminal may be used: its master is in the tree, or the user gives another to the restore.
+    pub fn may_use_pty(&self, index: u32) -> bool {
+        self.options.shell_job || self.masters.is_none_or(|m| m.has(index))
     }
 
     /// Whether the user takes care of the resource with this key (`--external`).

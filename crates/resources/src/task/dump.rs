@@ -178,7 +178,8 @@ impl ThreadAsk {
         let clear_tid = self.misc.clear_tid_address(arena);
         let (mut core, mut ext) = regs::to_core(tid.0, view.state, clear_tid, view.interruption())?;
         if let Some(slack) = self.misc.timer_slack(b) {
-            ext.get_or_insert_with(|| pb::ThreadExt { tid: tid.0 as u32, ..Default::default() }).timer_slack_ns = Some(slack);
+            ext.get_or_insert_with(|| pb::ThreadExt { tid: tid.0 as u32, ..Default::default() }).timer_slack_ns =
+                Some(slack);
         }
         let mut thread = pb::ThreadCoreEntry {
             futex_rla,

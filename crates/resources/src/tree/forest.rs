@@ -61,7 +61,11 @@ struct Builder<'a> {
 pub fn build(tasks: &[TaskImage], shell_job: bool) -> Result<Forest, ResourceError> {
     let root = &tasks[0].tree;
     if root.sid != root.pid && !shell_job {
-        return Err(invalid!("the root task (pid {}) does not lead its session {}; restore it with --shell-job", root.pid, root.sid));
+        return Err(invalid!(
+            "the root task (pid {}) does not lead its session {}; restore it with --shell-job",
+            root.pid,
+            root.sid
+        ));
     }
     let mut children: HashMap<i32, Vec<usize>> = HashMap::new();
     for (i, t) in tasks.iter().enumerate().skip(1) {
@@ -69,7 +73,14 @@ pub fn build(tasks: &[TaskImage], shell_job: bool) -> Result<Forest, ResourceErr
     }
     let sid = tasks.iter().map(|t| t.tree.sid as i32).collect();
     let n = tasks.len();
-    let mut b = Builder { tasks, children, sid, required: vec![None; n], forest: Forest::default(), node_of_task: HashMap::new() };
+    let mut b = Builder {
+        tasks,
+        children,
+        sid,
+        required: vec![None; n],
+        forest: Forest::default(),
+        node_of_task: HashMap::new(),
+    };
     for i in (0..n).rev() {
         b.required[i] = b.birth_session(i)?;
     }
@@ -161,9 +172,8 @@ impl Builder<'_> {
             let maker = self.maker_in_session(me, i, s)?;
             node.forker = Some(maker);
             node.as_sibling = true;
-            node.after_memory = self.forest.nodes[maker]
-                .task
-                .is_some_and(|m| shares_memory(&self.tasks[k], &self.tasks[m]));
+            node.after_memory =
+                self.forest.nodes[maker].task.is_some_and(|m| shares_memory(&self.tasks[k], &self.tasks[m]));
             self.push(node);
         }
         Ok(())
@@ -175,7 +185,8 @@ impl Builder<'_> {
         for n in siblings {
             let node = &self.forest.nodes[n];
             let lives = node.task.is_none_or(|t| !self.tasks[t].is_zombie());
-            let in_session = node.pid == s && node.setsid || node.task.is_some_and(|t| self.sid[t] == s && !node.setsid);
+            let in_session =
+                node.pid == s && node.setsid || node.task.is_some_and(|t| self.sid[t] == s && !node.setsid);
             if lives && in_session {
                 return Ok(n);
             }

@@ -1,27 +1,32 @@
-//! Terminals: those of a shell outside of the tree (`--shell-job`), those the user gives (`--external`), the controlling
-//! terminal's name /dev/tty, and consoles and serial lines that are opened by name.
+//! Terminals: pseudoterminals of the tree with the sessions that they control; those of a shell outside of the tree
+//! (`--shell-job`), those the user gives (`--external`), the controlling terminal's name /dev/tty, and consoles and serial
+//! lines that are opened by name.
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashSet};
-use std::io;
+mod dump;
+mod modes;
+mod pair;
+mod queue;
+mod restore;
+
 use std::os::fd::OwnedFd;
 
-use dormouse_images::{ImageKind, pb};
+use dormouse_images::pb;
+use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::fd as host;
-use dormouse_infect::host::process::SignalsBlocked;
-use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::stat;
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
-use nix::pty::PtyMaster;
+use dormouse_sys::nr;
+use nix::fcntl::open;
 use nix::sys::stat::{Mode, SFlag};
-use nix::unistd::{Pid, getpgid, getsid, tcsetpgrp};
 
+use self::dump::{controlling_pty, session_on};
+use self::modes::{set_modes, set_size};
+use self::restore::is_master;
 use super::files::{reopen, set_status};
-use super::{FdKind, FdView, FileTable, Files, Look, paths, reg};
-use crate::checkpoint::{TreeImage, optional};
+use super::{FdKind, FdView, FileTable, Files, Look, late, paths, reg};
 use crate::mem::Shared;
-use crate::{Blocker, RestoreOptions, Result, call, invalid};
+use crate::{Blocker, Result, TaskImage, call, invalid};
+
+pub use self::dump::{Masters, Terminals};
+pub use self::restore::Given;
 
 /// The kind.
 pub struct Tty;
@@ -68,10 +73,10 @@ impl Sort {
     }
 
     /// CRIU's number for the terminal: twice its index, plus one for masters.
-    fn preferred_id(self) -> u32 {
+    fn preferred_id(self, index: u32) -> u32 {
         match self {
-            Self::Slave(index) => index << 1,
-            Self::Master => 1,
+            Self::Slave(_) => index << 1,
+            Self::Master => index << 1 | 1,
             Self::Console => 1002 << 1,
             Self::Virtual => 1004 << 1,
             Self::Controlling => 1006 << 1,
@@ -122,12 +127,12 @@ impl FdKind for Tty {
         };
         let sort = Sort::of(view.rdev()).ok_or_else(|| invalid!("{}: no terminal", view.subject()))?;
         let found = match sort {
-            Sort::Master => {
-                let what = "the master side of a pseudoterminal, which cannot be dumped yet";
-                Some(view.blocker(what, "end what opened the terminal (a terminal multiplexer, script(1)), and retry"))
+            Sort::Master => None,
+            Sort::Slave(index) => (!look.may_use_pty(index) && !is_hung_up(view)).then(outside),
+            Sort::Controlling => {
+                let may = controlling_pty(view.pid)?.is_some_and(|index| look.may_use_pty(index));
+                (!may && !look.options.shell_job).then(outside)
             }
-            Sort::Slave(_) => (!look.options.shell_job && !is_hung_up(view)).then(outside),
-            Sort::Controlling => (!look.options.shell_job).then(outside),
             Sort::Console | Sort::Virtual | Sort::Serial => {
                 (!look.options.shell_job && session_on(view)?.is_some()).then(outside)
             }
@@ -142,6 +147,9 @@ impl FdKind for Tty {
         let external = is_external(view, table.look());
         let regf_id = if external { None } else { Some(table.dump_named(view)?) };
         let tty_info_id = table.terminals().add(view, external)?;
+        if Sort::of(view.rdev()) == Some(Sort::Controlling) && !table.look().options.shell_job {
+            table.set_private(id);
+        }
         let tty =
             pb::TtyFileEntry { id, tty_info_id, flags: view.flags() as u32, fown: super::table::fown(view)?, regf_id };
         Ok(pb::FileEntry { r#type: self.fd_type() as i32, id, tty: Some(tty), ..Default::default() })
@@ -151,8 +159,8 @@ impl FdKind for Tty {
         entry.tty.as_ref().map(|t| t.id)
     }
 
-    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<(&'e pb::FownEntry, u32)> {
-        entry.tty.as_ref().map(|t| (&t.fown, t.flags))
+    fn owner<'e>(&self, _: &Files<'e>, entry: &'e pb::FileEntry) -> Option<&'e pb::FownEntry> {
+        entry.tty.as_ref().map(|t| &t.fown)
     }
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
@@ -168,9 +176,30 @@ impl FdKind for Tty {
             }
             None => open_terminal(files, t, &info, &name)?,
         };
-        set_status(&fd, flags, &name)?;
+        if !files.ttys.is_late(t) {
+            set_status(&fd, flags, &name)?;
+        }
         Ok(fd)
     }
+
+    fn task_ops(&self, b: &mut Batch, arena: &mut Arena, files: &Files<'_>, task: &TaskImage, id: u32) -> Result<()> {
+        let entry = files.image().files.get(&id).and_then(|f| f.tty.as_ref());
+        let t = entry.ok_or_else(|| invalid!("files.img: terminal {id} has no record"))?;
+        if !files.ttys.is_late(t) {
+            return Ok(());
+        }
+        let path = arena.put(b"/dev/tty\0");
+        let flags = paths::again(t.flags as i32).bits() as u64;
+        late::fill(b, task, id, "/dev/tty", |b, _| {
+            b.must("opening /dev/tty", nr::OPENAT, &[libc::AT_FDCWD as u64, path, flags, 0]);
+        });
+        Ok(())
+    }
+}
+
+/// Whether both sides of a pseudoterminal are in the images, or its master is.
+fn is_inside(files: &Files<'_>, info: &pb::TtyInfoEntry) -> bool {
+    info.pty.as_ref().is_some_and(|p| files.ttys.side(p.index, true).is_some())
 }
 
 fn open_terminal(files: &mut Files<'_>, t: &pb::TtyFileEntry, info: &pb::TtyInfoEntry, name: &str) -> Result<OwnedFd> {
@@ -179,12 +208,14 @@ fn open_terminal(files: &mut Files<'_>, t: &pb::TtyFileEntry, info: &pb::TtyInfo
         pb::TtyType::ExtTty => {
             Err(invalid!("terminal {name} of the images was left to you; give it by --inherit-fd 'fd[N]:{name}'"))
         }
+        pb::TtyType::Ctty if files.ttys.is_late(t) => late::placeholder(files),
         pb::TtyType::Ctty => {
             let fd = open("/dev/tty", paths::again(flags), Mode::empty());
             fd.map_err(|e| call("cannot open /dev/tty; run the restore in a terminal")(e.into()))
         }
-        pb::TtyType::Pty if info.id & 1 == 1 => {
-            Err(invalid!("tty-info.img: {name} is the master side of a pseudoterminal, which cannot be restored yet"))
+        pb::TtyType::Pty if info.termios.is_some() && is_inside(files, info) => files.pty(t, info),
+        pb::TtyType::Pty if is_master(info) => {
+            Err(invalid!("tty-info.img: the master {name} has no modes; the image is damaged"))
         }
         pb::TtyType::Pty if info.termios.is_none() => files.ttys.hung_up(info.id, flags),
         pb::TtyType::Pty if files.options().shell_job => {
@@ -218,16 +249,5 @@ mod tests {
         assert_eq!(Sort::of((4, 64)), Some(Sort::Serial));
         assert_eq!(Sort::of((1, 3)), None);
         assert_eq!(key(0x8803, 0x18), "tty[8803:18]");
-    }
-
-    #[test]
-    fn a_terminal_hangs_up_when_all_are_open() {
-        let mut given = Given { infos: BTreeMap::new(), own: None, used: false, masters: BTreeMap::new() };
-        let fds = [given.hung_up(6, libc::O_RDWR).unwrap(), given.hung_up(6, libc::O_RDONLY).unwrap()];
-        assert!(host::tty_modes(&fds[0]).is_ok());
-        drop(given);
-        for fd in fds {
-            assert_eq!(host::tty_modes(&fd).unwrap_err().raw_os_error(), Some(libc::EIO));
-        }
     }
 }

@@ -9,6 +9,17 @@ use dormouse_infect::host::process::SignalsBlocked;
 use super::key;
 use crate::{Result, call, invalid};
 
+/// The special characters as CRIU has them: it copies the array of bytes over an array of as many words.
+fn packed(cc: &[u8; 19]) -> Vec<u32> {
+    let mut words = vec![0; cc.len()];
+    for (word, bytes) in words.iter_mut().zip(cc.chunks(4)) {
+        let mut all = [0; 4];
+        all[..bytes.len()].copy_from_slice(bytes);
+        *word = u32::from_ne_bytes(all);
+    }
+    words
+}
+
 /// The record of modes.
 pub fn modes_entry(m: &host::Termios) -> pb::TermiosEntry {
     pb::TermiosEntry {
@@ -20,15 +31,15 @@ pub fn modes_entry(m: &host::Termios) -> pb::TermiosEntry {
         // The speed is in the control modes; CRIU leaves these two at 0.
         c_ispeed: 0,
         c_ospeed: 0,
-        c_cc: m.cc.iter().map(|c| u32::from(*c)).collect(),
+        c_cc: packed(&m.cc),
     }
 }
 
 /// The modes of a record.
 pub fn modes_of(e: &pb::TermiosEntry) -> host::Termios {
     let mut cc = [0; 19];
-    for (to, from) in cc.iter_mut().zip(&e.c_cc) {
-        *to = *from as u8;
+    for (to, from) in cc.iter_mut().zip(e.c_cc.iter().flat_map(|word| word.to_ne_bytes())) {
+        *to = from;
     }
     host::Termios { iflag: e.c_iflag, oflag: e.c_oflag, cflag: e.c_cflag, lflag: e.c_lflag, line: e.c_line as u8, cc }
 }
@@ -40,13 +51,17 @@ pub fn set_modes(fd: &impl AsFd, info: &pb::TtyInfoEntry) -> Result<()> {
     };
     // In the background of a terminal, changing it would stop this process.
     let _blocked = SignalsBlocked::new().map_err(call("cannot block signals"))?;
-    if let Some(locked) = info.termios_locked.as_ref().map(modes_of)
-        && host::tty_locked_modes(fd).map_err(cannot("locked modes"))? != locked
-    {
-        host::set_tty_locked_modes(fd, &locked).map_err(cannot("locked modes"))?;
+    let now = host::tty_locked_modes(fd).map_err(cannot("locked modes"))?;
+    let locked = info.termios_locked.as_ref().map_or(now, modes_of);
+    if locked != now && now != host::Termios::default() {
+        // What is locked cannot be set.
+        host::set_tty_locked_modes(fd, &host::Termios::default()).map_err(cannot("locked modes"))?;
     }
     if let Some(modes) = info.termios.as_ref().map(modes_of) {
         host::set_tty_modes(fd, &modes).map_err(cannot("modes"))?;
+    }
+    if locked != now {
+        host::set_tty_locked_modes(fd, &locked).map_err(cannot("locked modes"))?;
     }
     if info.exclusive {
         host::set_tty_exclusive(fd).map_err(cannot("exclusive mode"))?;
@@ -77,6 +92,8 @@ mod tests {
     fn modes_survive_the_record() {
         let mut modes = host::Termios { iflag: 1, oflag: 2, cflag: 3, lflag: 4, line: 5, cc: [9; 19] };
         modes.cc[18] = 255;
-        assert_eq!(modes_of(&modes_entry(&modes)), modes);
+        let entry = modes_entry(&modes);
+        assert_eq!(modes_of(&entry), modes);
+        assert_eq!((entry.c_cc.len(), entry.c_cc[0], entry.c_cc[5]), (19, 0x0909_0909, 0));
     }
 }

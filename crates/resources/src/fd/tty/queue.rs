@@ -128,7 +128,9 @@ pub fn peek(master: &OwnedFd, used: bool, what: &str) -> Result<Unread> {
     };
     taken.and(back).map_err(cannot)?;
     if was_stopped.map_err(cannot)? {
-        return Err(invalid!("{what}: its output is stopped (^S), which the images cannot hold; let it go on (^Q) and retry"));
+        return Err(invalid!(
+            "{what}: its output is stopped (^S), which the images cannot hold; let it go on (^Q) and retry"
+        ));
     }
     Ok(unread)
 }

@@ -1,1 +1,0 @@
-//! Unix sockets (stream, dgram, seqpacket) in the namespaces of the host.
