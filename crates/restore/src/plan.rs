@@ -83,13 +83,13 @@ pub struct Plan<'a> {
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
 pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool) -> Result<Plan<'a>, RestoreError> {
-    let (own, ignored) = own_settings()?;
+    let (mut own, ignored) = own_settings()?;
     let vdso = Vdso::find()?;
     for t in &image.tasks {
         vdso.check(t)?;
     }
     let forest = tree::forest::build(&image.tasks, options.shell_job)?;
-    let descriptors = descriptor_range(image, &own)?;
+    let descriptors = descriptor_range(image, &mut own)?;
     let base = descriptors.start;
     let shared = Shared::make(image, base)?;
     let mut files = Files::new(options, image, base)?;
@@ -137,7 +137,7 @@ fn own_settings() -> Result<(Own, u64), RestoreError> {
 /// Descriptor numbers that no task of the tree uses: the restore's own lie there.
 ///
 /// Above the tree's highest number if there is room, else in the largest hole between its numbers.
-fn descriptor_range(image: &TreeImage, own: &Own) -> Result<Range<RawFd>, RestoreError> {
+fn descriptor_range(image: &TreeImage, own: &mut Own) -> Result<Range<RawFd>, RestoreError> {
     let mut numbers: Vec<u64> = image.tasks.iter().flat_map(|t| &t.fds).map(|f| f.fd.into()).collect();
     numbers.extend([LOWEST_OWN_FD - 1]);
     numbers.sort_unstable();
@@ -162,6 +162,10 @@ fn descriptor_range(image: &TreeImage, own: &Own) -> Result<Range<RawFd>, Restor
     }
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
         .map_err(|e| call("cannot raise our own RLIMIT_NOFILE")(e.into()))?;
+    // The tasks inherit it, so it is what they must not take for theirs.
+    if let Some(limit) = own.limits.get_mut(libc::RLIMIT_NOFILE as usize) {
+        *limit = (hard, hard);
+    }
     Ok(range.start as RawFd..range.end as RawFd)
 }
 
@@ -423,7 +427,7 @@ impl<'f> Writer<'_, 'f> {
         }
         let no_core = self.arena.put_words(&[0, 0]);
         let open = self.arena.put_words(&[0]);
-        b.attempt("no core file", nr::SETRLIMIT, &[libc::RLIMIT_CORE.into(), no_core]);
+        b.attempt("no core file", nr::SETRLIMIT, &[libc::RLIMIT_CORE as u64, no_core]);
         b.must(format!("signal {signal}"), nr::KILL, &[self.forest.nodes[i].pid as u64, signal.into()]);
         b.must("unblocking signals", nr::RT_SIGPROCMASK, &[libc::SIG_SETMASK as u64, open, 0, 8]);
         Ok(b)
