@@ -160,10 +160,22 @@ fn write_task(dir: &ImageDir) -> Result<(), ImageError> {
         in_parent: Some(true),
     })?;
     w.finish()?;
+    write_sidecars(dir)
+}
+
+fn write_sidecars(dir: &ImageDir) -> Result<(), ImageError> {
     let mut w = dir.writer(ImageKind::DormouseThreads, 0)?;
-    w.record(&pb::ThreadExt { tid: 7, xstate: Some(vec![1, 2, 3]), reg_sets: vec![] })?;
+    w.record(&pb::ThreadExt { tid: 7, xstate: Some(vec![1, 2, 3]), ..Default::default() })?;
     let sve = pb::RegSet { note: 0x405, data: vec![0; 16] };
-    w.record(&pb::ThreadExt { tid: 8, xstate: None, reg_sets: vec![sve] })?;
+    w.record(&pb::ThreadExt { tid: 8, reg_sets: vec![sve], ..Default::default() })?;
+    w.finish()?;
+    let mut w = dir.writer(ImageKind::DormousePackets, 0)?;
+    w.record(&pb::PipePackets { pipe_id: 5, fifo: None, lengths: vec![3, 4096] })?;
+    w.record(&pb::PipePackets { pipe_id: 5, fifo: Some(true), lengths: vec![] })?;
+    w.finish()?;
+    let mut w = dir.writer(ImageKind::DormouseTerminals, 0)?;
+    w.record(&pb::TtyExt { index: 3, slave_closed: Some(true), reads: vec![] })?;
+    w.record(&pb::TtyExt { index: 4, slave_closed: None, reads: vec![4, 0, 2] })?;
     w.finish()?;
     let mut w = dir.writer(ImageKind::Stats, ImageKind::STATS_DUMP)?;
     w.record(&pb::StatsEntry {

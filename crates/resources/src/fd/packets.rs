@@ -178,7 +178,7 @@ mod tests {
             for (mode, len) in modes.into_iter().zip([4000, 200]) {
                 fcntl(&write, FcntlArg::F_SETFL(mode)).unwrap();
                 // The second write has no room behind the first, or it would become part of it.
-                send(&write, &[&vec![7; len]]);
+                send(&write, &[&vec![7; len][..]]);
             }
             let refused = peek(&read, 65536, "p").unwrap_err().to_string();
             assert!(refused.contains("both packets and a stream"), "{refused}");
