@@ -142,13 +142,14 @@ static void baseline_fds(struct baseline_text *b)
 		snprintf(path, sizeof path, "/proc/self/fd/%d", fds[i]);
 		ssize_t len = readlink(path, to, sizeof to - 1);
 		to[len < 0 ? 0 : len] = 0;
-		if (!strncmp(to, "pipe:[", 6)) { // another inode after the restore; who shares it is what counts
+		if (!strncmp(to, "pipe:[", 6) || !strncmp(to, "socket:[", 8)) { // another inode after the restore; who shares it is what counts
 			int k = 0;
 			while (k < ninodes && strcmp(inodes[k], to))
 				k++;
 			if (k == ninodes && ninodes < 64)
 				snprintf(inodes[ninodes++], 64, "%.63s", to);
-			snprintf(to, sizeof to, "pipe no. %d", k);
+			int kind = strcspn(to, ":");
+			snprintf(to + kind, sizeof to - kind, " no. %d", k);
 		}
 		baseline_add(b, "fd %d -> %s\n", fds[i], to);
 		snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fds[i]);
@@ -166,7 +167,7 @@ static int baseline_joins(const struct baseline_map *a, const struct baseline_ma
 {
 	return a->end == b->start && a->inode == b->inode && (!a->inode || a->offset + (a->end - a->start) == b->offset) &&
 		!strcmp(a->perms, b->perms) && !strcmp(a->dev, b->dev) && !strcmp(a->name, b->name) &&
-		!strcmp(a->flags, b->flags) && !strstr(a->flags, " gd") && a->name[0] != '[';
+		!strcmp(a->flags, b->flags) && !strstr(a->flags, " gd") && (a->name[0] != '[' || !strcmp(a->name, "[heap]"));
 }
 
 static void baseline_map_done(struct baseline_text *b, struct baseline_map *held, struct baseline_map *now)

@@ -15,8 +15,8 @@ static void setup(void)
 {
 	page = sysconf(_SC_PAGESIZE);
 	for (int i = 0; i < ADVICES; i++) {
-		areas[i] = mmap(NULL, (PAGES + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		MUST(areas[i] != MAP_FAILED && !mprotect(areas[i] + PAGES * page, page, PROT_NONE));
+		areas[i] = mmap(NULL, (PAGES + 1) * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		MUST(areas[i] != MAP_FAILED && !mprotect(areas[i], PAGES * page, PROT_READ | PROT_WRITE));
 		test_fill(areas[i], PAGES * page, i + 1);
 		if (madvise(areas[i], PAGES * page, advices[i])) {
 			MUST(errno == EINVAL); // a kernel without that feature

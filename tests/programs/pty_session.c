@@ -41,7 +41,7 @@ static void check_leader(void)
 {
 	SAME("foreground group", tcgetpgrp(slave), *member);
 	SAME("foreground group by /dev/tty", tcgetpgrp(tty), *member);
-	SAME("flags of /dev/tty", fcntl(tty, F_GETFL) & ~0100000, O_RDWR | O_NONBLOCK);
+	SAME("flags of /dev/tty", fcntl(tty, F_GETFL) & (O_ACCMODE | O_APPEND | O_NONBLOCK), O_RDWR | O_NONBLOCK);
 	SAME("interrupts of the leader", interrupts, 0);
 }
 

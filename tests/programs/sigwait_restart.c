@@ -25,6 +25,9 @@ static void *wait_for(void *arg)
 
 static void setup(void)
 {
+#ifdef __aarch64__
+	test_skip("registers in which the first argument outlives a call (not aarch64)");
+#endif
 	sigset_t one;
 	sigemptyset(&one);
 	sigaddset(&one, SIGUSR2);

@@ -17,7 +17,11 @@ static int own_rseq; // the libc registers none: we do
 
 extern const unsigned __rseq_size __attribute__((weak));
 extern const ptrdiff_t __rseq_offset __attribute__((weak));
+#ifdef __aarch64__
+#define SIGNATURE 0xd428bc00
+#else
 #define SIGNATURE 0x53053053
+#endif
 
 static struct rseq *area(int k)
 {

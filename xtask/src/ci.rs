@@ -14,7 +14,7 @@ const TEST_COMMAND: &str = "cargo xtask test";
 /// Which steps.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Options {
-    /// Also the steps that are not green yet: clippy and the emulated machines.
+    /// Also the steps that are not green yet: the emulated machines.
     #[arg(long)]
     all: bool,
     /// Only steps whose name holds this.
@@ -42,7 +42,7 @@ const STEPS: &[Step] = &[
 ];
 
 /// Steps that are known to fail in places (see CHANGELOG.md), and are run by `--all` or by name until they pass.
-const NOT_GREEN_YET: &[&str] = &["clippy", "vm-aarch64-6.12", "vm-x86_64-6.1"];
+const NOT_GREEN_YET: &[&str] = &["vm-aarch64-6.12", "vm-x86_64-6.1"];
 
 /// Runs the steps.
 ///
@@ -71,7 +71,8 @@ pub fn run(options: &Options) -> Result<()> {
 /// The test command as README.md has it.
 fn test() -> Result<()> {
     let readme = std::fs::read_to_string(cmd::root().join("README.md")).context("cannot read README.md")?;
-    if !readme.lines().any(|line| line.trim() == TEST_COMMAND) {
+    let without_comment = |line: &str| line.split('#').next().unwrap_or_default().trim() == TEST_COMMAND;
+    if !readme.lines().any(without_comment) {
         bail!("README.md has no line `{TEST_COMMAND}`: users would run something else than this");
     }
     let words: Vec<_> = TEST_COMMAND.split(' ').skip(1).collect();

@@ -42,7 +42,7 @@ pub unsafe fn run<S: Special>(ops: *mut Op, n: u64, special: &mut S) -> u64 {
 
 #[inline(always)]
 unsafe fn step<S: Special>(op: &mut Op, special: &mut S) -> i64 {
-    // SAFETY (all arms): the host composed the operation for this address space.
+    // SAFETY: in all arms, the host composed the operation for this address space.
     unsafe {
         match op.kind {
             k if k == OpKind::Syscall as u32 => loop {

@@ -6,9 +6,9 @@ use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::cancel;
 use dormouse_infect::freeze::{self, Tree};
 use dormouse_infect::host::process;
-use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
-use dormouse_resources::fd::{FileTable, LinkGuard};
+use dormouse_kernel::{HostPid, Session};
+use dormouse_resources::fd::{Connections, FileTable, LinkGuard, network_lock};
 use dormouse_resources::mem::{PageIds, SharedDump};
 use dormouse_resources::task as kinds;
 
@@ -31,13 +31,15 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut tree = Tree::freeze(request.pid, request.timeout)?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
-    let (mut report, links) = save(request, &images, &mut tree)?;
+    let session = Session::new()
+        .map_err(|cause| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), cause })?;
+    let (mut report, links, connections) = save(request, &images, &mut tree, &session)?;
     cancel::check()?;
     (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
-    let inventory = inventory::inventory(&tree, &mut Ids::default())?;
+    let inventory = inventory::inventory(&mut Ids::default(), &session, &request.options, !connections.is_empty())?;
     images.write_inventory(&inventory)?;
     links.keep();
-    finish(request, tree)?;
+    finish(request, tree, connections)?;
     report.freezing_us = freezing_us;
     report.frozen_us = frozen.elapsed().as_micros() as u64;
     report.total_us = start.elapsed().as_micros() as u64;
@@ -47,7 +49,12 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
 /// Writes every image but the inventory. The tree is cured when this returns, but still stopped.
 ///
 /// The links that keep files without a name vanish with the guard, unless the checkpoint becomes complete.
-fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<(Report, LinkGuard), DumpError> {
+fn save(
+    request: &Request<'_>,
+    images: &ImageDir,
+    tree: &mut Tree,
+    session: &Session,
+) -> Result<(Report, LinkGuard, Connections), DumpError> {
     let page_ids = PageIds::new();
     let mut ids = Ids::default();
     // The first numbers are those of this program, as in CRIU's images.
@@ -88,6 +95,9 @@ fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<(Re
     }
     pstree.finish()?;
     let links = savings.files.take_links();
+    let lock = network_lock(&inventory::run_id(session));
+    let lock = (!request.options.network_lock_skip).then_some(lock.as_str());
+    let connections = savings.files.save_connections(lock)?;
     savings.files.finish(&mut savings.shared)?;
     savings.shared.finish()?;
     if !ext.is_empty() {
@@ -95,7 +105,7 @@ fn save(request: &Request<'_>, images: &ImageDir, tree: &mut Tree) -> Result<(Re
     }
     inventory::write_clocks(images)?;
     images.write_one(ImageKind::Seccomp, 0, &pb::SeccompEntry::default())?;
-    Ok((savings.report, links))
+    Ok((savings.report, links, connections))
 }
 
 fn pstree_entry(t: &freeze::Task, outside: Option<HostPid>) -> Result<pb::PstreeEntry, DumpError> {
@@ -127,11 +137,19 @@ fn write_task(
 }
 
 /// The checkpoint is complete: do with the tree as the user wishes.
-fn finish(request: &Request<'_>, tree: Tree) -> Result<(), DumpError> {
+fn finish(request: &Request<'_>, tree: Tree, connections: Connections) -> Result<(), DumpError> {
     match request.after {
-        After::Kill => tree.kill(),
-        After::Run => tree.thaw(),
+        After::Kill => {
+            let cut = connections.cut()?;
+            tree.kill();
+            drop(cut);
+        }
+        After::Run => {
+            drop(connections);
+            tree.thaw();
+        }
         After::Stop => {
+            drop(connections);
             for t in tree.tasks.iter().filter(|t| !t.zombie) {
                 process::stop(t.pid)
                     .map_err(|cause| DumpError::Call { what: format!("cannot stop pid {}", t.pid), cause })?;

@@ -1,8 +1,8 @@
 //! What belongs to the checkpoint as a whole: its inventory, and the clocks of the moment.
 
 use dormouse_images::{ImageDir, ImageKind, pb};
-use dormouse_infect::freeze::Tree;
 use dormouse_kernel::{HostPid, Session};
+use dormouse_resources::DumpOptions;
 use dormouse_resources::task::OWN_CG_SET;
 use nix::time::{ClockId, clock_gettime};
 
@@ -12,10 +12,20 @@ use crate::ids::Ids;
 /// Version of the image format: 2 since images begin with the common magic.
 const IMG_VERSION: u32 = 2;
 
-/// The inventory of a checkpoint. `ids` is fresh: the root numbers are those of this program.
-pub fn inventory(_tree: &Tree, ids: &mut Ids) -> Result<pb::InventoryEntry, DumpError> {
-    let session = Session::new()
-        .map_err(|cause| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), cause })?;
+/// `network_lock_method`: packets of connections are dropped by nftables.
+const LOCK_NFTABLES: u32 = 1;
+/// `network_lock_method`: they are not dropped.
+const LOCK_SKIP: u32 = 2;
+
+/// The inventory of a checkpoint. `ids` is fresh: the root numbers are those of this program. `connected` if there are TCP
+/// connections that are to go on.
+pub fn inventory(
+    ids: &mut Ids,
+    session: &Session,
+    options: &DumpOptions,
+    connected: bool,
+) -> Result<pb::InventoryEntry, DumpError> {
+    let lock = if options.network_lock_skip { LOCK_SKIP } else { LOCK_NFTABLES };
     Ok(pb::InventoryEntry {
         img_version: IMG_VERSION,
         fdinfo_per_id: Some(true),
@@ -25,13 +35,15 @@ pub fn inventory(_tree: &Tree, ids: &mut Ids) -> Result<pb::InventoryEntry, Dump
         // No profile of a security module is recorded: a tree under one is refused before.
         lsmtype: Some(0),
         dump_uptime: Some(uptime_us()?),
-        dump_criu_run_id: Some(run_id(&session)),
+        dump_criu_run_id: Some(run_id(session)),
+        tcp_close: options.tcp_close.then_some(true),
+        network_lock_method: connected.then_some(lock),
         ..Default::default()
     })
 }
 
 /// The session's id in the form that CRIU's run ids have, a UUID.
-fn run_id(session: &Session) -> String {
+pub fn run_id(session: &Session) -> String {
     let h = session.hex();
     format!("{}-{}-{}-{}-{}", &h[..8], &h[8..12], &h[12..16], &h[16..20], &h[20..])
 }

@@ -1,6 +1,6 @@
 //! Stopping a whole tree: every thread of every process, until a full pass finds nothing new.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
@@ -89,13 +89,15 @@ impl Tree {
             let mut todo = vec![(root, HostPid(0))];
             while let Some((pid, parent)) = todo.pop() {
                 cancel::check()?;
-                if !tasks.contains_key(&pid) {
-                    let Some(task) = open_task(pid, parent, pid == root)? else { continue };
-                    tasks.insert(pid, task);
-                    order.push(pid);
-                    grown = true;
-                }
-                let task = tasks.get_mut(&pid).expect("inserted above");
+                let task = match tasks.entry(pid) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(new) => {
+                        let Some(task) = open_task(pid, parent, pid == root)? else { continue };
+                        order.push(pid);
+                        grown = true;
+                        new.insert(task)
+                    }
+                };
                 if task.zombie {
                     continue;
                 }

@@ -108,6 +108,7 @@ impl<'a> Parasite<'a> {
         let status = self.receive(thread);
         thread.interrupt()?;
         thread.wait_interrupted()?;
+        thread.restore_spoiled(state)?;
         thread.set_sigmask(state.sigmask)?;
         thread.set_regs(&state.regs)?;
         self.arena.atomic(here).store(THREAD_NONE, Ordering::Release);
@@ -330,6 +331,7 @@ impl Site {
         if !state.xstate.is_empty() {
             leader.set_set(arch::NT_XSTATE, &state.xstate)?;
         }
+        leader.restore_spoiled(state)?;
         leader.set_sigmask(state.sigmask)?;
         leader.set_regs(&state.regs)?;
         if let Some(stub) = &self.stub {

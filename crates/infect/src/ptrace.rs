@@ -380,6 +380,17 @@ impl Tracee {
         self.set_sigmask(state.sigmask)
     }
 
+    /// Puts back what system calls made in the thread have taken from its extended state ([`arch::SPOILED_SETS`]).
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn restore_spoiled(&self, state: &State) -> Result<(), InfectError> {
+        for (note, bytes) in state.more.iter().filter(|(note, _)| arch::SPOILED_SETS.contains(note)) {
+            self.set_set(*note, bytes)?;
+        }
+        Ok(())
+    }
+
     /// Makes one system call through the thread, from the instruction at `insn`, and leaves it stopped at the exit.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 pub mod features;
 pub mod ids;
+pub mod netlink;
 pub mod proc;
 pub mod session;
 

@@ -40,7 +40,7 @@ fn only_present_records_take_space_in_the_file() {
         file_offset: offset * 4096,
     };
     assert_eq!(reader.reads(), [read(1, 3, 0), read(10, 1, 3)]);
-    assert_eq!(reader.parent_ranges(), [4 * 4096..10 * 4096]);
+    assert_eq!(reader.parent_ranges(), vec![4 * 4096..10 * 4096]);
     assert_eq!(reader.lazy_ranges(), [3 * 4096..4 * 4096, 11 * 4096..12 * 4096]);
     assert_eq!(reader.file_end(), 4 * 4096);
     assert!(reader.check_file_len(4 * 4096).is_ok());

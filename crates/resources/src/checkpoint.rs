@@ -207,7 +207,7 @@ fn load_task(dir: &ImageDir, path: &Path, tree: pb::PstreeEntry) -> Result<TaskI
         check_core(&c, *tid)?;
         threads.push((*tid as i32, c));
     }
-    let ids: pb::TaskKobjIdsEntry = match core.ids.clone() {
+    let ids: pb::TaskKobjIdsEntry = match core.ids {
         Some(ids) => ids,
         None => dir.read_one(ImageKind::Ids, pid.into())?,
     };
@@ -221,8 +221,8 @@ fn load_task(dir: &ImageDir, path: &Path, tree: pb::PstreeEntry) -> Result<TaskI
 
 fn check_core(core: &pb::CoreEntry, tid: u32) -> Result<(), ResourceError> {
     let ours = if cfg!(target_arch = "x86_64") { 1 } else { 3 };
-    if core.mtype as i32 != ours {
-        return Err(invalid!("core-{tid}.img was made on another architecture (number {})", core.mtype as i32));
+    if core.mtype != ours {
+        return Err(invalid!("core-{tid}.img was made on another architecture (number {})", core.mtype));
     }
     if core.thread_core.is_none() {
         return Err(invalid!("core-{tid}.img: the thread part (thread_core) is missing"));

@@ -21,6 +21,14 @@ pub struct DumpOptions {
     pub ext_unix_sk: bool,
     /// Directory of the checkpoint before this one (`--prev-images-dir`), relative to the images directory.
     pub prev_images_dir: Option<PathBuf>,
+    /// TCP connections may be dumped, and are to go on when they are restored (`--tcp-established`).
+    pub tcp_established: bool,
+    /// TCP connections may be dumped, and will be closed when they are restored (`--tcp-close`).
+    pub tcp_close: bool,
+    /// Connections that wait to be accepted may be lost (`--skip-in-flight`).
+    pub skip_in_flight: bool,
+    /// Packets of connections are not dropped while they are dumped (`--network-lock skip`).
+    pub network_lock_skip: bool,
     /// Never leave the target running, so nothing of its needs restoring (all is killed after the dump).
     pub final_dump: bool,
 }
@@ -37,6 +45,10 @@ impl Default for DumpOptions {
             external: Vec::new(),
             ext_unix_sk: false,
             prev_images_dir: None,
+            tcp_established: false,
+            tcp_close: false,
+            skip_in_flight: false,
+            network_lock_skip: false,
             final_dump: false,
         }
     }
@@ -55,6 +67,10 @@ pub struct RestoreOptions {
     pub ext_unix_sk: bool,
     /// Directory that becomes the tree's root (`--root`).
     pub root: Option<PathBuf>,
+    /// Rebuild TCP connections (`--tcp-established`).
+    pub tcp_established: bool,
+    /// Make closed sockets of TCP connections (`--tcp-close`).
+    pub tcp_close: bool,
     /// Do not compare the mode bits of files (`--skip-file-rwx-check`).
     pub skip_file_rwx_check: bool,
 }

@@ -159,7 +159,7 @@ fn set_up(_: i32) {
 fn own() -> Own {
     let me = HostPid::current();
     let s = status::read(me).unwrap();
-    Own { limits: limits::read(me).unwrap().to_vec(), groups: s.groups, bounding: s.cap_bnd, nice: 0, ..Own::default() }
+    Own { limits: limits::read(me).unwrap().to_vec(), groups: s.groups, bounding: s.cap_bnd, nice: 0 }
 }
 
 fn is_root() -> bool {
@@ -212,7 +212,7 @@ fn a_process_is_described_as_it_set_itself_up_and_another_becomes_like_it() {
     assert_eq!((usr1.sigaction, usr1.mask), (nothing as *const () as u64, 1));
     assert_eq!(usr1.flags & (libc::SA_RESTART | libc::SA_ONSTACK) as u64, (libc::SA_RESTART | libc::SA_ONSTACK) as u64);
     let t = tc.timers.as_ref().unwrap();
-    assert_eq!((t.real.isec, t.real.iusec, t.virt.clone()), (100, 5, pb::ItimerEntry::default()));
+    assert_eq!((t.real.isec, t.real.iusec, t.virt), (100, 5, pb::ItimerEntry::default()));
     assert!((490..=500).contains(&t.real.vsec) && (490..=500).contains(&t.prof.vsec), "{t:?}");
     let p = &t.posix[0];
     assert_eq!((t.posix.len(), p.it_id, p.clock_id, p.sival_ptr), (1, 2, 1, 0x1234));
@@ -254,7 +254,7 @@ fn a_process_is_described_as_it_set_itself_up_and_another_becomes_like_it() {
     tc2.flags = tc.flags;
     assert_eq!(tc2, tc);
     assert_eq!(thread2.rseq_entry.map(|r| r.signature), thread.rseq_entry.as_ref().map(|r| r.signature));
-    thread2.rseq_entry = thread.rseq_entry.clone();
+    thread2.rseq_entry = thread.rseq_entry;
     assert_eq!(thread2, thread);
 }
 
@@ -388,8 +388,10 @@ fn raw(nr: libc::c_long, args: [i64; 4]) -> i64 {
     unsafe { libc::syscall(nr, args[0], args[1], args[2], args[3], 0, 0) }
 }
 
-/// Calls that wait for a second: body, result and error number they must end with, whether the time left is known.
-const WAITS: [(fn(i32), i64, i32, bool); 7] = [
+/// A call that waits for a second: body, result and error number it must end with, whether the time left is known.
+type Wait = (fn(i32), i64, i32, bool);
+
+const WAITS: [Wait; 7] = [
     (|out| timed(out, || raw(libc::SYS_nanosleep, [&raw const SECOND as i64, 0, 0, 0])), 0, 0, false),
     (
         |out| {

@@ -45,7 +45,6 @@ pub fn execute(request: &Request<'_>, image: &TreeImage, mut plan: Plan<'_>) -> 
     match done {
         Ok(forking_us) => {
             drop(subreaper);
-            drop(watch);
             plan.files.remove_link_remaps();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
             let pages =
@@ -112,6 +111,7 @@ fn run_stages(
         tracee.restore(&state_of(image, list, &plan.forest)?)?;
     }
     (request.hooks)("pre-resume", Some(root.0)).map_err(RestoreError::Hook)?;
+    plan.files.resume_connections()?;
     for t in image.tasks.iter().filter(|t| !t.is_zombie()) {
         let own = t.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
         for signal in late(t.tc().signals_s.as_ref()).into_iter().chain(late(own)) {

@@ -119,6 +119,7 @@ pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool
         births: Vec::new(),
     };
     writer.write()?;
+    writer.files.settle_sockets()?;
     check_descriptors(&descriptors)?;
     let (lists, births) = (writer.lists, writer.births);
     Ok(Plan { arena, control, insn, hole, lists, forest, births, shared, files })

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -43,6 +44,27 @@ pub const GIFTS: &[Gift] = &[
     Gift { name: "io_uring", open: |_| io_uring(), options: &[], words: &["io_uring"], needs: "io_uring" },
     Gift { name: "perf_event", open: |_| perf_event(), options: &[], words: &["perf_event"], needs: "perf events" },
     Gift { name: "socket_to_outside", open: socket, options: &[], words: &["socket"], needs: "unix sockets" },
+    Gift {
+        name: "tcp_connection_without_option",
+        open: |_| tcp_connection(),
+        options: &[],
+        words: &["TCP connection to 127.0.0.1:", "--tcp-established", "--tcp-close"],
+        needs: "TCP",
+    },
+    Gift {
+        name: "tcp_connection_that_waits_without_option",
+        open: |_| waiting_connection(),
+        options: &["--tcp-established"],
+        words: &["1 connections that wait", "--skip-in-flight"],
+        needs: "TCP",
+    },
+    Gift {
+        name: "netlink_socket_with_messages",
+        open: |_| unread_netlink(),
+        options: &[],
+        words: &["netlink", "not read yet"],
+        needs: "netlink",
+    },
     Gift { name: "file_lock_without_option", open: locked_file, options: &[], words: &["lock"], needs: "file locks" },
     Gift {
         name: "lost_name_without_option",
@@ -87,6 +109,32 @@ pub fn perf_event() -> io::Result<Pair> {
 fn socket(_: &Path) -> io::Result<Pair> {
     let (given, kept) = UnixStream::pair()?;
     Ok(Pair { given: given.into(), kept: Some(kept.into()) })
+}
+
+/// A connection whose other end belongs to a process outside of the tree.
+fn tcp_connection() -> io::Result<Pair> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let given = TcpStream::connect(listener.local_addr()?)?;
+    Ok(Pair { given: given.into(), kept: Some(listener.accept()?.0.into()) })
+}
+
+/// A listening socket with a connection that nobody has accepted.
+fn waiting_connection() -> io::Result<Pair> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let kept = TcpStream::connect(listener.local_addr()?)?;
+    Ok(Pair { given: listener.into(), kept: Some(kept.into()) })
+}
+
+/// A netlink socket that the kernel has answered.
+fn unread_netlink() -> io::Result<Pair> {
+    // SAFETY: takes numbers only.
+    let pair = owned(unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) }.into())?;
+    // A message of an unknown type (0x7f) that asks for an acknowledgement: length, type, flags, sequence, port, body.
+    let message: [u32; 5] = [20, 0x0005_007f, 1, 0, 0];
+    // SAFETY: reads 20 bytes of the message.
+    let sent = unsafe { libc::send(pair.given.as_raw_fd(), message.as_ptr().cast(), 20, 0) };
+    Errno::result(sent)?;
+    Ok(pair)
 }
 
 fn new_file(path: &Path) -> io::Result<File> {

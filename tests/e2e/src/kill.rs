@@ -25,7 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// All tests of the group.
 pub fn tests() -> Vec<Test> {
-    let tests: [(&str, fn(&Case<'_>) -> Result<Outcome>); 4] = [
+    type Body = fn(&Case<'_>) -> Result<Outcome>;
+    let tests: [(&str, Body); 4] = [
         ("kill/dumps", dumps),
         ("kill/restores", restores),
         ("kill/dumped_tasks", dumped_tasks),

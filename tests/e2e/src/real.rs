@@ -57,8 +57,8 @@ pub fn wait_gone(case: &Case<'_>, root: i32, images: Option<&Path>) -> Result<()
     let dumped = images.map(ids_in).unwrap_or_default();
     let end = Instant::now() + Duration::from_secs(20);
     loop {
-        let all = case.left().into_iter().chain(dumped.iter().copied()).chain([root]);
-        match all.filter(|pid| !proc::is_free(*pid)).last() {
+        let mut all = case.left().into_iter().chain(dumped.iter().copied()).chain([root]);
+        match all.rfind(|pid| !proc::is_free(*pid)) {
             None => return Ok(()),
             Some(pid) if Instant::now() > end => bail!("pid {pid} is still there: {:?}", proc::read(pid)),
             Some(_) => std::thread::sleep(Duration::from_millis(5)),

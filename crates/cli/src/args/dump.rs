@@ -22,6 +22,18 @@ pub struct Kinds {
     /// A device node may be opened again by another path of the same device
     #[arg(long)]
     pub evasive_devices: bool,
+    /// TCP connections may be dumped; they go on when they are restored with the same option
+    #[arg(long)]
+    pub tcp_established: bool,
+    /// TCP connections may be dumped; they are closed sockets when they are restored
+    #[arg(long)]
+    pub tcp_close: bool,
+    /// Connections that wait to be accepted may be lost
+    #[arg(long)]
+    pub skip_in_flight: bool,
+    /// How packets of TCP connections are held back until they are restored: nftables or skip
+    #[arg(long, value_name = "METHOD", default_value = "nftables", value_parser = ["nftables", "skip"])]
+    pub network_lock: String,
     /// What the user takes care of: file[MNT_ID:INODE], tty[RDEV:DEV], unix[INODE], dev[MAJOR/MINOR]:NAME
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
@@ -56,6 +68,10 @@ impl Kinds {
             ghost_limit: self.ghost_limit,
             link_remap: self.link_remap,
             evasive_devices: self.evasive_devices,
+            tcp_established: self.tcp_established,
+            tcp_close: self.tcp_close,
+            skip_in_flight: self.skip_in_flight,
+            network_lock_skip: self.network_lock == "skip",
             external: self.external.clone(),
             ..DumpOptions::default()
         }

@@ -41,6 +41,12 @@ pub struct RestoreArgs {
     /// What the user takes care of: dev[NAME]:PATH and others, as named at the dump
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
+    /// Let TCP connections go on that were dumped with this option
+    #[arg(long)]
+    pub tcp_established: bool,
+    /// Make closed sockets of TCP connections
+    #[arg(long)]
+    pub tcp_close: bool,
     /// Do not compare the permission bits of files with those at the dump
     #[arg(long)]
     pub skip_file_rwx_check: bool,
@@ -60,6 +66,8 @@ impl RestoreArgs {
             inherit_fd: self.inherit_fd.clone(),
             external: self.external.clone(),
             root: self.root.clone(),
+            tcp_established: self.tcp_established,
+            tcp_close: self.tcp_close,
             skip_file_rwx_check: self.skip_file_rwx_check,
         }
     }

@@ -134,7 +134,7 @@ fn what_cannot_be_ignored_is_refused_by_name() {
 
 #[test]
 fn accepted_options_without_effect_are_noted() {
-    let parsed = parse_line("restore -t 5 --tcp-close --weak-sysctls").expect("accepted");
+    let parsed = parse_line("restore -t 5 --force-irmap --weak-sysctls").expect("accepted");
     assert_eq!(parsed.notes.len(), 3, "{:?}", parsed.notes);
     assert!(parsed.notes[0].contains("--tree changes nothing in restore"));
 }

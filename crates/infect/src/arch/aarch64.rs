@@ -9,8 +9,14 @@ pub type GpRegs = libc::user_regs_struct;
 pub const NT_XSTATE: i32 = 2;
 /// Extra register sets: TLS, SVE, pointer-authentication mask is read-only, keys (address, generic), enabled keys.
 pub const MORE_SETS: &[i32] = &[0x401, 0x405, 0x407, 0x408, 0x40a];
+/// Register sets that a system call takes something from: the kernel keeps no more of SVE registers than what they share
+/// with vector registers.
+pub const SPOILED_SETS: &[i32] = &[0x405];
 /// `svc #0`.
 pub const SYSCALL_INSN: &[u8] = &[0x01, 0x00, 0x00, 0xd4];
+
+/// Set between an indirect branch and its target: there the CPU wants a landing pad.
+const PSR_BTYPE: u64 = 0xc00;
 
 /// Program counter.
 pub fn pc(r: &GpRegs) -> u64 {
@@ -44,6 +50,7 @@ pub fn for_syscall(r: &GpRegs, insn: u64, nr: u64, a: [u64; 6]) -> GpRegs {
     n.pc = insn;
     n.regs[8] = nr;
     n.regs[..6].copy_from_slice(&a);
+    n.pstate &= !PSR_BTYPE;
     n
 }
 
@@ -55,8 +62,7 @@ pub fn for_call(r: &GpRegs, entry: u64, stack_top: u64, arg: u64) -> GpRegs {
     n.regs[0] = arg;
     n.regs[29] = 0;
     n.regs[30] = 0;
-    // BTYPE clear, so that a landing-pad check does not fire.
-    n.pstate &= !0xc00;
+    n.pstate &= !PSR_BTYPE;
     n
 }
 
@@ -90,7 +96,8 @@ pub fn loaded_nr(code: &[u8]) -> Option<u64> {
     (word & 0x7fe0_001f == 0x5280_0008).then(|| u64::from(word >> 5 & 0xffff))
 }
 
-/// An EINTR that our stopping the thread has caused: the first argument is overwritten by it, so it stays.
+/// An EINTR that our stopping the thread has caused: it stays. The result has overwritten the first argument, and the
+/// kernel tells no tracer what it was, so the call cannot be made again.
 pub fn without_our_interruption(r: &GpRegs) -> GpRegs {
     *r
 }

@@ -9,6 +9,8 @@ pub type GpRegs = libc::user_regs_struct;
 pub const NT_XSTATE: i32 = 0x202;
 /// Extra register sets that a thread's extended state is made of, besides [`NT_XSTATE`].
 pub const MORE_SETS: &[i32] = &[];
+/// Register sets that a system call takes something from.
+pub const SPOILED_SETS: &[i32] = &[];
 /// `syscall`.
 pub const SYSCALL_INSN: &[u8] = &[0x0f, 0x05];
 

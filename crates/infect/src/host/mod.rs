@@ -5,4 +5,5 @@
 pub mod fd;
 pub mod mem;
 pub mod process;
+pub mod sock;
 pub mod task;

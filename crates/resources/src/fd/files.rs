@@ -18,6 +18,7 @@ use super::ghost::Made;
 use super::owner::{Owners, flags_of};
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
+use super::sock::Opened;
 use super::tty::Given;
 use super::{FdKind, kind_of_type, pidfd, reg};
 use crate::checkpoint::TreeImage;
@@ -85,6 +86,7 @@ pub struct Files<'a> {
     pub(super) pipes: Pipes,
     pub(super) fifos: Fifos,
     pub(super) ttys: Given,
+    pub(super) sockets: Opened,
     pub(super) owners: Owners,
     /// Temporary names to remove once the restore has succeeded ([`Self::remove_link_remaps`]).
     pub link_remaps: Vec<PathBuf>,
@@ -112,6 +114,7 @@ impl<'a> Files<'a> {
             pipes: Pipes::load(image)?,
             fifos: Fifos::load(image)?,
             ttys: Given::load(image, options)?,
+            sockets: Opened::load(image, options)?,
             owners: Owners::default(),
             link_remaps: Vec::new(),
         };
@@ -277,13 +280,20 @@ impl<'a> Files<'a> {
         self.ttys.to_foreground(root)
     }
 
-    /// Gives sockets what had to wait until all of them were there. To be called right before the tasks are let go: from
-    /// then on connections go on.
+    /// Lets TCP connections go on. To be called right before the tasks are let go.
+    ///
+    /// # Errors
+    /// The network cannot be unlocked, or a connection cannot go on.
+    pub fn resume_connections(&self) -> Result<()> {
+        self.sockets.resume()
+    }
+
+    /// Gives sockets what had to wait until all of them were there. To be called when all of them are open.
     ///
     /// # Errors
     /// setsockopt(2)'s.
     pub fn settle_sockets(&mut self) -> Result<()> {
-        Ok(())
+        self.sockets.settle()
     }
 
     /// Adds what a task has to do about its descriptors once all of them are in their places: part of what makes a

@@ -20,6 +20,7 @@ mod pidfd;
 mod pipe;
 mod reg;
 mod signalfd;
+mod sock;
 mod table;
 mod timerfd;
 mod tty;
@@ -39,6 +40,7 @@ use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage};
 pub use files::Files;
 pub use link::LinkGuard;
 pub use owner::When;
+pub use sock::{Connections, Cut, network_lock};
 pub use table::FileTable;
 pub use tty::Masters;
 pub use view::{FdView, Look, Place, Process};
@@ -89,7 +91,7 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 10] = [
+pub static KINDS: [&dyn FdKind; 12] = [
     &reg::Reg,
     &pipe::Pipe,
     &fifo::Fifo,
@@ -100,6 +102,8 @@ pub static KINDS: [&dyn FdKind; 10] = [
     &timerfd::Timerfd,
     &epoll::Epoll,
     &pidfd::Pidfd,
+    &sock::inet::Inet,
+    &sock::netlink::NetlinkKind,
 ];
 
 /// The one kind that claims a descriptor, or why it cannot be dumped.

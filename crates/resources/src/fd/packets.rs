@@ -44,7 +44,7 @@ pub fn peek(end: &OwnedFd, size: usize, what: &str) -> Result<Content> {
     bytes.truncate(len);
     let joined = at > len;
     let is_stream = packets.is_empty()
-        || packets.len() == 1 && (joined || !marked && Copy::of(end, size, what)?.is_stream().map_err(cannot)?);
+        || packets.len() == 1 && (joined || !marked && Copy::of(end, size, what)?.holds_stream().map_err(cannot)?);
     if is_stream {
         return Ok(Content { bytes, packets: Vec::new() });
     }
@@ -89,7 +89,7 @@ impl Copy {
     }
 
     /// Whether the whole content is a stream, as opposed to one packet; all buffers are taken.
-    fn is_stream(mut self) -> io::Result<bool> {
+    fn holds_stream(mut self) -> io::Result<bool> {
         let mut left = self.len;
         while !self.mark()? {
             self.read.read_exact(&mut [0])?;

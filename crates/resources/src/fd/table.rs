@@ -11,6 +11,7 @@ use super::ids::Ids;
 use super::link::LinkGuard;
 use super::memfd::{self, Inode};
 use super::pipe::Contents;
+use super::sock::{Connections, Listed};
 use super::tty::Terminals;
 use super::{FdKind, FdView, Look, Place, Process, kind_of, locks, mapping_name, reg};
 use crate::mem::SharedDump;
@@ -37,6 +38,7 @@ pub struct FileTable<'a> {
     pipes: Contents<'a>,
     fifos: Contents<'a>,
     terminals: Terminals,
+    sockets: Listed,
     memfds: Vec<Inode>,
     memfd_ids: HashMap<File, u64>,
     /// Descriptions that cannot be shared by several tasks, since a task has to open them.
@@ -63,6 +65,7 @@ impl<'a> FileTable<'a> {
             pipes: Contents::new(images, ImageKind::PipesData),
             fifos: Contents::new(images, ImageKind::FifoData),
             terminals: Terminals::default(),
+            sockets: Listed::default(),
             memfds: Vec::new(),
             memfd_ids: HashMap::new(),
             private: HashSet::new(),
@@ -198,6 +201,20 @@ impl<'a> FileTable<'a> {
         Ok(())
     }
 
+    /// Drops the packets of all TCP connections from now on, and writes their images; they go on when the returned value is
+    /// dropped. `lock` names the table that drops packets; `None` to do without. To be called before [`Self::finish`].
+    ///
+    /// # Errors
+    /// The network cannot be locked, a connection cannot be read, or an image not be written.
+    pub fn save_connections(&mut self, lock: Option<&str>) -> Result<Connections> {
+        let mut connections = std::mem::take(&mut self.sockets.connections);
+        for (id, state) in connections.save(self.images, lock)? {
+            let entry = self.entries.iter_mut().find(|e| e.id == id).and_then(|e| e.isk.as_mut());
+            entry.expect("it was made with the connection").state = state.into();
+        }
+        Ok(connections)
+    }
+
     /// Takes over the temporary links, so that they are removed again if a step after [`Self::finish`] fails: keep the
     /// guard until the checkpoint is complete, then call [`LinkGuard::keep`].
     pub fn take_links(&mut self) -> LinkGuard {
@@ -227,6 +244,11 @@ impl<'a> FileTable<'a> {
     /// The terminals.
     pub(super) fn terminals(&mut self) -> &mut Terminals {
         &mut self.terminals
+    }
+
+    /// What the kernel lists of sockets.
+    pub(super) fn sockets(&mut self) -> &mut Listed {
+        &mut self.sockets
     }
 
     /// An id that nothing has yet.

@@ -10,6 +10,7 @@ use std::process::{Child, Command};
 
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::host::fd as host;
+use dormouse_infect::host::sock::socket;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 
@@ -85,7 +86,7 @@ fn at_most_one_kind_claims_a_descriptor() {
     nix::pty::unlockpt(&master).unwrap();
     let slave = PathBuf::from(nix::pty::ptsname_r(&master).unwrap());
     let memfd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let samples: [(OwnedFd, Option<&str>); 17] = [
+    let samples: [(OwnedFd, Option<&str>); 20] = [
         (at(&dir.path("file"), OFlag::O_RDWR | OFlag::O_CREAT), Some("file")),
         (at(&dir.0, OFlag::O_RDONLY), Some("file")),
         (at(Path::new("/dev/zero"), OFlag::O_RDONLY), Some("file")),
@@ -102,6 +103,9 @@ fn at_most_one_kind_claims_a_descriptor() {
         (host::timerfd(libc::CLOCK_MONOTONIC).unwrap(), Some("timerfd")),
         (host::epoll().unwrap(), Some("epoll")),
         (host::pidfd_open(HostPid::current()).unwrap(), Some("pidfd")),
+        (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), Some("internet socket")),
+        (socket(libc::AF_INET6, libc::SOCK_DGRAM, 0).unwrap(), Some("internet socket")),
+        (socket(libc::AF_NETLINK, libc::SOCK_RAW, 0).unwrap(), Some("netlink socket")),
         (one.into(), None),
     ];
     for (fd, expected) in &samples {
@@ -114,10 +118,10 @@ fn at_most_one_kind_claims_a_descriptor() {
 
 #[test]
 fn what_no_kind_claims_is_named() {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let refused = kind_of(&view(&socket)).map(FdKind::name).unwrap_err().to_string();
     let start = format!("cannot dump fd {} of pid {}: socket:[", socket.as_raw_fd(), std::process::id());
-    assert!(refused.starts_with(&start) && refused.contains("IPv4 stream socket"), "{refused}");
+    assert!(refused.starts_with(&start) && refused.contains("unix datagram socket"), "{refused}");
 }
 
 #[test]
@@ -513,6 +517,6 @@ fn damaged_records_are_named_before_anything_is_opened() {
     assert!(failure(1, entry.clone()).contains("file 1 holds the record of file 2"));
     assert!(failure(1, pb::FileEntry { reg: None, ..entry.clone() }).contains("no record of its kind"));
     assert!(failure(1, pb::FileEntry { r#type: 4711, ..entry.clone() }).contains("type 4711"));
-    let socket = pb::FileEntry { r#type: pb::FdTypes::Inetsk as i32, ..entry };
-    assert!(failure(1, socket).contains("(INETSK), which cannot be restored yet"));
+    let socket = pb::FileEntry { r#type: pb::FdTypes::Packetsk as i32, ..entry };
+    assert!(failure(1, socket).contains("(PACKETSK), which cannot be restored yet"));
 }

@@ -1,0 +1,230 @@
+//! What the kernel lists of sockets (sock_diag(7)) and no socket option tells: which directions of an internet socket were
+//! shut down, whether a netlink socket is connected, what a packet socket listens to.
+
+use std::io;
+
+use super::{Netlink, attribute, attributes, word};
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const AF_NETLINK: u8 = 16;
+const AF_PACKET: u8 = 17;
+
+/// An internet socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inet {
+    /// Its inode.
+    pub inode: u32,
+    /// `TCP_*` state; 7 (closed) for an unconnected socket without connections.
+    pub state: u8,
+    /// Bytes to read; connections to accept if it listens.
+    pub received: u32,
+    /// Bytes to send; the backlog if it listens.
+    pub unsent: u32,
+    /// Directions that were shut down: bit 0 receiving, bit 1 sending.
+    pub shutdown: u8,
+}
+
+/// A netlink socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetlinkSocket {
+    /// Its inode.
+    pub inode: u32,
+    /// `NETLINK_*`.
+    pub protocol: u8,
+    /// 1 if connect(2) was called.
+    pub state: u8,
+    /// Its own port; 0 before it is bound.
+    pub port: u32,
+    /// The peer's port.
+    pub peer_port: u32,
+    /// Number of the peer's group.
+    pub peer_group: u32,
+    /// Groups it is in, a bit each, bit 0 of the first word being group 1.
+    pub groups: Vec<u32>,
+}
+
+/// A multicast or other address that a packet socket listens to (`struct packet_diag_mclist`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PacketMembership {
+    /// Interface.
+    pub index: u32,
+    /// `PACKET_MR_*`.
+    pub kind: u16,
+    /// Link-layer address.
+    pub address: Vec<u8>,
+}
+
+/// A packet socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Packet {
+    /// Its inode.
+    pub inode: u32,
+    /// `SOCK_RAW`, `SOCK_DGRAM` or `SOCK_PACKET`.
+    pub kind: u8,
+    /// `ETH_P_*`, in the machine's order.
+    pub protocol: u16,
+    /// Interface it is bound to; 0 for all.
+    pub index: u32,
+    /// `TPACKET_V*`.
+    pub version: u32,
+    /// Bytes kept free before each packet in a ring.
+    pub reserve: u32,
+    /// `PACKET_COPY_THRESH`.
+    pub copy_threshold: u32,
+    /// `PACKET_TIMESTAMP`.
+    pub timestamp: u32,
+    /// `PDI_*`: 1 running, 2 auxiliary data, 4 original device, 8 virtio header, 16 loss.
+    pub flags: u32,
+    /// Addresses it listens to.
+    pub memberships: Vec<PacketMembership>,
+    /// `PACKET_FANOUT`, if it is in a group.
+    pub fanout: Option<u32>,
+    /// Whether it has a ring to receive or to send with.
+    pub rings: bool,
+}
+
+/// All internet sockets of a family (`AF_INET`, `AF_INET6`) and protocol.
+///
+/// # Errors
+/// `ENOENT` if the kernel lists no sockets of this protocol (CONFIG_INET_DIAG, CONFIG_INET_UDP_DIAG), others of netlink.
+pub fn inet(nl: &mut Netlink, family: u8, protocol: u8) -> io::Result<Vec<Inet>> {
+    const INET_DIAG_SHUTDOWN: u16 = 8;
+    let mut request = vec![family, protocol, 0, 0];
+    request.extend_from_slice(&u32::MAX.to_ne_bytes());
+    request.extend_from_slice(&[0; 48]);
+    let mut found = Vec::new();
+    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
+        // struct inet_diag_msg: 72 bytes.
+        let Some(rest) = m.body.get(72..) else { return };
+        let shutdown = attribute(&attributes(rest), INET_DIAG_SHUTDOWN).and_then(|v| v.first().copied());
+        found.push(Inet {
+            inode: word(&m.body, 68).unwrap_or(0),
+            state: m.body[1],
+            received: word(&m.body, 56).unwrap_or(0),
+            unsent: word(&m.body, 60).unwrap_or(0),
+            shutdown: shutdown.unwrap_or(0),
+        });
+    })?;
+    Ok(found)
+}
+
+/// All netlink sockets that are bound.
+///
+/// # Errors
+/// `ENOENT` without CONFIG_NETLINK_DIAG, others of netlink.
+pub fn netlink(nl: &mut Netlink) -> io::Result<Vec<NetlinkSocket>> {
+    const ALL: u8 = 255;
+    const SHOW_GROUPS: u32 = 2;
+    const NETLINK_DIAG_GROUPS: u16 = 1;
+    let mut request = vec![AF_NETLINK, ALL, 0, 0];
+    request.extend_from_slice(&0u32.to_ne_bytes());
+    request.extend_from_slice(&SHOW_GROUPS.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    let mut found = Vec::new();
+    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
+        // struct netlink_diag_msg: 28 bytes.
+        let Some(rest) = m.body.get(28..) else { return };
+        let at = |at| word(&m.body, at).unwrap_or(0);
+        let groups = attribute(&attributes(rest), NETLINK_DIAG_GROUPS).unwrap_or_default();
+        let groups = groups.chunks_exact(4).filter_map(|w| word(w, 0)).collect();
+        found.push(NetlinkSocket {
+            inode: at(16),
+            protocol: m.body[2],
+            state: m.body[3],
+            port: at(4),
+            peer_port: at(8),
+            peer_group: at(12),
+            groups,
+        });
+    })?;
+    Ok(found)
+}
+
+/// All packet sockets.
+///
+/// # Errors
+/// `ENOENT` without CONFIG_PACKET_DIAG, others of netlink.
+pub fn packet(nl: &mut Netlink) -> io::Result<Vec<Packet>> {
+    // PACKET_SHOW_INFO, _MCLIST, _RING_CFG, _FANOUT
+    const SHOW: u32 = 1 | 2 | 4 | 8;
+    let mut request = vec![AF_PACKET, 0, 0, 0];
+    request.extend_from_slice(&0u32.to_ne_bytes());
+    request.extend_from_slice(&SHOW.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    let mut found = Vec::new();
+    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
+        // struct packet_diag_msg: 16 bytes.
+        let Some(rest) = m.body.get(16..) else { return };
+        found.push(one_packet(&m.body, &attributes(rest)));
+    })?;
+    Ok(found)
+}
+
+fn one_packet(body: &[u8], found: &[(u16, &[u8])]) -> Packet {
+    const INFO: u16 = 0;
+    const MCLIST: u16 = 1;
+    const RX_RING: u16 = 2;
+    const TX_RING: u16 = 3;
+    const FANOUT: u16 = 4;
+    let info = attribute(found, INFO).unwrap_or_default();
+    let at = |at| word(info, at).unwrap_or(0);
+    // struct packet_diag_mclist: index, count, type, length of the address, 32 bytes of address.
+    let members = attribute(found, MCLIST).unwrap_or_default().chunks_exact(44).map(|m| {
+        let len = usize::from(u16::from_ne_bytes([m[10], m[11]])).min(32);
+        let kind = u16::from_ne_bytes([m[8], m[9]]);
+        PacketMembership { index: word(m, 0).unwrap_or(0), kind, address: m[12..12 + len].to_vec() }
+    });
+    Packet {
+        inode: word(body, 4).unwrap_or(0),
+        kind: body[1],
+        protocol: u16::from_ne_bytes([body[2], body[3]]),
+        index: at(0),
+        version: at(4),
+        reserve: at(8),
+        copy_threshold: at(12),
+        timestamp: at(16),
+        flags: at(20),
+        memberships: members.collect(),
+        fanout: attribute(found, FANOUT).and_then(|v| word(v, 0)),
+        rings: attribute(found, RX_RING).is_some() || attribute(found, TX_RING).is_some(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn inode(fd: &impl AsRawFd) -> u32 {
+        std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().ino() as u32
+    }
+
+    #[test]
+    fn a_listening_socket_is_listed() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut nl = Netlink::sock_diag().unwrap();
+        let all = inet(&mut nl, 2, 6).unwrap();
+        let found = all.iter().find(|s| s.inode == inode(&listener)).expect("it is listed");
+        assert_eq!((found.state, found.received, found.unsent, found.shutdown), (10, 0, 128, 0));
+    }
+
+    #[test]
+    fn shut_down_directions_are_told() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        // It is not connected, which shutdown(2) minds, but does not let it stop it.
+        let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Write);
+        let mut nl = Netlink::sock_diag().unwrap();
+        let all = inet(&mut nl, 2, 17).unwrap();
+        assert_eq!(all.iter().find(|s| s.inode == inode(&socket)).map(|s| s.shutdown), Some(2));
+    }
+
+    #[test]
+    fn an_unknown_family_is_an_error() {
+        let mut nl = Netlink::sock_diag().unwrap();
+        let mut request = vec![77, 0, 0, 0];
+        request.extend_from_slice(&[0; 52]);
+        assert!(nl.dump(SOCK_DIAG_BY_FAMILY, &request, |_| ()).is_err());
+    }
+}
