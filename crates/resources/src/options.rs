@@ -15,6 +15,10 @@ pub struct DumpOptions {
     pub file_locks: bool,
     /// Device nodes may be opened again through another path of the same device (`--evasive-devices`).
     pub evasive_devices: bool,
+    /// Watched files are looked for by inode where their file handles give no path (`--force-irmap`).
+    pub force_irmap: bool,
+    /// Directories to look through for watched files first (`--irmap-scan-path`).
+    pub irmap_scan_path: Vec<PathBuf>,
     /// Resources that the user takes care of: `file[mnt_id:inode]`, `tty[rdev:dev]`, `unix[inode]`, … (`--external`).
     pub external: Vec<String>,
     /// Datagram sockets may be connected to named ones outside of the tree (`--ext-unix-sk`).
@@ -42,6 +46,8 @@ impl Default for DumpOptions {
             link_remap: false,
             file_locks: false,
             evasive_devices: false,
+            force_irmap: false,
+            irmap_scan_path: Vec::new(),
             external: Vec::new(),
             ext_unix_sk: false,
             prev_images_dir: None,

@@ -15,16 +15,21 @@ use crate::process::hint;
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Watches the tasks of a plan.
-pub struct Watch<'p, 'a> {
-    plan: &'p Plan<'a>,
+pub struct Watch<'p> {
+    plan: &'p Plan,
     /// The control block.
     pub block: ControlBlock<'p>,
 }
 
-impl<'p, 'a> Watch<'p, 'a> {
+impl<'p> Watch<'p> {
     /// Watches from the fork of the root on.
-    pub fn new(plan: &'p Plan<'a>) -> Self {
+    pub fn new(plan: &'p Plan) -> Self {
         Self { plan, block: ControlBlock::new(&plan.arena, plan.control) }
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &'p Plan {
+        self.plan
     }
 
     /// Waits until `done` says so.

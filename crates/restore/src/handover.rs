@@ -13,6 +13,7 @@ use dormouse_infect::{InfectError, arch};
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
 use dormouse_resources::checkpoint::TASK_STOPPED;
+use dormouse_resources::fd::Files;
 use dormouse_resources::task::LoginUid;
 use dormouse_resources::task::signal::late;
 use dormouse_resources::{TaskImage, TreeImage, task};
@@ -31,7 +32,12 @@ const SIGTTOU: i32 = 22;
 const END: Duration = Duration::from_secs(10);
 
 /// Runs the plan. On an error nothing of the tree is left.
-pub fn execute(request: &Request<'_>, image: &TreeImage, mut plan: Plan<'_>) -> Result<Report, RestoreError> {
+pub fn execute(
+    request: &Request<'_>,
+    image: &TreeImage,
+    plan: &Plan,
+    mut files: Files<'_>,
+) -> Result<Report, RestoreError> {
     let start = Instant::now();
     let subreaper = process::Subreaper::new().map_err(crate::call("cannot become a child subreaper"))?;
     let logins = image.tasks.iter().filter(|t| !t.is_zombie()).map(|t| t.tc());
@@ -39,13 +45,14 @@ pub fn execute(request: &Request<'_>, image: &TreeImage, mut plan: Plan<'_>) -> 
     let list = &plan.lists[0];
     let root = root_process::fork_root(&plan.arena, list.args, plan.arena.base() + RESTORER.entry, list.tid)?;
     drop(login);
-    let watch = Watch::new(&plan);
+    files.forked();
+    let watch = Watch::new(plan);
     let mut tracees = Vec::new();
-    let done = run_stages(request, image, &plan, &watch, root, &mut tracees);
+    let done = run_stages(request, image, &watch, &mut files, root, &mut tracees);
     match done {
         Ok(forking_us) => {
             drop(subreaper);
-            plan.files.remove_link_remaps();
+            files.remove_link_remaps();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
             let pages =
                 image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();
@@ -70,12 +77,13 @@ pub fn execute(request: &Request<'_>, image: &TreeImage, mut plan: Plan<'_>) -> 
 fn run_stages(
     request: &Request<'_>,
     image: &TreeImage,
-    plan: &Plan<'_>,
-    watch: &Watch<'_, '_>,
+    watch: &Watch<'_>,
+    files: &mut Files<'_>,
     root: HostPid,
     tracees: &mut Vec<Tracee>,
 ) -> Result<u64, RestoreError> {
     let start = Instant::now();
+    let plan = watch.plan();
     let processes = plan.forest.nodes.len();
     let parking: Vec<usize> = (0..plan.lists.len()).filter(|l| plan.lists[*l].parks).collect();
     watch.until(|c| c.arrived(STAGE_FORKED) == processes)?;
@@ -83,7 +91,7 @@ fn run_stages(
     tracing::debug!("{processes} processes forked, memory read, in {} us", start.elapsed().as_micros());
     watch.block.open(STAGE_FORKED);
     watch.until(|c| c.arrived(STAGE_GROUPED) == processes)?;
-    plan.files.to_foreground(root)?;
+    files.to_foreground(root)?;
     watch.block.open(STAGE_GROUPED);
     watch.until(|c| c.arrived(STAGE_GUARDED) == parking.len())?;
     for l in &parking {
@@ -111,7 +119,8 @@ fn run_stages(
         tracee.restore(&state_of(image, list, &plan.forest)?)?;
     }
     (request.hooks)("pre-resume", Some(root.0)).map_err(RestoreError::Hook)?;
-    plan.files.resume_connections()?;
+    files.arm_watches()?;
+    files.resume_connections()?;
     for t in image.tasks.iter().filter(|t| !t.is_zombie()) {
         let own = t.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
         for signal in late(t.tc().signals_s.as_ref()).into_iter().chain(late(own)) {
@@ -159,7 +168,7 @@ fn stop_all(tracees: &mut [Tracee]) -> Result<(), InfectError> {
 }
 
 /// Removes the shared mapping and the parking place from a process whose threads are all stopped.
-fn unmap(plan: &Plan<'_>, leader: &mut Tracee) -> Result<(), RestoreError> {
+fn unmap(plan: &Plan, leader: &mut Tracee) -> Result<(), RestoreError> {
     let hole = [plan.hole.start, plan.hole.end - plan.hole.start, 0, 0, 0, 0];
     let pid = leader.tid();
     leader.syscall(plan.insn, nr::MUNMAP, hole)?.map_err(|cause| RestoreError::Task {
@@ -174,7 +183,7 @@ fn unmap(plan: &Plan<'_>, leader: &mut Tracee) -> Result<(), RestoreError> {
 }
 
 /// Ends all tasks that exist and waits until they are gone.
-fn end_everything(watch: &Watch<'_, '_>, root: HostPid, tracees: Vec<Tracee>) {
+fn end_everything(watch: &Watch<'_>, root: HostPid, tracees: Vec<Tracee>) {
     watch.block.fail();
     let mut pids: Vec<HostPid> = watch.born().into_iter().map(|(_, pid)| pid).collect();
     pids.push(root);

@@ -107,9 +107,9 @@ pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
     let start = std::time::Instant::now();
     let image = checkpoint::load(&request.images_dir)?;
     (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
-    let plan = plan::plan(&request.options, &image, request.restore_sibling)?;
+    let (plan, files) = plan::plan(&request.options, &image, request.restore_sibling)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
-    let mut report = handover::execute(request, &image, plan)?;
+    let mut report = handover::execute(request, &image, &plan, files)?;
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
 }

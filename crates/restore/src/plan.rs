@@ -59,8 +59,8 @@ pub struct List {
     pub parks: bool,
 }
 
-/// Everything that the run needs; owns the descriptors that the tasks inherit.
-pub struct Plan<'a> {
+/// Everything that the run needs besides the descriptors that the tasks inherit ([`Files`]).
+pub struct Plan {
     /// The shared mapping.
     pub arena: Arena,
     /// Address of the [`Control`] block.
@@ -77,12 +77,14 @@ pub struct Plan<'a> {
     pub births: Vec<(usize, OpId, usize)>,
     /// Shared memory objects.
     pub shared: Shared,
-    /// File descriptions.
-    pub files: Files<'a>,
 }
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
-pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool) -> Result<Plan<'a>, RestoreError> {
+pub fn plan<'a>(
+    options: &'a RestoreOptions,
+    image: &'a TreeImage,
+    sibling: bool,
+) -> Result<(Plan, Files<'a>), RestoreError> {
     let (mut own, ignored) = own_settings()?;
     let vdso = Vdso::find()?;
     for t in &image.tasks {
@@ -122,7 +124,7 @@ pub fn plan<'a>(options: &'a RestoreOptions, image: &'a TreeImage, sibling: bool
     writer.files.settle_sockets()?;
     check_descriptors(&descriptors)?;
     let (lists, births) = (writer.lists, writer.births);
-    Ok(Plan { arena, control, insn, hole, lists, forest, births, shared, files })
+    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared }, files))
 }
 
 /// What this process has itself, and the signals that it ignores.

@@ -43,6 +43,20 @@ pub struct Gift {
 pub const GIFTS: &[Gift] = &[
     Gift { name: "io_uring", open: |_| io_uring(), options: &[], words: &["io_uring"], needs: "io_uring" },
     Gift { name: "perf_event", open: |_| perf_event(), options: &[], words: &["perf_event"], needs: "perf events" },
+    Gift {
+        name: "watch_of_a_deleted_file",
+        open: watch_of_deleted,
+        options: &[],
+        words: &["inotify", "a deleted file that no process of the tree has open"],
+        needs: "inotify",
+    },
+    Gift {
+        name: "fanotify_that_permits",
+        open: permission_events,
+        options: &[],
+        words: &["fanotify", "permission events"],
+        needs: "fanotify with permission events",
+    },
     Gift { name: "socket_to_outside", open: socket, options: &[], words: &["socket"], needs: "unix sockets" },
     Gift {
         name: "tcp_connection_without_option",
@@ -160,4 +174,31 @@ fn large_deleted_file(path: &Path) -> io::Result<Pair> {
     file.write_all(&vec![7; 256 << 10])?;
     fs::remove_file(path)?;
     Ok(Pair { given: file.into(), kept: None })
+}
+
+/// Watches a deleted file that only the harness has open.
+fn watch_of_deleted(path: &Path) -> io::Result<Pair> {
+    let file = File::create(path)?;
+    // SAFETY: takes a number only; the new descriptor is ours.
+    let given = unsafe { OwnedFd::from_raw_fd(Errno::result(libc::inotify_init1(0))?) };
+    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the kernel reads a string that ends.
+    Errno::result(unsafe { libc::inotify_add_watch(given.as_raw_fd(), name.as_ptr(), libc::IN_MODIFY) })?;
+    fs::remove_file(path)?;
+    Ok(Pair { given, kept: Some(file.into()) })
+}
+
+/// Whoever opens the file waits for an answer.
+fn permission_events(path: &Path) -> io::Result<Pair> {
+    const FAN_CLASS_CONTENT: u32 = 4;
+    const FAN_OPEN_PERM: u64 = 0x1_0000;
+    File::create(path)?;
+    // SAFETY: takes numbers only; the new descriptor is ours.
+    let fd = Errno::result(unsafe { libc::fanotify_init(FAN_CLASS_CONTENT, 0) })?;
+    // SAFETY: made in the line above.
+    let given = unsafe { OwnedFd::from_raw_fd(fd) };
+    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the kernel reads a string that ends.
+    Errno::result(unsafe { libc::fanotify_mark(fd, 1, FAN_OPEN_PERM, libc::AT_FDCWD, name.as_ptr()) })?;
+    Ok(Pair { given, kept: None })
 }

@@ -1,5 +1,6 @@
 //! Options of `dump` that work, and of what kinds of resource look at.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use dormouse_resources::DumpOptions;
@@ -22,6 +23,12 @@ pub struct Kinds {
     /// A device node may be opened again by another path of the same device
     #[arg(long)]
     pub evasive_devices: bool,
+    /// Look for watched files by inode where the kernel tells no path, even if their file handles can be opened
+    #[arg(long)]
+    pub force_irmap: bool,
+    /// Look through this directory first
+    #[arg(long, value_name = "DIR")]
+    pub irmap_scan_path: Vec<PathBuf>,
     /// TCP connections may be dumped; they go on when they are restored with the same option
     #[arg(long)]
     pub tcp_established: bool,
@@ -68,6 +75,8 @@ impl Kinds {
             ghost_limit: self.ghost_limit,
             link_remap: self.link_remap,
             evasive_devices: self.evasive_devices,
+            force_irmap: self.force_irmap,
+            irmap_scan_path: self.irmap_scan_path.clone(),
             tcp_established: self.tcp_established,
             tcp_close: self.tcp_close,
             skip_in_flight: self.skip_in_flight,

@@ -4,6 +4,7 @@
 
 pub mod fd;
 pub mod mem;
+pub mod notify;
 pub mod process;
 pub mod sock;
 pub mod task;

@@ -15,6 +15,7 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fifo::Fifos;
 use super::ghost::Made;
+use super::notify::Watches;
 use super::owner::{Owners, flags_of};
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
@@ -88,6 +89,7 @@ pub struct Files<'a> {
     pub(super) ttys: Given,
     pub(super) sockets: Opened,
     pub(super) owners: Owners,
+    pub(super) watches: Watches<'a>,
     /// Temporary names to remove once the restore has succeeded ([`Self::remove_link_remaps`]).
     pub link_remaps: Vec<PathBuf>,
 }
@@ -116,6 +118,7 @@ impl<'a> Files<'a> {
             ttys: Given::load(image, options)?,
             sockets: Opened::load(image, options)?,
             owners: Owners::default(),
+            watches: Watches::default(),
             link_remaps: Vec::new(),
         };
         files.owners = Owners::assign(&files, &image.tasks);
@@ -286,6 +289,30 @@ impl<'a> Files<'a> {
     /// The network cannot be unlocked, or a connection cannot go on.
     pub fn resume_connections(&self) -> Result<()> {
         self.sockets.resume()
+    }
+
+    /// The tree's first process exists and has copies: closes what only its mappings and directories need.
+    pub fn forked(&mut self) {
+        self.mapped.clear();
+        self.pages.clear();
+    }
+
+    /// Adds the watches of inotifies and fanotifies. To be called when nothing is left to do but to let the tasks go, so
+    /// that they see nothing of the restore.
+    ///
+    /// # Errors
+    /// A watched file cannot be found or watched.
+    pub fn arm_watches(&mut self) -> Result<()> {
+        if !self.watches.is_empty() {
+            self.remove_link_remaps();
+        }
+        self.watches.arm(self)
+    }
+
+    /// A deleted file that was made anew, by its old device and inode numbers, and a name for messages.
+    pub(super) fn ghost_of(&self, dev: u32, ino: u64) -> Result<Option<(OwnedFd, String)>> {
+        let found = self.ghosts.values().find(|g| g.was(dev, ino));
+        found.map(|g| Ok((g.copy()?, format!("the deleted file of inode {ino}")))).transpose()
     }
 
     /// Gives sockets what had to wait until all of them were there. To be called when all of them are open.

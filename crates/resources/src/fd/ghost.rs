@@ -13,6 +13,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchownat, lseek, symlinkat, unlinkat};
 
 use super::files::reopen;
+use super::notify::device;
 use super::{FdView, FileTable, Files};
 use crate::{Result, call, invalid};
 
@@ -47,7 +48,7 @@ fn write(view: &FdView, ghost: u32, images: &ImageDir) -> Result<()> {
         uid: st.st_uid,
         gid: st.st_gid,
         mode: st.st_mode,
-        dev: Some(st.st_dev as u32),
+        dev: Some(device(st.st_dev)),
         ino: Some(st.st_ino),
         atim: time(st.st_atime, st.st_atime_nsec),
         mtim: time(st.st_mtime, st.st_mtime_nsec),
@@ -119,6 +120,20 @@ fn copy(file: &File, offset: u64, len: u64, image: &mut ImageWriter) -> Result<i
 pub struct Made {
     fd: OwnedFd,
     is_link: bool,
+    /// Device and inode that it had.
+    was: (u32, u64),
+}
+
+impl Made {
+    /// Whether it is what this inode was.
+    pub fn was(&self, dev: u32, ino: u64) -> bool {
+        self.was == (dev, ino)
+    }
+
+    /// An `O_PATH` descriptor of it.
+    pub fn copy(&self) -> Result<OwnedFd> {
+        super::view::keep(&self.fd, "a deleted file")
+    }
 }
 
 /// Opens the ghost that stands in for a file; it is made at the first call.
@@ -138,6 +153,7 @@ pub fn open(files: &mut Files<'_>, ghost: u32, reg: &pb::RegFileEntry, flags: i3
 fn make(files: &Files<'_>, ghost: u32, name: &str) -> Result<Made> {
     let image = files.image().dir.ghost(ghost)?;
     let entry = image.entry();
+    let was = (entry.dev.unwrap_or(0), entry.ino.unwrap_or(0));
     let what = ImageKind::GhostFile.file_name(ghost.into());
     let fail = |op: &str| call(format!("{what}: cannot {op} the deleted file {name}"));
     let kind = SFlag::from_bits_truncate(entry.mode & SFlag::S_IFMT.bits());
@@ -171,10 +187,10 @@ fn make(files: &Files<'_>, ghost: u32, name: &str) -> Result<Made> {
         let fd = reopen(&file, libc::O_PATH).map_err(fail("reopen"))?;
         drop(file);
         settle(&fd, entry, kind).map_err(fail("set owner, mode and times of"))?;
-        return Ok(Made { fd, is_link: false });
+        return Ok(Made { fd, is_link: false, was });
     }
     settle(&fd, entry, kind).map_err(fail("set owner, mode and times of"))?;
-    Ok(Made { fd, is_link: kind == SFlag::S_IFLNK })
+    Ok(Made { fd, is_link: kind == SFlag::S_IFLNK, was })
 }
 
 fn unique() -> String {

@@ -13,6 +13,7 @@ mod ids;
 mod late;
 mod link;
 mod memfd;
+mod notify;
 mod owner;
 mod packets;
 mod paths;
@@ -91,7 +92,7 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 12] = [
+pub static KINDS: [&dyn FdKind; 14] = [
     &reg::Reg,
     &pipe::Pipe,
     &fifo::Fifo,
@@ -102,6 +103,8 @@ pub static KINDS: [&dyn FdKind; 12] = [
     &timerfd::Timerfd,
     &epoll::Epoll,
     &pidfd::Pidfd,
+    &notify::inotify::Inotify,
+    &notify::fanotify::Fanotify,
     &sock::inet::Inet,
     &sock::netlink::NetlinkKind,
 ];

@@ -47,6 +47,8 @@ pub struct FileTable<'a> {
     tasks: HashSet<HostPid>,
     /// Processes that have to be in the tree, and who says so.
     needed: Vec<(HostPid, String)>,
+    /// Deleted files that some process has to have open, and who says so.
+    needed_ghosts: Vec<(File, String)>,
 }
 
 impl<'a> FileTable<'a> {
@@ -71,6 +73,7 @@ impl<'a> FileTable<'a> {
             private: HashSet::new(),
             tasks: HashSet::new(),
             needed: Vec::new(),
+            needed_ghosts: Vec::new(),
         }
     }
 
@@ -173,6 +176,11 @@ impl<'a> FileTable<'a> {
                 "cannot dump {who}: it refers to pid {pid}, which is not in the tree; close it and retry"
             ));
         }
+        if let Some((_, who)) = self.needed_ghosts.iter().find(|(file, _)| !self.ghosts.contains_key(file)) {
+            return Err(invalid!(
+                "cannot dump {who}: it watches a deleted file that no process of the tree has open; close it and retry"
+            ));
+        }
         let mut packets = self.pipes.finish()?;
         packets.extend(self.fifos.finish()?);
         if !packets.is_empty() {
@@ -264,6 +272,11 @@ impl<'a> FileTable<'a> {
     /// Process `pid` has to be in the tree for this descriptor to be restored.
     pub(super) fn needs_process(&mut self, pid: HostPid, view: &FdView) {
         self.needed.push((pid, view.subject()));
+    }
+
+    /// The deleted file has to be kept for this descriptor to be restored: some process of the tree has it open.
+    pub(super) fn needs_ghost(&mut self, file: File, view: &FdView) {
+        self.needed_ghosts.push((file, view.subject()));
     }
 
     /// Keeps a record.

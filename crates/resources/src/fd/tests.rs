@@ -86,7 +86,7 @@ fn at_most_one_kind_claims_a_descriptor() {
     nix::pty::unlockpt(&master).unwrap();
     let slave = PathBuf::from(nix::pty::ptsname_r(&master).unwrap());
     let memfd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let samples: [(OwnedFd, Option<&str>); 20] = [
+    let samples: [(OwnedFd, Option<&str>); 22] = [
         (at(&dir.path("file"), OFlag::O_RDWR | OFlag::O_CREAT), Some("file")),
         (at(&dir.0, OFlag::O_RDONLY), Some("file")),
         (at(Path::new("/dev/zero"), OFlag::O_RDONLY), Some("file")),
@@ -103,6 +103,8 @@ fn at_most_one_kind_claims_a_descriptor() {
         (host::timerfd(libc::CLOCK_MONOTONIC).unwrap(), Some("timerfd")),
         (host::epoll().unwrap(), Some("epoll")),
         (host::pidfd_open(HostPid::current()).unwrap(), Some("pidfd")),
+        (dormouse_infect::host::notify::inotify().unwrap(), Some("inotify")),
+        (dormouse_infect::host::notify::fanotify(0, 0).unwrap(), Some("fanotify")),
         (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), Some("internet socket")),
         (socket(libc::AF_INET6, libc::SOCK_DGRAM, 0).unwrap(), Some("internet socket")),
         (socket(libc::AF_NETLINK, libc::SOCK_RAW, 0).unwrap(), Some("netlink socket")),

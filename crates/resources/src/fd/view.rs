@@ -211,6 +211,8 @@ pub struct Look<'a> {
     own_ns: u64,
     /// Mount ids by namespace.
     mounts: HashMap<u64, HashSet<i32>>,
+    /// The mounts of our own namespace, once they were asked for.
+    own_mounts: Option<Vec<mountinfo::MountInfo>>,
     /// Pseudoterminals of the tree; `None` while it is not known as a whole.
     masters: Option<&'a Masters>,
 }
@@ -219,7 +221,7 @@ impl<'a> Look<'a> {
     /// Nothing is looked at yet.
     pub fn new(options: &'a DumpOptions) -> Self {
         let own_ns = ns_inode(HostPid::current(), NsKind::Mnt).ok().flatten().unwrap_or(0);
-        Self { options, own_ns, mounts: HashMap::new(), masters: None }
+        Self { options, own_ns, mounts: HashMap::new(), own_mounts: None, masters: None }
     }
 
     /// Names the pseudoterminals whose masters are in the tree. Without them all are taken to be.
@@ -253,6 +255,17 @@ impl<'a> Look<'a> {
             self.mounts.insert(view.mnt_ns, ids);
         }
         Ok(self.mounts[&view.mnt_ns].contains(&view.info.mnt_id))
+    }
+
+    /// The mounts of our own namespace, as they were when first asked for.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn own_mounts(&mut self) -> Result<&[mountinfo::MountInfo]> {
+        match &mut self.own_mounts {
+            Some(list) => Ok(list),
+            none => Ok(none.insert(mountinfo::read(HostPid::current())?)),
+        }
     }
 
     /// The stat(2) of a path of the process, its last component not followed if it is a link itself.
