@@ -122,6 +122,7 @@ pub fn plan<'a>(
     };
     writer.write()?;
     writer.files.settle_sockets()?;
+    writer.files.set_leases()?;
     check_descriptors(&descriptors)?;
     let (lists, births) = (writer.lists, writer.births);
     Ok((Plan { arena, control, insn, hole, lists, forest, births, shared }, files))
@@ -465,12 +466,12 @@ impl<'f> Writer<'_, 'f> {
             self.birth(&mut b, i, *list, OpKind::Thread);
         }
         barrier(&mut b, STAGE_GUARDED);
-        // Whoever shares a table finds it as it is to be: its owner has filled it before the last stage.
-        b.must(
-            "closing the restore's descriptors",
-            nr::CLOSE_RANGE,
-            &[self.descriptors.start as u64, self.descriptors.end as u64 - 1, 0],
-        );
+        if !shares_files {
+            // Whoever shares a table finds it as it is to be: its owner has filled it before the last stage.
+            let own = &self.descriptors;
+            b.must("closing the restore's descriptors", nr::CLOSE_RANGE, &[own.start as u64, own.end as u64 - 1, 0]);
+            self.files.lock_ops(&mut b, self.arena, task);
+        }
         let pid = task.pid();
         let tc = task.tc();
         self.files.owner_ops(&mut b, self.arena, task, When::BeforeCredentials)?;

@@ -79,7 +79,13 @@ pub const GIFTS: &[Gift] = &[
         words: &["netlink", "not read yet"],
         needs: "netlink",
     },
-    Gift { name: "file_lock_without_option", open: locked_file, options: &[], words: &["lock"], needs: "file locks" },
+    Gift {
+        name: "file_lock_without_option",
+        open: locked_file,
+        options: &[],
+        words: &["lock", "--file-locks"],
+        needs: "file locks",
+    },
     Gift {
         name: "lost_name_without_option",
         open: file_with_a_lost_name,

@@ -20,6 +20,9 @@ pub struct Kinds {
     /// A deleted file with another name left may get a temporary link in its directory
     #[arg(long)]
     pub link_remap: bool,
+    /// File locks and leases may be dumped; they are restored whether asked for or not
+    #[arg(short = 'l', long)]
+    pub file_locks: bool,
     /// A device node may be opened again by another path of the same device
     #[arg(long)]
     pub evasive_devices: bool,
@@ -74,6 +77,7 @@ impl Kinds {
             shell_job: self.shell_job,
             ghost_limit: self.ghost_limit,
             link_remap: self.link_remap,
+            file_locks: self.file_locks,
             evasive_devices: self.evasive_devices,
             force_irmap: self.force_irmap,
             irmap_scan_path: self.irmap_scan_path.clone(),

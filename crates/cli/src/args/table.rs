@@ -69,7 +69,6 @@ const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory on
 const INCREMENTS: &str = "checkpoints that build on others are not there yet; leave it out for a whole one";
 const CGROUPS: &str = "control groups are not restored yet: tasks stay in the group they are restored from; \
                        leave it out, or use --manage-cgroups=ignore";
-const LOCKS: &str = "file locks are not dumped yet; let the program release them and leave it out";
 const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
                           command in the wanted namespaces, e.g. with nsenter(1)";
 const CPU: &str = "cpuinfo.img is neither written nor checked yet; leave it out or use --cpu-cap=none";
@@ -103,7 +102,7 @@ pub const CRIU: &[Known] = &[
     Known::new("action-script", Value, Works, Works),
     Known::bool("link-remap", Works, Idle),
     Known::bool("shell-job", Works, Works).short('j'),
-    Known::bool("file-locks", Refused(LOCKS), Refused(LOCKS)).short('l'),
+    Known::bool("file-locks", Works, Idle).short('l'),
     Known::bool("page-server", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
     Known::new("address", Value, Idle, Idle),
     Known::new("port", Value, Idle, Idle),

@@ -113,7 +113,6 @@ fn what_cannot_be_ignored_is_refused_by_name() {
         ("dump -t 1 --track-mem", "--track-mem"),
         ("dump -t 1 --page-server --address ::1 --port 9", "--page-server"),
         ("dump -t 1 --prev-images-dir ../1", "--prev-images-dir"),
-        ("dump -t 1 -l", "--file-locks"),
         ("dump -t 1 --freeze-cgroup /sys/fs/cgroup/x", "--freeze-cgroup"),
         ("dump -t 1 --stream", "--stream"),
         ("dump -t 1 --lazy-pages", "--lazy-pages"),

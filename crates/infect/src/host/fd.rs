@@ -132,6 +132,36 @@ pub fn owner(fd: impl AsFd) -> io::Result<Owner> {
     Ok(Owner { kind: who[0] as u32, pid: who[1], uid: uids[0], euid: uids[1], signal })
 }
 
+/// Nobody is told of events on a description any more (`F_SETOWN`).
+///
+/// # Errors
+/// fcntl(2)'s.
+pub fn clear_owner(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETOWN, 0) }.into()).map(drop)
+}
+
+/// The lease on a description: `F_RDLCK` (0), `F_WRLCK` (1), `F_UNLCK` (2); of one that is being broken, what it is to
+/// become (`F_GETLEASE`).
+///
+/// # Errors
+/// fcntl(2)'s.
+pub fn lease(fd: impl AsFd) -> io::Result<u32> {
+    const F_GETLEASE: libc::c_int = 1025;
+    // SAFETY: asks for a number.
+    result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_GETLEASE) }.into()).map(|kind| kind as u32)
+}
+
+/// Takes a lease on a description (`F_SETLEASE`); this process becomes who is told, unless somebody is.
+///
+/// # Errors
+/// `EAGAIN` if the file is open in a way that is against it, `EACCES` without CAP_LEASE for another user's file.
+pub fn set_lease(fd: impl AsFd, kind: u32) -> io::Result<()> {
+    const F_SETLEASE: libc::c_int = 1024;
+    // SAFETY: takes numbers only.
+    result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_SETLEASE, kind) }.into()).map(drop)
+}
+
 /// Whether the file behind descriptor `fd` of a process is the one that its epoll descriptor `epoll` watches under the
 /// number `watched`; `nth` counts from 0 among those watched under one number, in the order of fdinfo (kcmp(2) with
 /// `KCMP_EPOLL_TFD`, Linux 4.13).

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use dormouse_images::pb;
@@ -90,6 +90,7 @@ pub struct Files<'a> {
     pub(super) sockets: Opened,
     pub(super) owners: Owners,
     pub(super) watches: Watches<'a>,
+    pub(super) locks: Vec<pb::FileLockEntry>,
     /// Temporary names to remove once the restore has succeeded ([`Self::remove_link_remaps`]).
     pub link_remaps: Vec<PathBuf>,
 }
@@ -119,6 +120,7 @@ impl<'a> Files<'a> {
             sockets: Opened::load(image, options)?,
             owners: Owners::default(),
             watches: Watches::default(),
+            locks: super::locks::load(image)?,
             link_remaps: Vec::new(),
         };
         files.owners = Owners::assign(&files, &image.tasks);
@@ -215,6 +217,11 @@ impl<'a> Files<'a> {
         let (entry, kind) = self.entry(id)?;
         let fd = kind.open(self, entry, shared)?;
         Ok(keep_in(&mut self.open, id, raise(fd, self.base)?))
+    }
+
+    /// A description that was opened.
+    pub(super) fn opened(&self, id: u32) -> Option<BorrowedFd<'_>> {
+        self.open.get(&id).map(AsFd::as_fd)
     }
 
     /// A descriptor to map a file with, and the file's name. `shared` is the memfd's own descriptor if it is one.

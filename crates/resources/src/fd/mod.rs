@@ -12,6 +12,7 @@ mod ghost;
 mod ids;
 mod late;
 mod link;
+mod locks;
 mod memfd;
 mod notify;
 mod owner;
@@ -157,7 +158,7 @@ fn of_view(view: &FdView, look: &mut Look<'_>) -> Result<Vec<Blocker>> {
         Err(blocker) => return Ok(vec![blocker]),
     };
     let mut found: Vec<Blocker> = kind.blocker(view, look)?.into_iter().collect();
-    found.extend(locks(view.pid, view.place, &view.shown(), &view.info));
+    found.extend(locks::of_view(view, look.options));
     Ok(found)
 }
 
@@ -184,24 +185,6 @@ fn of_mappings(process: &Process, pid: HostPid, look: &mut Look<'_>) -> Result<V
 /// Name of a mapping's link in `/proc/PID`.
 fn mapping_name(vma: &maps::Vma) -> String {
     format!("map_files/{:x}-{:x}", vma.start, vma.end)
-}
-
-/// File locks and leases: none of them can be dumped yet.
-fn locks(pid: HostPid, place: Place, link: &str, info: &fdinfo::FdInfo) -> Option<Blocker> {
-    use fdinfo::LockKind;
-    let kind = match info.locks.first()?.kind {
-        LockKind::Posix => "a POSIX file lock (fcntl)",
-        LockKind::Ofd => "an open file description lock (fcntl)",
-        LockKind::Flock => "a file lock (flock)",
-        LockKind::Lease => "a file lease",
-        LockKind::Deleg | LockKind::Access | LockKind::Unknown => "a lock of an unusual kind",
-    };
-    let fd = match place {
-        Place::Fd(fd) => Some(fd),
-        Place::Exe | Place::Cwd | Place::Root | Place::Mapping(_) => None,
-    };
-    let what = format!("{link}: {kind} is held on it, which cannot be dumped yet");
-    Some(Blocker { pid, fd, what, next_step: "release it, or dump while it is not held".into() })
 }
 
 /// Whether a descriptor or mapping has gone between listing it and looking at it.

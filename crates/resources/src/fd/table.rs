@@ -1,6 +1,7 @@
 //! The dump's side: every description of a tree once, with an id, and everything that their images need.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
 
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::host::fd as host;
@@ -9,11 +10,12 @@ use dormouse_kernel::{HostPid, TargetFd};
 
 use super::ids::Ids;
 use super::link::LinkGuard;
+use super::locks::{self, Locks};
 use super::memfd::{self, Inode};
 use super::pipe::Contents;
 use super::sock::{Connections, Listed};
 use super::tty::Terminals;
-use super::{FdKind, FdView, Look, Place, Process, kind_of, locks, mapping_name, reg};
+use super::{FdKind, FdView, Look, Place, Process, kind_of, mapping_name, reg};
 use crate::mem::SharedDump;
 use crate::{DumpOptions, Result, invalid};
 
@@ -38,6 +40,7 @@ pub struct FileTable<'a> {
     pipes: Contents<'a>,
     fifos: Contents<'a>,
     terminals: Terminals,
+    locks: Locks,
     sockets: Listed,
     memfds: Vec<Inode>,
     memfd_ids: HashMap<File, u64>,
@@ -67,6 +70,7 @@ impl<'a> FileTable<'a> {
             pipes: Contents::new(images, ImageKind::PipesData),
             fifos: Contents::new(images, ImageKind::FifoData),
             terminals: Terminals::default(),
+            locks: Locks::default(),
             sockets: Listed::default(),
             memfds: Vec::new(),
             memfd_ids: HashMap::new(),
@@ -91,7 +95,7 @@ impl<'a> FileTable<'a> {
             let flags = u32::from(info.flags as i32 & libc::O_CLOEXEC != 0);
             if !info.locks.is_empty() {
                 let link = String::from_utf8_lossy(&proc::fd_link(pid, fd)?).into_owned();
-                if let Some(blocker) = locks(pid, Place::Fd(fd), &link, &info) {
+                if let Some(blocker) = locks::blocker(pid, Place::Fd(fd), &link, &info, self.look.options) {
                     return Err(invalid!("{blocker}"));
                 }
             }
@@ -104,9 +108,17 @@ impl<'a> FileTable<'a> {
                         known.pid()
                     ));
                 }
-                Ok(known) => (known.id, known.fd_type),
+                Ok(known) => {
+                    if !info.locks.is_empty() {
+                        let view = process.descriptor(fd, info)?;
+                        self.locks.add(pid, fd, known.id, &view.info, view.own.as_fd())?;
+                    }
+                    (known.id, known.fd_type)
+                }
                 Err(slot) => {
-                    let (id, fd_type) = self.add(&process.descriptor(fd, info)?)?;
+                    let view = process.descriptor(fd, info)?;
+                    let (id, fd_type) = self.add(&view)?;
+                    self.locks.add(pid, fd, id, &view.info, view.own.as_fd())?;
                     self.ids.insert(slot, id, fd_type);
                     (id, fd_type)
                 }
@@ -199,6 +211,9 @@ impl<'a> FileTable<'a> {
         }
         if !terminals.ext.is_empty() {
             self.images.write_all(ImageKind::DormouseTerminals, 0, &terminals.ext)?;
+        }
+        if !self.locks.records().is_empty() {
+            self.images.write_all(ImageKind::FileLocks, 0, self.locks.records())?;
         }
         if !self.remaps.is_empty() {
             self.images.write_all(ImageKind::RemapFpath, 0, &self.remaps)?;
