@@ -7,6 +7,9 @@ use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
 
 use crate::{DumpError, describe};
 
+/// In `flags` of `/proc/PID/stat` (include/linux/sched.h).
+const PF_EXITING: u64 = 0x4;
+
 /// See [`crate::blockers`].
 pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, DumpError> {
     let root = match stat::read(pid) {
@@ -40,15 +43,19 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         match of_one(p, options, &masters) {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
-            Err(_) if p != pid && stat::read(p).map_or_else(|e| e.is_gone(), |s| matches!(s.state, b'Z' | b'X')) => {
-                continue;
-            }
+            Err(_) if p != pid && is_ending(p) => continue,
             Err(e) => return Err(e.into()),
         }
         todo.extend(tree::children(p).unwrap_or_default());
     }
     found.extend(session_blocker(&root, options));
     Ok(found)
+}
+
+/// Has it ended, or begun to? Then its descriptors and memory are gone already.
+fn is_ending(pid: HostPid) -> bool {
+    let ending = |s: stat::Stat| matches!(s.state, b'Z' | b'X') || s.flags & PF_EXITING != 0;
+    stat::read(pid).map_or_else(|e| e.is_gone(), ending)
 }
 
 fn of_one(pid: HostPid, options: &DumpOptions, masters: &fd::Masters) -> Result<Vec<Blocker>, ResourceError> {

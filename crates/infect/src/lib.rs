@@ -11,6 +11,7 @@ pub mod freeze;
 pub mod host;
 pub mod parasite;
 pub mod ptrace;
+mod pulse;
 pub mod restorer;
 pub mod rseq;
 pub mod stub;

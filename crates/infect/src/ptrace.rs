@@ -2,11 +2,17 @@
 
 use std::io;
 use std::ptr::null_mut;
+use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
+use dormouse_kernel::proc::stat;
 
 use crate::arch::{self, GpRegs};
+use crate::pulse::Pulse;
 use crate::{InfectError, cancel, failed, last};
+
+/// How long a wait blocks before it looks whether what it waits for can still come.
+const PULSE: Duration = Duration::from_millis(20);
 
 const NT_PRSTATUS: i32 = 1;
 const PTRACE_EVENT_STOP: i32 = 128;
@@ -189,11 +195,17 @@ impl Tracee {
     /// Waits for any stop. The second value is the signal to pass on when the stop was a signal's delivery.
     fn wait(&self, cancellable: bool) -> Result<(Stop, i32), InfectError> {
         let mut status = 0;
+        let mut pulse = None;
         loop {
+            let flags = libc::__WALL | if pulse.is_none() { libc::WNOHANG } else { 0 };
             // SAFETY: waits on one thread; `status` is ours.
-            let r = unsafe { libc::waitpid(self.tid.0, &mut status, libc::__WALL) };
+            let r = unsafe { libc::waitpid(self.tid.0, &mut status, flags) };
             if r == self.tid.0 {
                 break;
+            }
+            if r == 0 {
+                pulse = Some(Pulse::every(PULSE));
+                continue;
             }
             let e = io::Error::last_os_error();
             if e.raw_os_error() != Some(libc::EINTR) {
@@ -202,7 +214,12 @@ impl Tracee {
             if cancellable {
                 cancel::check()?;
             }
+            // A leader that was killed is reported only when all its threads have been waited for.
+            if stat::read(self.tid).map_or_else(|e| e.is_gone(), |s| matches!(s.state, b'Z' | b'X')) {
+                return Ok((Stop::Ended(0), 0));
+            }
         }
+        drop(pulse);
         if !libc::WIFSTOPPED(status) {
             return Ok((Stop::Ended(status), 0));
         }
