@@ -156,10 +156,7 @@ impl Tree {
         }
         for task in self.tasks.drain(..) {
             for t in task.threads.into_iter().rev() {
-                let mut status = 0;
-                // SAFETY: reaps a tracee that has just been killed.
-                unsafe { libc::waitpid(t.tid().0, &mut status, libc::__WALL) };
-                t.forget();
+                t.reap();
             }
         }
     }

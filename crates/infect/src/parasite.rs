@@ -1,5 +1,6 @@
 //! A parasite in a stopped process: put in by two injected system calls, asked over a socket, taken out without trace.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::mem::offset_of;
@@ -41,6 +42,8 @@ pub struct Parasite<'a> {
     entry: u64,
     /// Shared memory; allocations made between two runs live until the owner resets the arena to its mark.
     pub arena: Arena,
+    /// Whether it has answered once: then it has closed its copy of our end, and waits for requests.
+    answered: Cell<bool>,
     cured: bool,
 }
 
@@ -55,7 +58,7 @@ impl<'a> Parasite<'a> {
     pub fn infect(leader: &'a mut Tracee, state: State) -> Result<Self, InfectError> {
         let site = Site::new(leader.tid(), &state)?;
         let Entered { socket, remote_socket, arena, entry } = enter(leader, &state, &site)?;
-        Ok(Self { leader, state, site, socket, remote_socket, entry, arena, cured: false })
+        Ok(Self { leader, state, site, socket, remote_socket, entry, arena, answered: Cell::new(false), cured: false })
     }
 
     /// Process whose parasite this is.
@@ -129,7 +132,9 @@ impl<'a> Parasite<'a> {
 
     fn exchange(&self, request: &Request) -> Result<u64, InfectError> {
         self.request(request)?;
-        self.receive(self.leader)
+        let status = self.receive(self.leader)?;
+        self.answered.set(true);
+        Ok(status)
     }
 
     fn request(&self, request: &Request) -> Result<(), InfectError> {
@@ -234,6 +239,9 @@ impl<'a> Parasite<'a> {
             batch.push("closing a descriptor", OpKind::DropFd, Policy::Must, 0, [0; 6]);
             let ops = batch.place(&mut self.arena);
             self.exchange(&Request { ops, n_ops: 1 })?;
+        } else if !self.answered.get() {
+            // It may not have closed its copy of our end of the pair yet, and is not to be stopped before.
+            self.exchange(&Request { ops: self.arena.base(), n_ops: 0 })?;
         }
         self.leader.interrupt()?;
         self.leader.wait_interrupted()?;

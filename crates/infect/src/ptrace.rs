@@ -468,6 +468,16 @@ impl Tracee {
         self.request(libc::PTRACE_DETACH as i32, 0, "PTRACE_DETACH")
     }
 
+    /// Waits for the end of a thread that was killed, so that no zombie of it remains. Threads go before their leader.
+    pub fn reap(self) {
+        let mut status = 0;
+        // SAFETY: waits on one thread; `status` is ours. A signal for us must not leave the thread behind.
+        while unsafe { libc::waitpid(self.tid.0, &mut status, libc::__WALL) } < 0
+            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+        {}
+        self.forget();
+    }
+
     /// The thread was killed or handed on: nothing is to be undone.
     pub fn forget(mut self) {
         self.attached = false;

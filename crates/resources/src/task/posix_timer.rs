@@ -17,12 +17,19 @@ const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 /// Without `PR_TIMER_CREATE_RESTORE_IDS` an id is reached by making and deleting all that come before it.
 const MOST_STEPS: u64 = 1 << 20;
 
+/// How often a timer on the CPU time of one thread is read again.
+const READINGS: usize = 16;
+/// Random bytes made before each such reading. All of them take a few milliseconds: where the kernel's CPU clock moves
+/// only with the timer tick (an unstable TSC), it must see one.
+const BURN: usize = 128 << 10;
+const GRND_NONBLOCK: u64 = 1;
+
 /// What was asked inside a process.
 #[derive(Clone, Debug)]
 pub struct Ask {
     timers: Vec<(PosixTimer, u64, OpId)>,
-    /// Timers on the CPU time of one thread: a second reading, by the leader, which has run meanwhile.
-    again: Vec<(usize, u64)>,
+    /// Timers on the CPU time of one thread: more readings, by the leader, which has run meanwhile.
+    again: Vec<(usize, Vec<u64>)>,
 }
 
 impl Ask {
@@ -36,11 +43,19 @@ impl Ask {
             (t.clone(), at, overrun)
         };
         let timers: Vec<_> = timers.iter().map(ask).collect();
-        let mut again = Vec::new();
-        for (i, (t, ..)) in timers.iter().enumerate().filter(|(_, (t, ..))| is_of_one_thread(t)) {
-            let at = arena.alloc(32, 16);
-            b.must(format!("reading POSIX timer {} again", t.id), nr::TIMER_GETTIME, &[t.id as u64, at]);
-            again.push((i, at));
+        let of_one = timers.iter().enumerate().filter(|(_, (t, ..))| is_of_one_thread(t));
+        let mut again: Vec<(usize, Vec<u64>)> = of_one.map(|(i, _)| (i, Vec::new())).collect();
+        if !again.is_empty() {
+            let scratch = arena.alloc(BURN, 16);
+            for _ in 0..READINGS {
+                b.attempt("letting CPU time pass", nr::GETRANDOM, &[scratch, BURN as u64, GRND_NONBLOCK]);
+                for (i, at) in &mut again {
+                    let id = timers[*i].0.id;
+                    at.push(arena.alloc(32, 16));
+                    let at = at[at.len() - 1];
+                    b.must(format!("reading POSIX timer {id} again"), nr::TIMER_GETTIME, &[id as u64, at]);
+                }
+            }
         }
         Self { timers, again }
     }
@@ -54,7 +69,7 @@ impl Ask {
         for (i, again) in &self.again {
             let (t, at, _) = &self.timers[*i];
             let left = |at: u64| (arena.word(at + 16), arena.word(at + 24));
-            if threads > 1 && left(*at) == left(*again) {
+            if threads > 1 && again.iter().all(|again| left(*at) == left(*again)) {
                 return Err(invalid!(
                     "cannot dump POSIX timer {}: it runs on the CPU time of one thread, and that is not the main one as far \
                      as can be seen; delete the timer, or arm it if it is the main thread's, and retry",
