@@ -4,7 +4,8 @@
 //! waited for: a tracer that asks for the leader first would wait for ever.
 
 use std::cell::Cell;
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// A signal that nobody misses: ignored by default, and not otherwise used here.
@@ -14,6 +15,14 @@ thread_local! {
     /// This thread's timer, and the process it was made in: timers are not inherited by fork(2).
     static TIMER: Cell<Option<(u32, libc::timer_t)>> = const { Cell::new(None) };
 }
+
+/// The kernel's own struct sigaction: handler, flags, restorer, mask. The C library's sigaction(3) would add its
+/// restorer to an action that it puts back.
+type Action = [u64; 4];
+
+/// How many pulses live, and what was done on the signal before the first of them: put back with the last, so that no
+/// child forked later inherits a handler.
+static HANDLER: Mutex<(usize, Option<Action>)> = Mutex::new((0, None));
 
 extern "C" fn on_signal(_: libc::c_int) {}
 
@@ -27,6 +36,7 @@ impl Pulse {
     pub fn every(every: Duration) -> Self {
         let timer = timer();
         if let Some(timer) = timer {
+            handle();
             set(timer, every);
         }
         Self(timer)
@@ -37,8 +47,43 @@ impl Drop for Pulse {
     fn drop(&mut self) {
         if let Some(timer) = self.0 {
             set(timer, Duration::ZERO);
+            unhandle();
         }
     }
+}
+
+fn handle() {
+    let mut handler = HANDLER.lock().unwrap_or_else(PoisonError::into_inner);
+    handler.0 += 1;
+    if handler.0 == 1 {
+        handler.1 = action(None);
+        // SAFETY: a plain structure that is valid when zeroed; the handler does nothing.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            libc::sigaction(SIGNAL, &action, null_mut());
+        }
+    }
+}
+
+fn unhandle() {
+    let mut handler = HANDLER.lock().unwrap_or_else(PoisonError::into_inner);
+    handler.0 -= 1;
+    if handler.0 == 0
+        && let Some(former) = handler.1.take()
+    {
+        // A signal still on its way is ignored by default.
+        action(Some(&former));
+    }
+}
+
+/// Sets the signal's action, and returns the one it had: rt_sigaction(2).
+fn action(new: Option<&Action>) -> Option<Action> {
+    let mut old = Action::default();
+    let new = new.map_or(null(), |new| new.as_ptr());
+    // SAFETY: an action that the kernel itself reported, and room for another; a signal set has eight bytes.
+    let r = unsafe { libc::syscall(libc::SYS_rt_sigaction, SIGNAL, new, old.as_mut_ptr(), 8usize) };
+    (r == 0).then_some(old)
 }
 
 fn set(timer: libc::timer_t, every: Duration) {
@@ -55,11 +100,8 @@ fn timer() -> Option<libc::timer_t> {
     {
         return Some(timer);
     }
-    // SAFETY: plain structures that are valid when zeroed; the handler does nothing.
+    // SAFETY: a plain structure that is valid when zeroed; the timer goes to a variable of our own.
     let timer = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_signal as *const () as usize;
-        libc::sigaction(SIGNAL, &action, null_mut());
         let mut event: libc::sigevent = std::mem::zeroed();
         event.sigev_notify = libc::SIGEV_THREAD_ID;
         event.sigev_signo = SIGNAL;
