@@ -252,6 +252,20 @@ fn table(found: &[(&Row, Support)]) -> String {
     text
 }
 
+/// Can a feature be used: is it there, and used by something?
+pub fn can_use(name: &str) -> bool {
+    let row = ROWS.iter().find(|row| row.names.contains(&name) && row.need != Need::NotYet);
+    let found = Features::probe().list().into_iter().find(|(known, _)| row.is_some_and(|row| row.names[0] == *known));
+    found.is_some_and(|(_, support)| support.is_yes())
+}
+
+/// For a caller of the service: what is missing of what is always needed, with the next step.
+pub fn missing(place: &Place) -> Vec<String> {
+    let features = Features::probe();
+    let needed = ROWS.iter().filter(|row| row.need == Need::Always && !support(row, &features, place).is_yes());
+    needed.map(|row| format!("{} ({}) is missing; {}", row.names[0], row.purpose, row.next)).collect()
+}
+
 /// What the probes say about a row.
 fn support(row: &Row, features: &Features, place: &Place) -> Support {
     match row.names[0] {

@@ -37,11 +37,21 @@ pub fn options(line: &[Given]) -> Result<Vec<Given>> {
     let named = std::env::var_os("CRIU_CONFIG_FILE").filter(|path| !path.is_empty());
     for (path, origin) in [(named, "CRIU_CONFIG_FILE"), (chosen, "--config")] {
         if let Some(path) = path.map(PathBuf::from) {
-            let text = std::fs::read(&path);
-            let text = text.with_context(|| format!("cannot read {}, which {origin} names", path.display()))?;
-            read(&text, &path, &mut options)?;
+            options.extend(file(&path, origin)?);
         }
     }
+    Ok(options)
+}
+
+/// The options of one file, which `origin` names.
+///
+/// # Errors
+/// It cannot be read, or a line of it is no option.
+pub fn file(path: &Path, origin: &str) -> Result<Vec<Given>> {
+    let text = std::fs::read(path);
+    let text = text.with_context(|| format!("cannot read {}, which {origin} names", path.display()))?;
+    let mut options = Vec::new();
+    read(&text, path, &mut options)?;
     Ok(options)
 }
 

@@ -105,6 +105,18 @@ impl Log {
         self.level > 0 && !matches!(self.output, Output::Stderr) && io::stderr().is_terminal()
     }
 
+    /// Makes the log the output of this process, for a program that takes its place.
+    ///
+    /// # Errors
+    /// dup2(2)'s.
+    pub fn take_output(&self) -> io::Result<()> {
+        if let Output::File(file, _) = &self.output {
+            nix::unistd::dup2_stdout(file)?;
+            nix::unistd::dup2_stderr(file)?;
+        }
+        Ok(())
+    }
+
     /// Tells of a failure: once in the log, with `last` as CRIU's last line, and on the standard error if the log is
     /// elsewhere.
     pub fn failure(&self, error: &anyhow::Error, last: Option<&str>) {

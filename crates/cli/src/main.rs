@@ -14,6 +14,7 @@ mod man;
 mod progress;
 mod run;
 mod scripts;
+mod serve;
 mod stats;
 #[cfg(test)]
 mod test_dir;
@@ -43,6 +44,9 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
         Command::Dump(args) => run::dump(&args, &parsed.notes),
         Command::Restore(args) => run::restore(&args, &parsed.notes),
         Command::Check(args) => check::check(&args, &parsed.notes),
+        Command::Service(args) => serve::service(&args, &parsed.notes),
+        Command::Swrk { fd } => serve::own_worker(fd),
+        Command::ServiceWorker(args) => serve::worker(&args),
         Command::Demo => demo::run(),
         Command::DemoCounter { dir } => demo::count(&dir),
         Command::DemoAdder { dir } => demo::add(&dir),

@@ -3,16 +3,18 @@
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
-use dormouse_dump::After;
+use dormouse_dump::{After, DumpError};
 use dormouse_images::pb;
 use dormouse_infect::supervise::supervised;
-use dormouse_kernel::HostPid;
+use dormouse_kernel::{HostPid, Session};
+use dormouse_restore::RestoreError;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -67,6 +69,12 @@ impl Place {
         Ok(Place { path, images, log })
     }
 
+    /// Names the images directory by our own descriptor: a name like `/proc/PID/fd/N` is good only as long as that
+    /// process lives.
+    pub fn held(self) -> Place {
+        Place { path: format!("/proc/self/fd/{}", self.images.as_raw_fd()).into(), ..self }
+    }
+
     /// Writes and shows what it cost. A directory that cannot be written is no reason to fail now.
     fn account(&self, stats: &pb::StatsEntry, common: &Common) {
         tracing::info!("Writing stats");
@@ -79,13 +87,41 @@ impl Place {
     }
 }
 
+/// What a run is besides its options.
+pub struct Run<'a> {
+    /// Where.
+    pub place: &'a Place,
+    /// Its identity.
+    pub session: Session,
+    /// Told of each stage before the scripts are.
+    pub notify: dormouse_rpc::Notify<'a>,
+    /// For this user and with no other rights, see [`dormouse_restore::Request`].
+    pub only_user: Option<u32>,
+}
+
+impl<'a> Run<'a> {
+    /// A run that the command line asks for.
+    ///
+    /// # Errors
+    /// There is no randomness for its identity.
+    pub fn new(place: &'a Place) -> Result<Self> {
+        let session = Session::new().context("cannot draw a session id (getrandom)")?;
+        Ok(Self { place, session, notify: &|_, _| Ok(()), only_user: None })
+    }
+
+    fn scripts(&self, common: &'a Common) -> Scripts<'a> {
+        Scripts { programs: &common.action_script, images: &self.place.images, log: &self.place.log }
+    }
+}
+
 /// `dormouse dump`: a child does it, so that whatever ends this process only asks the child to take everything back.
 ///
 /// # Errors
 /// The directories or the log are not accessible, or there can be no child; what fails later is told here.
 pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
-    let code = supervised(|| put_to_sleep(args, &place).into()).context("cannot start a process for the dump")?;
+    let run = Run::new(&place)?;
+    let code = supervised(|| put_to_sleep(args, &run).into()).context("cannot start a process for the dump")?;
     if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {
         let what =
             format!("the dumping process was ended by signal {signal}; look after pid {} and dump it again", args.tree);
@@ -95,28 +131,12 @@ pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
 }
 
 /// Dumps and tells of it; the exit code.
-fn put_to_sleep(args: &DumpArgs, place: &Place) -> u8 {
+fn put_to_sleep(args: &DumpArgs, run: &Run<'_>) -> u8 {
+    let place = run.place;
     let post_dump_failed = Cell::new(false);
-    let scripts = Scripts { programs: &args.common.action_script, images: &place.images, log: &place.log };
-    let hook = |action: &str, root: Option<i32>| {
-        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))
-    };
-    let after = match (args.leave_running, args.leave_stopped) {
-        (true, _) => After::Run,
-        (false, true) => After::Stop,
-        (false, false) => After::Kill,
-    };
-    let request = dormouse_dump::Request {
-        pid: HostPid(args.tree),
-        images_dir: place.path.clone(),
-        options: args.options(),
-        after,
-        timeout: args.timeout(),
-        hooks: &hook,
-    };
     let terminal = place.log.leaves_a_terminal();
     let progress = terminal.then(|| Progress::start(args.tree, place.path.clone()));
-    let outcome = dormouse_dump::run(&request);
+    let outcome = sleep(args, run, &post_dump_failed);
     drop(progress);
     let report = match outcome {
         Ok(report) => report,
@@ -125,8 +145,6 @@ fn put_to_sleep(args: &DumpArgs, place: &Place) -> u8 {
             return if post_dump_failed.get() { POST_DUMP_FAILED } else { 1 };
         }
     };
-    place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
-    tracing::info!("Dumping finished successfully");
     if terminal {
         eprintln!(
             "dumped pid {}: {}, {}; frozen for {}, {} in all",
@@ -140,45 +158,52 @@ fn put_to_sleep(args: &DumpArgs, place: &Place) -> u8 {
     0
 }
 
+/// Dumps in this process. `post_dump_failed` is set if that is because of a "post-dump" script.
+///
+/// # Errors
+/// See [`dormouse_dump::run`]; the log does not have it yet.
+pub fn sleep(
+    args: &DumpArgs,
+    run: &Run<'_>,
+    post_dump_failed: &Cell<bool>,
+) -> Result<dormouse_dump::Report, DumpError> {
+    let scripts = run.scripts(&args.common);
+    let hook = |action: &str, root: Option<i32>| {
+        (run.notify)(action, root)?;
+        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))
+    };
+    let after = match (args.leave_running, args.leave_stopped) {
+        (true, _) => After::Run,
+        (false, true) => After::Stop,
+        (false, false) => After::Kill,
+    };
+    let report = dormouse_dump::run(&dormouse_dump::Request {
+        session: run.session,
+        pid: HostPid(args.tree),
+        images_dir: run.place.path.clone(),
+        options: args.options(),
+        after,
+        timeout: args.timeout(),
+        hooks: &hook,
+    })?;
+    run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    tracing::info!("Dumping finished successfully");
+    Ok(report)
+}
+
 /// `dormouse restore`
 ///
 /// # Errors
 /// The directories or the log are not accessible; what fails later is told here.
 pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
-    for (fd, key) in &args.inherit_fd {
-        tracing::info!("File {key} will be restored from inherit fd {fd}");
-    }
-    let scripts = Scripts { programs: &args.common.action_script, images: &place.images, log: &place.log };
-    let wrote_pid = Cell::new(false);
-    let hook = |action: &str, root: Option<i32>| {
-        scripts.run(action, root)?;
-        match (&args.pidfile, action, root) {
-            (Some(file), "pre-restore", _) if file.symlink_metadata().is_ok() => bail!(taken(file)),
-            (Some(file), "post-restore", Some(pid)) => write_pid(file, pid).map(|()| wrote_pid.set(true)),
-            _ => Ok(()),
-        }
-    };
-    let request = dormouse_restore::Request {
-        images_dir: place.path.clone(),
-        options: args.options(),
-        leave_stopped: args.leave_stopped,
-        restore_sibling: args.restore_sibling,
-        hooks: &hook,
-    };
-    let report = match dormouse_restore::run(&request) {
+    let report = match wake(args, &Run::new(&place)?) {
         Ok(report) => report,
         Err(error) => {
-            if let Some(file) = args.pidfile.as_ref().filter(|_| wrote_pid.get()) {
-                // The process it names is gone; if the file stays, the next restore says so.
-                let _ = std::fs::remove_file(file);
-            }
             place.log.failure(&error.into(), Some("Restoring FAILED."));
             return Ok(ExitCode::FAILURE);
         }
     };
-    tracing::info!("Restore finished successfully. Tasks resumed.");
-    place.account(&pb::StatsEntry { dump: None, restore: Some(stats::of_restore(&report)) }, &args.common);
     if place.log.leaves_a_terminal() {
         eprintln!(
             "restored pid {}: {}, {}; {} in all",
@@ -202,6 +227,44 @@ pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
     Ok(code.into())
 }
 
+/// Restores, and does not wait for the end of the tree.
+///
+/// # Errors
+/// See [`dormouse_restore::run`]; the log does not have it yet.
+pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Report, RestoreError> {
+    for (fd, key) in &args.inherit_fd {
+        tracing::info!("File {key} will be restored from inherit fd {fd}");
+    }
+    let scripts = run.scripts(&args.common);
+    let wrote_pid = Cell::new(false);
+    let hook = |action: &str, root: Option<i32>| {
+        (run.notify)(action, root)?;
+        scripts.run(action, root)?;
+        match (&args.pidfile, action, root) {
+            (Some(file), "pre-restore", _) if file.symlink_metadata().is_ok() => bail!(taken(file)),
+            (Some(file), "post-restore", Some(pid)) => write_pid(file, pid).map(|()| wrote_pid.set(true)),
+            _ => Ok(()),
+        }
+    };
+    let outcome = dormouse_restore::run(&dormouse_restore::Request {
+        session: run.session,
+        images_dir: run.place.path.clone(),
+        options: args.options(),
+        leave_stopped: args.leave_stopped,
+        restore_sibling: args.restore_sibling,
+        only_user: run.only_user,
+        hooks: &hook,
+    });
+    if let Some(file) = args.pidfile.as_ref().filter(|_| outcome.is_err() && wrote_pid.get()) {
+        // The process it names is gone; if the file stays, the next restore says so.
+        let _ = std::fs::remove_file(file);
+    }
+    let report = outcome?;
+    tracing::info!("Restore finished successfully. Tasks resumed.");
+    run.place.account(&pb::StatsEntry { dump: None, restore: Some(stats::of_restore(&report)) }, &args.common);
+    Ok(report)
+}
+
 /// Waits for the end of all children, as CRIU does; the exit code of the root, 128 + signal if it was killed.
 fn wait(root: i32) -> u8 {
     let mut code = 0;
@@ -220,7 +283,7 @@ fn taken(file: &Path) -> String {
 }
 
 /// Writes the pid file, which must not exist.
-fn write_pid(file: &Path, pid: i32) -> Result<()> {
+pub fn write_pid(file: &Path, pid: i32) -> Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(file) {
         Ok(mut out) => {
             out.write_all(pid.to_string().as_bytes()).with_context(|| format!("cannot write {}", file.display()))

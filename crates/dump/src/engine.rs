@@ -31,12 +31,11 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut tree = Tree::freeze(request.pid, request.timeout)?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
-    let session = Session::new()
-        .map_err(|cause| DumpError::Call { what: "cannot draw a session id (getrandom)".into(), cause })?;
-    let (mut report, links, connections) = save(request, &images, &mut tree, &session)?;
+    let session = &request.session;
+    let (mut report, links, connections) = save(request, &images, &mut tree, session)?;
     cancel::check()?;
     (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
-    let inventory = inventory::inventory(&mut Ids::default(), &session, &request.options, !connections.is_empty())?;
+    let inventory = inventory::inventory(&mut Ids::default(), session, &request.options, !connections.is_empty())?;
     images.write_inventory(&inventory)?;
     links.keep();
     finish(request, tree, connections)?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use dormouse_images::ImageError;
 use dormouse_infect::InfectError;
 use dormouse_infect::freeze::Obstacle;
-use dormouse_kernel::{HostPid, ProcError};
+use dormouse_kernel::{HostPid, ProcError, Session};
 pub use dormouse_resources::{Blocker, DumpOptions, ResourceError};
 
 /// Called at the stages of a dump: the action's name, and the root task's pid.
@@ -36,6 +36,8 @@ pub enum After {
 
 /// What to dump and how.
 pub struct Request<'a> {
+    /// Identity of this run.
+    pub session: Session,
     /// Root of the tree.
     pub pid: HostPid,
     /// Directory for the images; it must exist.
@@ -105,6 +107,19 @@ pub enum DumpError {
     /// A hook failed.
     #[error("{0:#}")]
     Hook(anyhow::Error),
+}
+
+impl DumpError {
+    /// An errno for programs, where one fits: `ESRCH` if there is no such process.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Target(_) => Some(libc::ESRCH),
+            Self::Call { cause, .. } => cause.raw_os_error(),
+            Self::Refused(_) | Self::Resource(_) | Self::Infect(_) | Self::Proc(_) | Self::Image(_) | Self::Hook(_) => {
+                None
+            }
+        }
+    }
 }
 
 /// How many reasons a message lists; a tree of thousands of processes that are alike has thousands.

@@ -12,6 +12,7 @@ pub mod json;
 mod kind;
 mod reader;
 mod required;
+pub mod rpc;
 pub mod schema;
 mod wire;
 mod writer;

@@ -28,6 +28,19 @@ impl Session {
         text
     }
 
+    /// The identity that [`Session::hex`] wrote; `None` if the text is not 32 hexadecimal digits.
+    pub fn from_hex(text: &str) -> Option<Session> {
+        let digits: Vec<u8> = text.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect::<Option<_>>()?;
+        let mut id = [0; 16];
+        if digits.len() != 2 * id.len() {
+            return None;
+        }
+        for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = pair[0] << 4 | pair[1];
+        }
+        Some(Session { id })
+    }
+
     /// The first 8 digits of [`Session::hex`], for logs and for names that people read.
     pub fn short(&self) -> String {
         let mut text = self.hex();
@@ -67,6 +80,16 @@ mod tests {
         assert_eq!(session.socket_name("x"), b"\0dormouse-000102030405060708090a0b0c0d0eff-x");
         assert_eq!(session.memfd_name("img"), "dormouse-000102030405060708090a0b0c0d0eff-img");
         assert_eq!(session.temp_dir_name("mnt"), "dormouse-000102030405060708090a0b0c0d0eff-mnt");
+    }
+
+    #[test]
+    fn an_identity_is_passed_on_as_text() {
+        let session = Session::new().expect("randomness");
+        assert_eq!(Session::from_hex(&session.hex()), Some(session));
+        for wrong in ["", "00", &session.hex()[1..], &format!("{}0", session.hex()), &"x".repeat(32), &"é".repeat(32)]
+        {
+            assert_eq!(Session::from_hex(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

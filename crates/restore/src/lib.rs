@@ -14,14 +14,17 @@ mod process;
 
 use std::path::PathBuf;
 
-use dormouse_resources::checkpoint;
+use dormouse_kernel::Session;
 pub use dormouse_resources::{ResourceError, RestoreOptions};
+use dormouse_resources::{checkpoint, task};
 
 /// Called at the stages of a restore: the action's name and, once it exists, the root task's pid.
 pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
 
 /// What to restore and how.
 pub struct Request<'a> {
+    /// Identity of this run.
+    pub session: Session,
     /// Directory of the images.
     pub images_dir: PathBuf,
     /// What kinds of resource look at.
@@ -30,6 +33,9 @@ pub struct Request<'a> {
     pub leave_stopped: bool,
     /// Make the root task our sibling instead of our child.
     pub restore_sibling: bool,
+    /// Refuse images whose tasks have other rights than an ordinary process of this user: what is restored for a caller
+    /// with fewer rights than ours must not be a way to more.
+    pub only_user: Option<u32>,
     /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others; an error ends the restore,
     /// except after "post-resume".
     pub hooks: Hook<'a>,
@@ -94,6 +100,16 @@ pub enum RestoreError {
     Hook(anyhow::Error),
 }
 
+impl RestoreError {
+    /// An errno for programs, where one fits: `EEXIST` if a pid is taken.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Call { cause, .. } | Self::Task { cause, .. } => cause.raw_os_error(),
+            Self::Resource(_) | Self::Died { .. } | Self::Infect(_) | Self::Hook(_) => None,
+        }
+    }
+}
+
 pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RestoreError {
     let what = what.into();
     move |cause| RestoreError::Call { what, cause }
@@ -106,8 +122,11 @@ pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Re
 pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
     let start = std::time::Instant::now();
     let image = checkpoint::load(&request.images_dir)?;
+    if let Some(uid) = request.only_user {
+        task::creds::ordinary(&image, uid)?;
+    }
     (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
-    let (plan, files) = plan::plan(&request.options, &image, request.restore_sibling)?;
+    let (plan, files) = plan::plan(request, &image)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
     let mut report = handover::execute(request, &image, &plan, files)?;
     report.total_us = start.elapsed().as_micros() as u64;

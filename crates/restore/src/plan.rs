@@ -20,7 +20,7 @@ use dormouse_resources::tree::Forest;
 use dormouse_resources::{Own, RestoreCtx, RestoreOptions, TaskImage, TreeImage, tree};
 use dormouse_sys::nr;
 
-use crate::{RestoreError, call};
+use crate::{Request, RestoreError, call};
 
 /// Every process exists, has its memory, and leads its own session or group if it has one.
 pub const STAGE_FORKED: usize = 0;
@@ -80,11 +80,8 @@ pub struct Plan {
 }
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
-pub fn plan<'a>(
-    options: &'a RestoreOptions,
-    image: &'a TreeImage,
-    sibling: bool,
-) -> Result<(Plan, Files<'a>), RestoreError> {
+pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan, Files<'a>), RestoreError> {
+    let options: &'a RestoreOptions = &request.options;
     let (mut own, ignored) = own_settings()?;
     let vdso = Vdso::find()?;
     for t in &image.tasks {
@@ -99,7 +96,7 @@ pub fn plan<'a>(
     let park_len = (vdso.len() + 4095) & !4095;
     let hole = layout::find_hole(image, size as u64 + park_len)?;
     let hole = hole..hole + size as u64 + park_len;
-    let mut arena = map_arena(size, hole.start)?;
+    let mut arena = map_arena(&request.session, size, hole.start)?;
     arena.put(&RESTORER.relocated(hole.start));
     let insn = find_insn(&arena)?;
     let control = arena.alloc(size_of::<Control>(), 64);
@@ -107,7 +104,7 @@ pub fn plan<'a>(
         image,
         own: &own,
         ignored,
-        sibling,
+        sibling: request.restore_sibling,
         vdso: &vdso,
         shared: &shared,
         files: &mut files,
@@ -215,8 +212,7 @@ fn prost_size(t: &TaskImage) -> usize {
     core(&t.core) + t.threads.iter().map(|(_, c)| core(c)).sum::<usize>()
 }
 
-fn map_arena(size: usize, at: u64) -> Result<Arena, RestoreError> {
-    let session = Session::new().map_err(call("cannot draw a session id (getrandom)"))?;
+fn map_arena(session: &Session, size: usize, at: u64) -> Result<Arena, RestoreError> {
     let name = std::ffi::CString::new(session.memfd_name("restore")).expect("a session name holds no NUL");
     let file = nix::sys::memfd::memfd_create(name.as_c_str(), nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
         .map_err(|e| call("memfd_create")(e.into()))?;

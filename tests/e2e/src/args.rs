@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 const USAGE: &str =
-    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange|concurrent]...
+    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange|service|concurrent]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
     [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
@@ -29,18 +29,21 @@ pub enum Group {
     Damage,
     /// Images exchanged with a peer.
     Exchange,
+    /// The service, and what its callers get.
+    Service,
     /// Many restores at once.
     Concurrent,
 }
 
 impl Group {
-    const ALL: [(&'static str, Self); 7] = [
+    const ALL: [(&'static str, Self); 8] = [
         ("programs", Self::Programs),
         ("real", Self::Real),
         ("refuse", Self::Refuse),
         ("kill", Self::Kill),
         ("damage", Self::Damage),
         ("exchange", Self::Exchange),
+        ("service", Self::Service),
         ("concurrent", Self::Concurrent),
     ];
 }

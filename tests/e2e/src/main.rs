@@ -4,6 +4,7 @@
 //! tool of the machine. Any CRIU-compatible binary can be tested: the tests themselves are validated against CRIU.
 
 mod args;
+mod caller;
 mod case;
 mod concurrent;
 mod damage;
@@ -18,6 +19,7 @@ mod real_cases;
 mod refuse;
 mod report;
 mod rng;
+mod service;
 mod spoil;
 mod target;
 mod tmpfs;
@@ -34,6 +36,8 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.first().map(String::as_str) {
         Some(tty::LEADER) => return tty::lead(&words[1..]),
+        Some(caller::CALL) => return caller::call(&words[1..]),
+        Some(caller::CROWD) => return caller::crowd(&words[1..]),
         Some(inside::LEAVE) => return inside::leave(&words[1..]),
         Some(inside::INIT) => return inside::init(&words[1..]),
         _ => {}
@@ -76,6 +80,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
             Group::Kill => tests.extend(kill::tests()),
             Group::Damage => tests.extend(damage::tests()),
             Group::Exchange => tests.extend(exchange::tests()),
+            Group::Service => tests.extend(service::tests()),
             Group::Concurrent => tests.extend(concurrent::tests()),
         }
     }

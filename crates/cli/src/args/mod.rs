@@ -6,11 +6,12 @@
 mod dump;
 pub mod getopt;
 mod restore;
+mod service;
 mod table;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
@@ -18,6 +19,7 @@ use clap::CommandFactory as _;
 pub use dump::{DumpArgs, Kinds};
 use getopt::{Given, Words};
 pub use restore::RestoreArgs;
+pub use service::{ServiceArgs, WorkerArgs};
 use table::{CRIU, Known, Rule};
 
 use crate::{config, version};
@@ -44,6 +46,16 @@ pub enum Command {
     Restore(RestoreArgs),
     /// Tell what this machine can do, or whether a process tree can be dumped
     Check(CheckArgs),
+    /// Listen on a socket and dump and restore for others, who speak CRIU's protocol
+    Service(ServiceArgs),
+    /// Serve one caller on an open socket, which its program inherited to us
+    Swrk {
+        /// Number of the descriptor
+        fd: i32,
+    },
+    /// What the service starts for each connection, its standard input
+    #[command(hide = true)]
+    ServiceWorker(WorkerArgs),
     /// Show the whole thing: start a process that counts, dump it, restore it
     Demo,
     /// Print an image as JSON
@@ -180,13 +192,16 @@ pub struct Parsed {
 }
 
 /// Commands of CRIU that are not there yet.
-const ABSENT: &[&str] = &["pre-dump", "page-server", "service", "swrk", "dedup", "lazy-pages", "cpuinfo", "exec"];
+const ABSENT: &[&str] = &["pre-dump", "page-server", "dedup", "lazy-pages", "cpuinfo", "exec"];
 
-/// Commands that only dormouse has; their words go to clap as they are.
+/// Commands whose options are CRIU's.
+const CRIUS: &[&str] = &["dump", "restore", "check", "service"];
+
+/// Other commands; their words go to clap as they are.
 fn is_ours(word: &OsStr) -> bool {
     let name = word.to_str().unwrap_or_default();
     let known = Cli::command().get_subcommands().any(|command| command.get_name() == name);
-    name == "help" || (known && !["dump", "restore", "check"].contains(&name))
+    name == "help" || (known && !CRIUS.contains(&name))
 }
 
 /// Reads the configuration files and the command line, of which `argv` holds all words after the program's name.
@@ -204,25 +219,61 @@ pub fn parse(argv: Vec<OsString>) -> Result<Parsed> {
     let has = |name: &str| line.options.iter().any(|given| given.known.long == name);
     let verb = line.operands.first().map(|word| word.to_string_lossy().into_owned());
     if has("help") {
-        let known = ["dump", "restore", "check"].into_iter().find(|name| Some(*name) == verb.as_deref());
-        bail!(clap_error(known.into_iter().chain(["--help"])));
+        let known = CRIUS.iter().find(|name| Some(**name) == verb.as_deref());
+        bail!(clap_error(known.copied().into_iter().chain(["--help"])));
     }
     if has("version") {
         return Ok(Parsed { command: Command::Version, notes: Vec::new() });
     }
     let verb = verb.context("no command given: dump, restore, check, demo or another; see `dormouse help`")?;
-    match verb.as_str() {
-        "dump" | "restore" | "check" => {}
+    known(&verb)?;
+    let mut options = config::options(&line.options)?;
+    options.extend(line.options.iter().cloned());
+    command(&verb, &Words { options, operands: line.operands })
+}
+
+/// Options that do not come from a command line: those of a request.
+#[derive(Debug, Default)]
+pub struct Foreign<'a> {
+    /// The options, as words.
+    pub words: &'a [OsString],
+    /// A file with more, which override them.
+    pub config_file: Option<&'a Path>,
+    /// Options that count if nothing else gives them.
+    pub defaults: &'a [OsString],
+    /// Where default files send the log does not count.
+    pub log_to_stderr: bool,
+}
+
+/// Makes a command of a request's options; default files are read before them, the request's file after them.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_foreign(verb: &str, foreign: &Foreign<'_>) -> Result<Parsed> {
+    known(verb)?;
+    let mut options = getopt::parse(foreign.defaults.iter().cloned())?.options;
+    options.extend(config::options(&[])?);
+    if foreign.log_to_stderr {
+        options.retain(|given| given.known.long != "log-file");
+    }
+    options.extend(getopt::parse(foreign.words.iter().cloned())?.options);
+    if let Some(path) = foreign.config_file {
+        options.extend(config::file(path, "the request")?);
+    }
+    command(verb, &Words { options, operands: vec![verb.into()] })
+}
+
+/// Is it a command that takes CRIU's options?
+fn known(verb: &str) -> Result<()> {
+    match verb {
+        name if CRIUS.contains(&name) => Ok(()),
         name if ABSENT.contains(&name) => bail!(
-            "{name} is not there yet: of CRIU's commands dormouse {} has dump, restore and check; use CRIU for others",
+            "{name} is not there yet: of CRIU's commands dormouse {} has dump, restore, check, service and swrk; use CRIU for others",
             version::OURS
         ),
         name if is_ours(OsStr::new(name)) => bail!("write `dormouse {name}` first and its options after it"),
         name => bail!("unknown command {name}; see `dormouse help`"),
     }
-    let mut options = config::options(&line.options)?;
-    options.extend(line.options.iter().cloned());
-    command(&verb, &Words { options, operands: line.operands })
 }
 
 /// Hands what works to clap; refuses what cannot be ignored.

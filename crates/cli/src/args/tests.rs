@@ -168,7 +168,7 @@ fn other_commands_of_criu_are_named() {
         assert!(message.contains(verb) && message.contains("not there yet"), "{message}");
     }
     assert!(refusal("pre-dump -t 1 -D d --track-mem").contains("pre-dump is not there yet"));
-    assert!(refusal("swrk 3").contains("swrk is not there yet"));
+    assert!(refusal("page-server -d").contains("page-server is not there yet"));
     assert!(refusal("dumb").contains("unknown command"));
     assert!(refusal("-v4").contains("no command"));
 }
@@ -190,4 +190,41 @@ fn help_and_version_come_first() {
     for line in ["--version", "-V", "dump -V"] {
         assert!(matches!(parse_line(line).expect(line).command, Command::Version), "{line}");
     }
+}
+
+#[test]
+fn command_line_of_the_service() {
+    let parsed =
+        parse_line("service -v4 -W build -o service.log --address s.socket -d --pidfile pid").expect("service");
+    let Command::Service(args) = parsed.command else { panic!("{parsed:?}") };
+    assert!(args.restore_detached && args.verbosity == 4 && args.address == Some("s.socket".into()));
+    let parsed = parse_line("service --daemon --status-fd 5 --shell-job").expect("service");
+    assert!(matches!(&parsed.command, Command::Service(args) if args.restore_detached && args.status_fd == Some(5)));
+    assert!(parsed.notes[0].contains("--shell-job changes nothing in service"), "{:?}", parsed.notes);
+    let swrk = parse(vec!["swrk".into(), "5".into()]).expect("swrk");
+    assert!(matches!(swrk.command, Command::Swrk { fd: 5 }));
+}
+
+#[test]
+fn options_of_a_request_stand_between_the_files() {
+    let file = crate::test_dir::TestDir::new("request");
+    let config = file.path().join("runc.conf");
+    std::fs::write(&config, "log-file other.log\nno-shell-job\nghost-limit 7\n").expect("write");
+    let words = ["--tree=5", "--shell-job", "--tcp-close", "--log-file=r.log"].map(OsString::from);
+    let defaults = ["--log-file=criu.log".into()];
+    let foreign = Foreign { words: &words, config_file: None, defaults: &defaults, log_to_stderr: false };
+    let args = |foreign: &Foreign<'_>| match parse_foreign("dump", foreign).expect("dump").command {
+        Command::Dump(args) => args,
+        other => panic!("{other:?}"),
+    };
+    let dump = args(&foreign);
+    assert!(dump.kinds.shell_job && dump.common.log_file == Some("r.log".into()));
+    let dump = args(&Foreign { config_file: Some(&config), ..foreign });
+    assert!(!dump.kinds.shell_job && dump.kinds.tcp_close && dump.kinds.ghost_limit == 7);
+    assert_eq!(dump.common.log_file, Some("other.log".into()));
+    let dump = args(&Foreign { words: &words[..1], defaults: &defaults, ..Foreign::default() });
+    assert_eq!(dump.common.log_file, Some("criu.log".into()));
+    let refused = [words[0].clone(), "--freeze-cgroup=/a".into()];
+    let error = parse_foreign("dump", &Foreign { words: &refused, ..Foreign::default() }).expect_err("refused");
+    assert!(error.to_string().contains("--freeze-cgroup"), "{error}");
 }

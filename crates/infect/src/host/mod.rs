@@ -2,6 +2,7 @@
 //!
 //! The unsafe code of the crates above ends here: one file a subject, each function a thin, documented call.
 
+pub mod creds;
 pub mod fd;
 pub mod mem;
 pub mod notify;

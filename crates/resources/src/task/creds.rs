@@ -10,7 +10,7 @@ use dormouse_sys::nr;
 use nix::unistd::{getresgid, getresuid};
 
 use crate::ctx::Own;
-use crate::{Result, call, invalid};
+use crate::{Result, TreeImage, call, invalid};
 
 const PR_CAPBSET_DROP: u64 = 24;
 const PR_GET_SECUREBITS: u64 = 27;
@@ -64,6 +64,35 @@ impl Ask {
             ..Default::default()
         })
     }
+}
+
+/// Checks that every thread of the images is an ordinary one of a user: all its uids the user's, without capabilities,
+/// and without secure bits.
+///
+/// # Errors
+/// One is not; the message names it.
+pub fn ordinary(image: &TreeImage, uid: u32) -> Result<()> {
+    for t in image.tasks.iter().filter(|t| !t.is_zombie()) {
+        let own = std::iter::once((t.pid(), &t.core));
+        for (tid, core) in own.chain(t.threads.iter().map(|(tid, core)| (*tid, core))) {
+            let Some(k) = core.thread_core.as_ref().and_then(|c| c.creds.as_ref()) else {
+                return Err(invalid!("core-{tid}.img: it holds no credentials; dump the tree again"));
+            };
+            if [k.uid, k.euid, k.suid, k.fsuid] != [uid; 4] {
+                return Err(invalid!(
+                    "cannot restore thread {tid} as user {} for user {uid}, who asks for it; ask as that user or as root",
+                    k.euid
+                ));
+            }
+            let capable = [&k.cap_inh, &k.cap_prm, &k.cap_eff, &k.cap_amb].iter().any(|set| whole(set) != 0);
+            if capable || k.secbits != 0 {
+                return Err(invalid!(
+                    "cannot restore thread {tid} for user {uid}: it has capabilities or secure bits; ask as root"
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn halves(set: u64) -> Vec<u32> {

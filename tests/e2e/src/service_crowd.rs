@@ -1,0 +1,207 @@
+//! Many callers, and the ways in which a service is started.
+
+use std::os::fd::AsRawFd as _;
+use std::os::unix::process::CommandExt as _;
+
+use super::*;
+
+/// Requests in a row.
+const REQUESTS: usize = 10_000;
+/// Requests on one connection.
+const IN_A_ROW: usize = 10;
+
+/// Memory in kB and open descriptors of a process.
+fn footprint(pid: i32) -> (u64, usize) {
+    let memory = proc::status(pid, "VmRSS").unwrap_or_default();
+    let kb = memory.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0);
+    (kb, proc::numbers(&format!("/proc/{pid}/fd")).len())
+}
+
+pub(super) fn many_requests(case: &Case<'_>) -> Result<Outcome> {
+    let service = Service::start(case)?;
+    let some = |count: usize| -> Result<()> {
+        for _ in 0..count / IN_A_ROW {
+            let mut client = service.client()?;
+            for turn in 0..IN_A_ROW {
+                if turn % 2 == 0 {
+                    client.version()?;
+                } else {
+                    let wanted = pb::CriuFeatures { mem_track: Some(true), ..Default::default() };
+                    client.features(wanted)?;
+                }
+            }
+        }
+        service.idle()
+    };
+    some(REQUESTS / 20)?;
+    let before = footprint(service.pid());
+    let started = Instant::now();
+    some(REQUESTS)?;
+    let after = footprint(service.pid());
+    ensure!(before.1 == after.1, "{} descriptors became {}", before.1, after.1);
+    ensure!(after.0 <= before.0 + 256, "{} kB became {} kB", before.0, after.0);
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Outcome::Passed(format!("{REQUESTS} requests in {seconds:.1} s; {} kB before, {} kB after", before.0, after.0)))
+}
+
+/// Runs `work` for each of `items` at the same time.
+fn at_once<T: Sync>(items: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    let failures: Vec<String> = std::thread::scope(|scope| {
+        let running: Vec<_> = items.iter().map(|item| scope.spawn(|| work(item))).collect();
+        let ended = running.into_iter().map(|thread| thread.join().expect("a thread of the test"));
+        ended.filter_map(|outcome| outcome.err().map(|e| format!("{e:#}"))).collect()
+    });
+    ensure!(failures.is_empty(), "{} of {} failed, the first: {}", failures.len(), items.len(), failures[0]);
+    Ok(())
+}
+
+pub(super) fn many_callers(case: &Case<'_>) -> Result<Outcome> {
+    let service = Service::start(case)?;
+    let program = programs::find(case, PROGRAM)?;
+    let mut targets = Vec::new();
+    for number in 0..CALLERS {
+        let dir = case.path(&format!("copy.{number}"));
+        fs::create_dir_all(dir.join("img"))?;
+        let mut command = case.command(&program);
+        command.arg(&dir);
+        targets.push((dir, pid_of(&case.start(command)?)));
+    }
+    for (dir, _) in &targets {
+        let ready = dir.strip_prefix(&case.dir)?.join("ready");
+        case.await_file(ready.to_str().context("a path")?, Duration::from_secs(60))?;
+    }
+    let trees: Vec<_> = targets.into_iter().map(|(dir, pid)| (dir, pid, proc::tree(pid))).collect();
+    let started = Instant::now();
+    at_once(&trees, |(dir, pid, tree)| {
+        let images = fs::File::open(dir.join("img"))?;
+        let dump = pb::CriuOpts { pid: Some(*pid), ..opts(&images) };
+        service.client()?.dump(dump, &mut |_, _| true)?;
+        let left = proc::wait_free(tree.keys().copied(), Duration::from_secs(30));
+        left.map_err(|pid| anyhow::anyhow!("pid {pid} is left after its dump"))
+    })?;
+    let dumped = started.elapsed().as_secs_f64();
+    let started = Instant::now();
+    at_once(&trees, |(dir, pid, _)| {
+        let images = fs::File::open(dir.join("img"))?;
+        let restored = service.client()?.restore(opts(&images), &mut |_, _| true)?;
+        ensure!(restored == *pid, "pid {restored} instead of {pid}");
+        Ok(())
+    })?;
+    let restored = started.elapsed().as_secs_f64();
+    for (dir, pid, tree) in &trees {
+        case.same_tree(tree)?;
+        fs::write(dir.join("check.1"), "")?;
+        let verdict = dir.strip_prefix(&case.dir)?.join("verdict.1");
+        let verdict = case.await_file(verdict.to_str().context("a path")?, Duration::from_secs(60))?;
+        ensure!(verdict == "ok", "pid {pid} says: {verdict}");
+    }
+    service.idle()?;
+    Ok(Outcome::Passed(format!("{CALLERS} dumps in {dumped:.2} s, {CALLERS} restores in {restored:.2} s")))
+}
+
+pub(super) fn a_crowd_of_one_user(case: &Case<'_>) -> Result<Outcome> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(Outcome::needs("root, to serve other users"));
+    }
+    let service = Service::start(case)?;
+    let mut command = case.command("/proc/self/exe");
+    command.arg(caller::CROWD).arg(&service.socket).arg("300").uid(USER).gid(USER).stdout(Stdio::piped());
+    let mut crowd = command.spawn()?;
+    let mut line = String::new();
+    let output = crowd.stdout.take().context("its output")?;
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line)?;
+    ensure!(line.contains("turned away") && line.contains("try again"), "the crowd says {line:?}");
+    ensure!(service.workers().len() <= 256, "{} workers for one user", service.workers().len());
+    service.answers().context("beside a crowd")?;
+    crowd.kill()?;
+    crowd.wait()?;
+    service.idle().context("after a crowd")?;
+    Ok(Outcome::PASSED)
+}
+
+pub(super) fn in_the_background(case: &Case<'_>) -> Result<Outcome> {
+    let mut command = case.command(&case.args.bin);
+    command.args(["service", "-d", "--pidfile", "pid", "--address", "socket", "-o", "service.log", "-v3", "-W"]);
+    command.arg(&case.dir);
+    let started = case.start_tool(command, "service")?.wait()?;
+    ensure!(started.success(), "{}", case.tail("service.out"));
+    let pid: i32 = case.await_file("pid", Duration::from_secs(10))?.parse()?;
+    let socket = case.path("socket");
+    Client::connect(&socket)?.version()?;
+    let mut again = case.command(&case.args.bin);
+    again.args(["service", "--address"]).arg(&socket);
+    let refused = again.output()?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && said.contains("another service listens"), "a second one: {said}");
+    kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    ensure!(proc::wait_free([pid], Duration::from_secs(10)).is_ok(), "the service does not end");
+    ensure!(!socket.exists() && !case.path("pid").exists(), "its socket or pid file is left");
+    let killed = Service::start(case)?;
+    drop(killed);
+    ensure!(socket.exists(), "a killed service removed its socket");
+    let service = Service::start(case).context("after a killed one")?;
+    service.answers()?;
+    drop(service);
+    fs::remove_file(&socket)?;
+    fs::write(&socket, "a file")?;
+    let mut over = case.command(&case.args.bin);
+    let refused = over.args(["service", "--address"]).arg(&socket).output()?;
+    ensure!(!refused.status.success() && fs::read_to_string(&socket)? == "a file", "a file was replaced by a socket");
+    Ok(Outcome::PASSED)
+}
+
+/// As systemd does it: the socket is descriptor 3, and readiness is told to another socket.
+pub(super) fn handed_a_socket(case: &Case<'_>) -> Result<Outcome> {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    let path = case.path("socket");
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(listener.as_raw_fd(), &UnixAddr::new(&path)?)?;
+    listen(&listener, Backlog::new(64)?)?;
+    let told = std::os::unix::net::UnixDatagram::bind(case.path("notify"))?;
+    told.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let mut command = case.command("sh");
+    command.args(["-c", "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" service"]).arg(&case.args.bin);
+    command.env("NOTIFY_SOCKET", case.path("notify")).stdin(listener);
+    let child = case.start_tool(command, "service")?;
+    let service = Service { child, socket: path.clone() };
+    let mut text = [0; 400];
+    let len = told.recv(&mut text).with_context(|| format!("it tells nothing; {}", case.tail("service.out")))?;
+    let text = String::from_utf8_lossy(&text[..len]).into_owned();
+    ensure!(text.starts_with("READY=1\n") && text.contains(&format!("MAINPID={}", service.pid())), "{text}");
+    service.answers()?;
+    kill(Pid::from_raw(service.pid()), Signal::SIGTERM)?;
+    ensure!(proc::wait_free([service.pid()], Duration::from_secs(10)).is_ok(), "the service does not end");
+    ensure!(path.exists(), "it removed a socket that is not its own");
+    Ok(Outcome::PASSED)
+}
+
+/// `swrk`: what is restored can be the caller's child, and the caller's descriptors can be used.
+pub(super) fn worker_of_ones_own(case: &Case<'_>) -> Result<Outcome> {
+    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let images = images(case, "img")?;
+    let start = || Client::start(&case.args.bin);
+    start()?.dump(pb::CriuOpts { pid: Some(target.pid), ..opts(&images) }, &mut |_, _| true)?;
+    let left = proc::wait_free(target.ids(), Duration::from_secs(5));
+    ensure!(left.is_ok(), "pid {left:?} is left after its dump");
+    let sibling = pb::CriuOpts { rst_sibling: Some(true), ..opts(&images) };
+    let pid = start()?.restore(sibling, &mut |_, _| true)?;
+    let parent = proc::read(pid).map(|process| process.parent);
+    ensure!(parent == Some(std::process::id() as i32), "the parent of what was restored is {parent:?}");
+    case.same_tree(&target.tree)?;
+    target.end();
+    let said = case.path("said");
+    let script = format!("ps -o pid= --ppid $$ >{}; echo told", said.display());
+    let exec = vec!["sh".into(), "-c".into(), script];
+    start()?
+        .restore(pb::CriuOpts { exec_cmd: exec, log_file: Some("exec.log".into()), ..opts(&images) }, &mut |_, _| {
+            true
+        })?;
+    let children = case.await_file("said", Duration::from_secs(10))?;
+    ensure!(children.split_whitespace().any(|pid| pid == target.pid.to_string()), "its children are {children}");
+    ensure!(fs::read_to_string(case.path("img/exec.log"))?.ends_with("told\n"), "its output is not in the log");
+    target.end();
+    Ok(Outcome::PASSED)
+}
