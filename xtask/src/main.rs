@@ -1,6 +1,7 @@
 //! The project's chores, so that a person and the continuous integration do the same: `cargo xtask CHORE`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod blobs;
 mod ci;
 mod cmd;
@@ -36,6 +37,8 @@ enum Chore {
     Demo(demo::Options),
     /// Run what the continuous integration runs.
     Ci(ci::Options),
+    /// Measure what dumps and restores cost, beside CRIU where there is one.
+    Bench(bench::Options),
     /// Check what no compiler checks: sizes, layers, head lines, licences.
     Tidy,
     /// Build static binaries for both architectures into target/dist.
@@ -64,6 +67,7 @@ fn run(chore: Chore) -> Result<bool> {
         Chore::Test(options) => test::run(&options),
         Chore::Demo(options) => demo::run(&options).map(|()| true),
         Chore::Ci(options) => ci::run(&options).map(|()| true),
+        Chore::Bench(options) => bench::run(&options),
         Chore::Tidy => tidy::run(),
         Chore::Dist => dist::run().map(|()| true),
         Chore::TestVm(options) => vm::run(&options),

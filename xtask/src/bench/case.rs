@@ -1,0 +1,186 @@
+//! The cases, and one round of one: dump and leave running, dump and end, restore.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::hog::Hog;
+
+/// One program to measure, as `tests/bench/hog.c` takes it.
+#[derive(Debug)]
+pub struct Case {
+    /// Its name in results.
+    pub name: &'static str,
+    /// What a reader is told.
+    pub title: &'static str,
+    /// Megabytes of data.
+    pub mb: u64,
+    /// Untouched megabytes behind each megabyte of data.
+    pub gap: u64,
+    /// Threads.
+    pub threads: u64,
+    /// Processes.
+    pub processes: u64,
+    /// Run with `--full` only.
+    pub slow: bool,
+}
+
+const fn case(name: &'static str, title: &'static str, mb: u64) -> Case {
+    Case { name, title, mb, gap: 0, threads: 1, processes: 1, slow: false }
+}
+
+/// All of them.
+pub const CASES: &[Case] = &[
+    case("4mb", "4 MB", 4),
+    case("100mb", "100 MB", 100),
+    Case { gap: 10_000, ..case("sparse", "100 MB in a mapping of 1 TB", 100) },
+    case("1gb", "1 GB", 1024),
+    Case { slow: true, ..case("8gb", "8 GB", 8192) },
+    Case { threads: 1000, ..case("1000-threads", "1,000 threads", 4) },
+    Case { threads: 10_000, slow: true, ..case("10000-threads", "10,000 threads", 4) },
+    Case { processes: 100, ..case("100-processes", "100 processes", 4) },
+    Case { processes: 1000, slow: true, ..case("1000-processes", "1,000 processes", 4) },
+];
+
+/// A binary that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tool {
+    /// The build in question.
+    Own,
+    /// Another build of dormouse.
+    Base,
+    /// CRIU.
+    Peer,
+}
+
+impl Tool {
+    /// Its name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Own => "dormouse",
+            Self::Base => "base",
+            Self::Peer => "criu",
+        }
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Measure {
+    /// How long the program itself stood still in a dump that left it running.
+    Frozen,
+    /// Wall time of a dump that ends the program.
+    Dump,
+    /// Wall time of a restore.
+    Restore,
+    /// Peak memory of a dump.
+    DumpMemory,
+    /// Peak memory of a restore.
+    RestoreMemory,
+}
+
+impl Measure {
+    /// Its name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Frozen => "frozen",
+            Self::Dump => "dump",
+            Self::Restore => "restore",
+            Self::DumpMemory => "dump-memory",
+            Self::RestoreMemory => "restore-memory",
+        }
+    }
+
+    /// What its figures are in.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Frozen | Self::Dump | Self::Restore => "ms",
+            Self::DumpMemory | Self::RestoreMemory => "MB",
+        }
+    }
+}
+
+/// One tool at work.
+pub struct Bench<'a> {
+    /// Its binary.
+    pub bin: &'a Path,
+    /// The program that times it.
+    pub timed: &'a Path,
+    /// The program that it dumps.
+    pub hog: &'a Path,
+    /// Where images go.
+    pub dir: &'a Path,
+}
+
+/// What one run of the binary took.
+struct Cost {
+    ms: f64,
+    mb: f64,
+}
+
+impl Bench<'_> {
+    /// One round; the restored program is asked to `verify` its memory.
+    ///
+    /// # Errors
+    /// A dump or a restore fails, or the program does not go on.
+    pub fn round(&self, case: &Case, verify: bool) -> Result<Vec<(Measure, f64)>> {
+        let images = self.dir.join("images");
+        fresh(&images)?;
+        let mut hog = Hog::start(self.hog, self.dir, case)?;
+        let pid = hog.pid().to_string();
+        hog.reset()?;
+        sleep(Duration::from_millis(50));
+        self.timed(&images, &["dump", "-t", &pid, "--leave-running"])?;
+        sleep(Duration::from_millis(50));
+        let frozen = hog.longest_ms()?;
+        fresh(&images)?;
+        let dump = self.timed(&images, &["dump", "-t", &pid])?;
+        hog.ended()?;
+        let restore = self.timed(&images, &["restore", "--restore-detached"])?;
+        hog.runs().context("the restored program does not run")?;
+        if verify {
+            hog.verify()?;
+        }
+        drop(hog);
+        fresh(&images)?;
+        Ok(vec![
+            (Measure::Frozen, frozen),
+            (Measure::Dump, dump.ms),
+            (Measure::Restore, restore.ms),
+            (Measure::DumpMemory, dump.mb),
+            (Measure::RestoreMemory, restore.mb),
+        ])
+    }
+
+    fn timed(&self, images: &Path, words: &[&str]) -> Result<Cost> {
+        let result = self.dir.join("cost");
+        let mut command = Command::new(self.timed);
+        command.arg(&result).arg(self.bin).args(words).arg("-D").arg(images).args(["-o", "log"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        if !command.status()?.success() {
+            bail!("{} does not work", self.timed.display());
+        }
+        let text = fs::read_to_string(&result)?;
+        let numbers: Vec<f64> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        let [code, nanos, kb] = numbers[..] else { bail!("{} wrote {text:?}", self.timed.display()) };
+        if code != 0.0 {
+            let log = fs::read_to_string(images.join("log")).unwrap_or_default();
+            let lines: Vec<_> = log.lines().collect();
+            let end = lines[lines.len().saturating_sub(20)..].join("\n");
+            bail!("{} {} ended with {code}:\n{end}", self.bin.display(), words.join(" "));
+        }
+        Ok(Cost { ms: nanos / 1e6, mb: kb / 1024.0 })
+    }
+}
+
+/// An empty directory.
+fn fresh(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir)?;
+    }
+    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))
+}
