@@ -135,6 +135,8 @@ fn numbers_of_images_lead_to_kinds() {
 }
 
 fn child(script: &str) -> Child {
+    // Whoever started the tests may have left descriptors open, even locked ones.
+    let script = &format!("exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; {script}");
     let mut child = Command::new("/bin/sh").args(["-c", script]).stdin(std::process::Stdio::null()).spawn().unwrap();
     let comm = format!("/proc/{}/comm", child.id());
     for _ in 0..500 {
