@@ -35,7 +35,6 @@ pub const TEST: &[Tool] = &[
     tool("crit", "criu", "reads our images"),
     tool("ip", "iproute2", "network tests"),
     tool("make", "make", "a build to dump in the middle"),
-    tool("nft", "nftables", "locks the network of a dumped tree"),
     tool("perl", "perl", "an interpreter to dump"),
     tool("python3", "python3", "an interpreter to dump"),
     tool("xz", "xz-utils", "a compressor to dump"),

@@ -14,6 +14,8 @@ use dormouse_sys::nr;
 /// What a target tells us, in memory that it shares with the test.
 #[repr(C)]
 struct Tale {
+    /// Threads that are at work: with no mapping left to make.
+    working: AtomicU64,
     rounds: AtomicU64,
     wrong: AtomicU64,
 }
@@ -40,7 +42,9 @@ fn target(threads: usize) -> Target {
         }
         work(tale);
     }
-    while tale.rounds.load(Ordering::Relaxed) < 100 {
+    let is_young =
+        || tale.working.load(Ordering::Relaxed) < threads as u64 || tale.rounds.load(Ordering::Relaxed) < 100;
+    while is_young() {
         std::thread::sleep(Duration::from_millis(1));
     }
     Target { pid: HostPid(pid), tale }
@@ -66,6 +70,7 @@ fn work(tale: &Tale) -> ! {
         (x, sum)
     };
     let wanted = std::hint::black_box(compute(std::hint::black_box(88172645463325252)));
+    tale.working.fetch_add(1, Ordering::Relaxed);
     loop {
         let got = compute(std::hint::black_box(88172645463325252));
         let mut now = 0u64;

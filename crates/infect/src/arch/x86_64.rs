@@ -82,7 +82,8 @@ pub fn resumed(r: &GpRegs) -> GpRegs {
             n = with_remainder(r);
         }
         n.rax = n.orig_rax;
-        n.rip -= SYSCALL_INSN.len() as u64;
+        // An image may say anything.
+        n.rip = n.rip.wrapping_sub(SYSCALL_INSN.len() as u64);
     }
     n.orig_rax = u64::MAX;
     n

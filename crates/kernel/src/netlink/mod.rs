@@ -4,6 +4,7 @@
 //! value, each padded to four bytes. What the kernel sends is checked as if anybody had sent it.
 
 pub mod diag;
+pub mod nft;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -73,10 +74,15 @@ impl Netlink {
 
     /// The next datagram's messages that answer the last request.
     fn receive(&mut self) -> io::Result<Vec<Message>> {
+        messages(&self.datagram()?, self.sequence)
+    }
+
+    fn datagram(&self) -> io::Result<Vec<u8>> {
         let size = socket::recv(self.fd.as_raw_fd(), &mut [], MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC)?;
         let mut bytes = vec![0; size];
         let size = socket::recv(self.fd.as_raw_fd(), &mut bytes, MsgFlags::empty())?;
-        messages(&bytes[..size.min(bytes.len())], self.sequence)
+        bytes.truncate(size);
+        Ok(bytes)
     }
 
     /// A request whose answer is a list; `each` is given every message of it.
@@ -135,7 +141,12 @@ fn status(m: &Message) -> io::Result<i32> {
 }
 
 /// The messages of one datagram that carry this sequence number.
-fn messages(mut bytes: &[u8], sequence: u32) -> io::Result<Vec<Message>> {
+fn messages(bytes: &[u8], sequence: u32) -> io::Result<Vec<Message>> {
+    Ok(all_messages(bytes)?.into_iter().filter(|(s, _)| *s == sequence).map(|(_, m)| m).collect())
+}
+
+/// The messages of one datagram, each with its sequence number.
+fn all_messages(mut bytes: &[u8]) -> io::Result<Vec<(u32, Message)>> {
     let mut found = Vec::new();
     while !bytes.is_empty() {
         let len = word(bytes, 0).map_or(0, |l| l as usize);
@@ -143,9 +154,8 @@ fn messages(mut bytes: &[u8], sequence: u32) -> io::Result<Vec<Message>> {
             return Err(damaged("a message of an impossible length"));
         }
         let half = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
-        if word(bytes, 8) == Some(sequence) {
-            found.push(Message { kind: half(4), flags: half(6), body: bytes[HEADER..len].to_vec() });
-        }
+        let message = Message { kind: half(4), flags: half(6), body: bytes[HEADER..len].to_vec() };
+        found.push((word(bytes, 8).unwrap_or(0), message));
         bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
     }
     Ok(found)

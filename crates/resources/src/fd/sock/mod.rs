@@ -153,9 +153,7 @@ impl Opened {
         if self.connections.is_empty() {
             return Ok(());
         }
-        if let Some(name) = &self.lock
-            && lock::exists(name)?
-        {
+        if let Some(name) = &self.lock {
             lock::unlock(name)?;
         }
         self.connections.iter().try_for_each(|(fd, reuse, what)| tcp::resume(fd, *reuse, what))

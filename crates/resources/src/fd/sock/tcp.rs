@@ -125,7 +125,7 @@ impl Connections {
             repair(&c.fd, ON, &c.what)?;
         }
         if let Some(lock) = self.lock.take() {
-            lock.keep();
+            lock.keep()?;
         }
         Ok(Cut { _list: std::mem::take(&mut self.list) })
     }
