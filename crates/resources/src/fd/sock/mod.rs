@@ -156,7 +156,9 @@ impl Opened {
         if let Some(name) = &self.lock {
             lock::unlock(name)?;
         }
-        self.connections.iter().try_for_each(|(fd, reuse, what)| tcp::resume(fd, *reuse, what))
+        self.connections.iter().try_for_each(|(fd, reuse, what)| tcp::resume(fd, *reuse, what))?;
+        self.connections.iter().for_each(|(fd, ..)| tcp::push(fd));
+        Ok(())
     }
 
     /// Sets an option by which a socket shares its port, on while sockets are bound; what it is to be comes later.

@@ -464,3 +464,15 @@ pub fn resume(fd: &OwnedFd, reuse: bool, what: &str) -> Result<()> {
     off.map_err(call(format!("cannot end the repair mode of {what}")))?;
     set(fd, Opt::SO_REUSEADDR, reuse.into(), what)
 }
+
+/// Has a connection send what it can, or ask its peer for room until there is some.
+///
+/// The end of repair mode asks once, without a timer: if that packet or its answer is lost, nothing would be sent before
+/// the program writes again.
+pub fn push(fd: &OwnedFd) {
+    // To set it pushes, with any value before. Best effort: a connection may have ended meanwhile.
+    let Ok(before) = sock::get_int(fd, Opt::TCP_NODELAY) else { return };
+    for value in [1, before] {
+        let _ = sock::set_int(fd, Opt::TCP_NODELAY, value);
+    }
+}
