@@ -93,6 +93,7 @@ fn save(
         all_ids.push((t.pid, task_ids));
     }
     pstree.finish()?;
+    savings.files.save_sockets()?;
     let links = savings.files.take_links();
     let lock = network_lock(&inventory::run_id(session));
     let lock = (!request.options.network_lock_skip).then_some(lock.as_str());

@@ -31,7 +31,7 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     if !found.is_empty() {
         return Ok(found);
     }
-    let masters = fd::Masters::of(pid);
+    let members = fd::Members::of(pid);
     let mut todo = vec![pid];
     while let Some(p) = todo.pop() {
         if p == HostPid::current() {
@@ -40,7 +40,7 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
             ));
             continue;
         }
-        match of_one(p, options, &masters) {
+        match of_one(p, options, &members) {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
             Err(_) if p != pid && is_ending(p) => continue,
@@ -58,13 +58,13 @@ fn is_ending(pid: HostPid) -> bool {
     stat::read(pid).map_or_else(|e| e.is_gone(), ending)
 }
 
-fn of_one(pid: HostPid, options: &DumpOptions, masters: &fd::Masters) -> Result<Vec<Blocker>, ResourceError> {
+fn of_one(pid: HostPid, options: &DumpOptions, members: &fd::Members) -> Result<Vec<Blocker>, ResourceError> {
     if stat::read(pid)?.state == b'Z' {
         return Ok(Vec::new());
     }
     let mut found = task::blockers(pid, options)?;
     found.extend(mem::blockers(pid)?);
-    found.extend(fd::blockers(pid, options, masters)?);
+    found.extend(fd::blockers(pid, options, members)?);
     Ok(found)
 }
 

@@ -52,7 +52,7 @@ pub fn execute(
     match done {
         Ok(forking_us) => {
             drop(subreaper);
-            files.remove_link_remaps();
+            files.keep();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
             let pages =
                 image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();

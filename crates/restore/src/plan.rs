@@ -118,7 +118,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         births: Vec::new(),
     };
     writer.write()?;
-    writer.files.settle_sockets()?;
+    writer.files.settle_sockets(&shared)?;
     writer.files.set_leases()?;
     check_descriptors(&descriptors)?;
     let (lists, births) = (writer.lists, writer.births);

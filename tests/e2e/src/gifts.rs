@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -57,7 +57,41 @@ pub const GIFTS: &[Gift] = &[
         words: &["fanotify", "permission events"],
         needs: "fanotify with permission events",
     },
-    Gift { name: "socket_to_outside", open: socket, options: &[], words: &["socket"], needs: "unix sockets" },
+    Gift {
+        name: "socket_to_outside",
+        open: |_| socket(),
+        options: &["--ext-unix-sk"],
+        words: &["unix stream socket", "not in the tree", "--external unix["],
+        needs: "unix sockets",
+    },
+    Gift {
+        name: "socket_to_a_name_outside_without_option",
+        open: socket_to_name,
+        options: &[],
+        words: &["unix datagram socket", "not in the tree", "--ext-unix-sk"],
+        needs: "unix sockets",
+    },
+    Gift {
+        name: "connection_from_outside_that_waits",
+        open: |path| unix_waiting(path, b""),
+        options: &[],
+        words: &["from outside of the tree", "--skip-in-flight"],
+        needs: "unix sockets",
+    },
+    Gift {
+        name: "connection_that_waits_and_has_sent",
+        open: |path| unix_waiting(path, b"data"),
+        options: &[],
+        words: &["has sent data", "let the program accept it", "--skip-in-flight"],
+        needs: "unix sockets",
+    },
+    Gift {
+        name: "connection_that_waits_and_was_closed",
+        open: |path| Ok(Pair { kept: None, ..unix_waiting(path, b"")? }),
+        options: &[],
+        words: &["was closed already", "let the program accept it"],
+        needs: "unix sockets",
+    },
     Gift {
         name: "tcp_connection_without_option",
         open: |_| tcp_connection(),
@@ -126,9 +160,25 @@ pub fn perf_event() -> io::Result<Pair> {
 }
 
 /// A stream socket whose other end belongs to a process outside of the tree.
-fn socket(_: &Path) -> io::Result<Pair> {
+fn socket() -> io::Result<Pair> {
     let (given, kept) = UnixStream::pair()?;
     Ok(Pair { given: given.into(), kept: Some(kept.into()) })
+}
+
+/// A datagram socket connected to a named one that belongs to a process outside of the tree.
+fn socket_to_name(path: &Path) -> io::Result<Pair> {
+    let kept = UnixDatagram::bind(path)?;
+    let given = UnixDatagram::unbound()?;
+    given.connect(path)?;
+    Ok(Pair { given: given.into(), kept: Some(kept.into()) })
+}
+
+/// A listening socket with a connection that nobody has accepted, over which something was sent.
+fn unix_waiting(path: &Path, sent: &[u8]) -> io::Result<Pair> {
+    let listener = UnixListener::bind(path)?;
+    let mut kept = UnixStream::connect(path)?;
+    kept.write_all(sent)?;
+    Ok(Pair { given: listener.into(), kept: Some(kept.into()) })
 }
 
 /// A connection whose other end belongs to a process outside of the tree.

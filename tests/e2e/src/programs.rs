@@ -87,7 +87,7 @@ pub fn find(case: &Case<'_>, name: &str) -> Result<PathBuf> {
 /// Was `built` made after its source and the headers beside it last changed?
 fn is_newer(built: &Path, source: &str) -> bool {
     let time = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
-    let headers = ["test.h", "baseline.h", "sockets.h"].map(|name| Path::new(source).with_file_name(name));
+    let headers = ["test.h", "baseline.h", "sockets.h", "unix.h"].map(|name| Path::new(source).with_file_name(name));
     let built = time(built);
     headers.iter().map(PathBuf::as_path).chain([Path::new(source)]).all(|from| built > time(from))
 }

@@ -44,6 +44,11 @@ pub struct Kinds {
     /// How packets of TCP connections are held back until they are restored: nftables or skip
     #[arg(long, value_name = "METHOD", default_value = "nftables", value_parser = ["nftables", "skip"])]
     pub network_lock: String,
+    /// Datagram sockets may be connected to named unix sockets outside of the tree; with inodes, the user takes care of the
+    /// peers of these sockets
+    #[arg(short = 'x', long, value_name = "INODE,…", num_args = 0..=1, require_equals = true, default_missing_value = "",
+        value_parser = parse_inodes)]
+    pub ext_unix_sk: Option<Inodes>,
     /// What the user takes care of: file[MNT_ID:INODE], tty[RDEV:DEV], unix[INODE], dev[MAJOR/MINOR]:NAME
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
@@ -73,6 +78,7 @@ pub struct DumpArgs {
 impl Kinds {
     /// The same for the kinds.
     pub fn options(&self) -> DumpOptions {
+        let sockets = self.ext_unix_sk.iter().flat_map(|inodes| &inodes.0);
         DumpOptions {
             shell_job: self.shell_job,
             ghost_limit: self.ghost_limit,
@@ -85,7 +91,8 @@ impl Kinds {
             tcp_close: self.tcp_close,
             skip_in_flight: self.skip_in_flight,
             network_lock_skip: self.network_lock == "skip",
-            external: self.external.clone(),
+            ext_unix_sk: self.ext_unix_sk.is_some(),
+            external: self.external.iter().cloned().chain(sockets.map(|ino| format!("unix[{ino}]"))).collect(),
             ..DumpOptions::default()
         }
     }
@@ -101,6 +108,18 @@ impl DumpArgs {
     pub fn timeout(&self) -> Option<Duration> {
         (self.timeout > 0).then(|| Duration::from_secs(self.timeout.into()))
     }
+}
+
+/// Inodes of sockets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inodes(Vec<u32>);
+
+/// Inodes with commas between them, or none.
+pub(super) fn parse_inodes(text: &str) -> Result<Inodes, String> {
+    let words = text.split(',').filter(|word| !word.is_empty());
+    let inodes = words.map(|word| word.parse().ok().filter(|ino| *ino != 0).ok_or(word));
+    let inodes: Result<Vec<u32>, &str> = inodes.collect();
+    inodes.map(Inodes).map_err(|word| format!("{word:?} is no inode of a socket; see ss -x or /proc/PID/fd"))
 }
 
 /// Bytes: a number with an optional K, M or G (powers of 1024).
@@ -121,6 +140,15 @@ fn parse_size(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn inodes_are_a_list() {
+        assert_eq!(parse_inodes(""), Ok(Inodes(vec![])));
+        assert_eq!(parse_inodes("7,8"), Ok(Inodes(vec![7, 8])));
+        for wrong in ["x", "0", "1,y"] {
+            assert!(parse_inodes(wrong).is_err_and(|e| e.contains("no inode")), "{wrong}");
+        }
+    }
 
     #[test]
     fn sizes_have_units() {

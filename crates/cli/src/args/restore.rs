@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use dormouse_resources::RestoreOptions;
 
 use super::Common;
+use super::dump::{Inodes, parse_inodes};
 
 /// `dormouse restore`
 #[derive(Clone, Debug, clap::Args)]
@@ -41,6 +42,10 @@ pub struct RestoreArgs {
     /// What the user takes care of: dev[NAME]:PATH and others, as named at the dump
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
+    /// Connect datagram sockets again to unix sockets outside of the tree, by their names
+    #[arg(short = 'x', long, value_name = "INODE,…", num_args = 0..=1, require_equals = true, default_missing_value = "",
+        value_parser = parse_inodes)]
+    pub ext_unix_sk: Option<Inodes>,
     /// Let TCP connections go on that were dumped with this option
     #[arg(long)]
     pub tcp_established: bool,
@@ -61,7 +66,7 @@ impl RestoreArgs {
     /// The same for the kinds.
     pub fn options(&self) -> RestoreOptions {
         RestoreOptions {
-            ext_unix_sk: Default::default(),
+            ext_unix_sk: self.ext_unix_sk.is_some(),
             shell_job: self.shell_job,
             inherit_fd: self.inherit_fd.clone(),
             external: self.external.clone(),

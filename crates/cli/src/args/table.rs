@@ -90,7 +90,7 @@ pub const CRIU: &[Known] = &[
     Known::new("log-file", Value, Works, Works).short('o'),
     Known::new("join-ns", Value, Elsewhere, Refused(NAMESPACES)).short('J'),
     Known::new("root", Value, Elsewhere, Works).short('r'),
-    Known::new("ext-unix-sk", MaybeValue, Idle, Idle).short('x'),
+    Known::new("ext-unix-sk", MaybeValue, Works, Works).short('x'),
     Known::new("help", Nothing, Works, Works).short('h'),
     Known::bool("tcp-established", Works, Works),
     Known::new("close", Value, Works, Works),

@@ -9,3 +9,4 @@ pub mod notify;
 pub mod process;
 pub mod sock;
 pub mod task;
+pub mod unix;

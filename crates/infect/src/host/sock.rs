@@ -56,6 +56,9 @@ options! {
     SO_SNDTIMEO = libc::SOL_SOCKET, libc::SO_SNDTIMEO;
     SO_BINDTODEVICE = libc::SOL_SOCKET, libc::SO_BINDTODEVICE;
     SO_PEERNAME = libc::SOL_SOCKET, libc::SO_PEERNAME;
+    SO_PEERCRED = libc::SOL_SOCKET, libc::SO_PEERCRED;
+    /// Since Linux 3.4.
+    SO_PEEK_OFF = libc::SOL_SOCKET, 42;
     SO_MARK = libc::SOL_SOCKET, libc::SO_MARK;
     SO_PROTOCOL = libc::SOL_SOCKET, libc::SO_PROTOCOL;
     SO_DOMAIN = libc::SOL_SOCKET, libc::SO_DOMAIN;

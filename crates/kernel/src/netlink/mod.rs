@@ -5,6 +5,7 @@
 
 pub mod diag;
 pub mod nft;
+pub mod unix;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -19,7 +19,7 @@ use super::notify::Watches;
 use super::owner::{Owners, flags_of};
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
-use super::sock::Opened;
+use super::sock::{Opened, settle_unix};
 use super::tty::Given;
 use super::{FdKind, kind_of_type, pidfd, reg};
 use crate::checkpoint::TreeImage;
@@ -219,6 +219,18 @@ impl<'a> Files<'a> {
         Ok(keep_in(&mut self.open, id, raise(fd, self.base)?))
     }
 
+    /// Opens a description that waits in a socket, and that no task may have.
+    pub(super) fn open_queued(&mut self, id: u32, shared: &Shared) -> Result<()> {
+        let (e, kind) = self.entry(id)?;
+        if is_late(self.image, e) {
+            return Err(invalid!(
+                "files.img: file {id} waits in a socket, and is a {} that refers to a process, which cannot be restored yet",
+                kind.name()
+            ));
+        }
+        self.fd(id, shared).map(drop)
+    }
+
     /// A description that was opened.
     pub(super) fn opened(&self, id: u32) -> Option<BorrowedFd<'_>> {
         self.open.get(&id).map(AsFd::as_fd)
@@ -322,12 +334,20 @@ impl<'a> Files<'a> {
         found.map(|g| Ok((g.copy()?, format!("the deleted file of inode {ino}")))).transpose()
     }
 
-    /// Gives sockets what had to wait until all of them were there. To be called when all of them are open.
+    /// Gives sockets what had to wait until all of them were there, and opens what comes out of those. To be called when
+    /// everything that tasks have is open.
     ///
     /// # Errors
-    /// setsockopt(2)'s.
-    pub fn settle_sockets(&mut self) -> Result<()> {
+    /// setsockopt(2)'s; a unix socket cannot be filled or connected, or what it holds not be opened.
+    pub fn settle_sockets(&mut self, shared: &Shared) -> Result<()> {
+        settle_unix(self, shared)?;
         self.sockets.settle()
+    }
+
+    /// The restore has succeeded: what was made for it stays.
+    pub fn keep(&mut self) {
+        self.remove_link_remaps();
+        self.sockets.unix.keep();
     }
 
     /// Adds what a task has to do about its descriptors once all of them are in their places: part of what makes a
@@ -420,6 +440,11 @@ fn normal(r: &pb::RemapFilePathEntry) -> pb::RemapFilePathEntry {
     r
 }
 
+/// Whether only a task can open it, once all processes exist.
+fn is_late(image: &TreeImage, e: &pb::FileEntry) -> bool {
+    e.reg.as_ref().is_some_and(|r| reg::is_opened_late(image, r)) || pidfd::is_made_late(e)
+}
+
 /// Checks all records against each other.
 fn check(image: &TreeImage) -> Result<()> {
     for (id, e) in &image.files {
@@ -465,8 +490,7 @@ fn check(image: &TreeImage) -> Result<()> {
             if i32::try_from(f.fd).is_err() || !taken.insert(f.fd) {
                 return Err(invalid!("{}: the number is used twice or is none", what()));
             }
-            let is_late = e.reg.as_ref().is_some_and(|r| reg::is_opened_late(image, r)) || pidfd::is_made_late(e);
-            if is_late && *late.entry(f.id).or_insert(task.pid()) != task.pid() {
+            if is_late(image, e) && *late.entry(f.id).or_insert(task.pid()) != task.pid() {
                 let (name, other) = (kind.name(), late[&f.id]);
                 return Err(invalid!(
                     "{}: a {name} that refers to a process is shared with pid {other}, which cannot be restored yet",

@@ -13,6 +13,7 @@ mod ids;
 mod late;
 mod link;
 mod locks;
+mod members;
 mod memfd;
 mod notify;
 mod owner;
@@ -41,10 +42,10 @@ use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage};
 
 pub use files::Files;
 pub use link::LinkGuard;
+pub use members::Members;
 pub use owner::When;
 pub use sock::{Connections, Cut, network_lock};
 pub use table::FileTable;
-pub use tty::Masters;
 pub use view::{FdView, Look, Place, Process};
 
 /// A kind of descriptor, in both directions.
@@ -93,7 +94,7 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 14] = [
+pub static KINDS: [&dyn FdKind; 15] = [
     &reg::Reg,
     &pipe::Pipe,
     &fifo::Fifo,
@@ -108,6 +109,7 @@ pub static KINDS: [&dyn FdKind; 14] = [
     &notify::fanotify::Fanotify,
     &sock::inet::Inet,
     &sock::netlink::NetlinkKind,
+    &sock::unix::Unix,
 ];
 
 /// The one kind that claims a descriptor, or why it cannot be dumped.
@@ -129,13 +131,13 @@ fn kind_of_type(number: i32) -> Option<&'static dyn FdKind> {
 }
 
 /// Everything that stands against dumping the descriptors, directories, executable and mapped files of a process, which
-/// may be running and is not touched. A descriptor that is closed meanwhile is no obstacle. `masters` are those of the tree.
+/// may be running and is not touched. A descriptor that is closed meanwhile is no obstacle. `members` are those of the tree.
 ///
 /// # Errors
 /// The process is gone or may not be looked at.
-pub fn blockers(pid: HostPid, options: &DumpOptions, masters: &Masters) -> Result<Vec<Blocker>> {
+pub fn blockers(pid: HostPid, options: &DumpOptions, members: &Members) -> Result<Vec<Blocker>> {
     let process = Process::open(pid)?;
-    let mut look = Look::new(options).with_masters(masters);
+    let mut look = Look::new(options).with_members(members);
     let mut found = Vec::new();
     for fd in proc::fds(pid)?.into_iter().map(TargetFd) {
         let view = fdinfo::read(pid, fd).map_err(ResourceError::from).and_then(|info| process.descriptor(fd, info));

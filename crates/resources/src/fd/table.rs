@@ -1,7 +1,7 @@
 //! The dump's side: every description of a tree once, with an id, and everything that their images need.
 
 use std::collections::{HashMap, HashSet};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::host::fd as host;
@@ -13,7 +13,7 @@ use super::link::LinkGuard;
 use super::locks::{self, Locks};
 use super::memfd::{self, Inode};
 use super::pipe::Contents;
-use super::sock::{Connections, Listed};
+use super::sock::{Connections, Listed, save_unix};
 use super::tty::Terminals;
 use super::{FdKind, FdView, Look, Place, Process, kind_of, mapping_name, reg};
 use crate::mem::SharedDump;
@@ -52,6 +52,8 @@ pub struct FileTable<'a> {
     needed: Vec<(HostPid, String)>,
     /// Deleted files that some process has to have open, and who says so.
     needed_ghosts: Vec<(File, String)>,
+    /// Our own copies of descriptors that wait in sockets, which no process may have.
+    queued: Vec<OwnedFd>,
 }
 
 impl<'a> FileTable<'a> {
@@ -78,6 +80,7 @@ impl<'a> FileTable<'a> {
             tasks: HashSet::new(),
             needed: Vec::new(),
             needed_ghosts: Vec::new(),
+            queued: Vec::new(),
         }
     }
 
@@ -236,6 +239,38 @@ impl<'a> FileTable<'a> {
             entry.expect("it was made with the connection").state = state.into();
         }
         Ok(connections)
+    }
+
+    /// Saves what unix sockets hold, and all that comes to light by it. To be called when every task was added.
+    ///
+    /// # Errors
+    /// A socket holds what cannot be dumped, or its peer is outside of the tree; an image could not be written.
+    pub fn save_sockets(&mut self) -> Result<()> {
+        save_unix(self)
+    }
+
+    /// The id of a description that waits in a socket; we have a copy of the descriptor.
+    pub(super) fn add_queued(&mut self, fd: OwnedFd) -> Result<u32> {
+        let (me, n) = (HostPid::current(), TargetFd(fd.as_raw_fd()));
+        let process = Process::open(me)?;
+        let id = match self.ids.find(process.identity(n)?, (me, n))? {
+            Ok(known) => known.id,
+            Err(slot) => {
+                let info = fdinfo::read(me, n)?;
+                if !info.locks.is_empty() {
+                    return Err(invalid!("it holds a lock, which nobody could take again; release it and retry"));
+                }
+                let view = process.descriptor(n, info)?;
+                let (id, fd_type) = self.add(&view)?;
+                self.ids.insert(slot, id, fd_type);
+                self.queued.push(fd);
+                id
+            }
+        };
+        if self.private.contains(&id) {
+            return Err(invalid!("it refers to a process, and so can only be restored by the one that has it"));
+        }
+        Ok(id)
     }
 
     /// Takes over the temporary links, so that they are removed again if a step after [`Self::finish`] fails: keep the

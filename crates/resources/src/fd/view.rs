@@ -13,7 +13,8 @@ use dormouse_kernel::{HostPid, TargetFd};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, stat};
 
-use super::tty::Masters;
+use super::members::Members;
+use super::sock::UnixSockets;
 use crate::{Blocker, DumpOptions, ResourceError, Result, call, invalid};
 
 /// What refers to a file: a descriptor, or one of the places in a process that are none.
@@ -213,27 +214,45 @@ pub struct Look<'a> {
     mounts: HashMap<u64, HashSet<i32>>,
     /// The mounts of our own namespace, once they were asked for.
     own_mounts: Option<Vec<mountinfo::MountInfo>>,
-    /// Pseudoterminals of the tree; `None` while it is not known as a whole.
-    masters: Option<&'a Masters>,
+    /// What is in the tree; `None` while it is not known as a whole.
+    members: Option<&'a Members>,
+    /// The kernel's list of unix sockets, once it was asked for.
+    unix: Option<UnixSockets>,
 }
 
 impl<'a> Look<'a> {
     /// Nothing is looked at yet.
     pub fn new(options: &'a DumpOptions) -> Self {
         let own_ns = ns_inode(HostPid::current(), NsKind::Mnt).ok().flatten().unwrap_or(0);
-        Self { options, own_ns, mounts: HashMap::new(), own_mounts: None, masters: None }
+        Self { options, own_ns, mounts: HashMap::new(), own_mounts: None, members: None, unix: None }
     }
 
-    /// Names the pseudoterminals whose masters are in the tree. Without them all are taken to be.
+    /// Tells what is in the tree. Without it, all that is referred to is taken to be.
     #[must_use]
-    pub fn with_masters(mut self, masters: &'a Masters) -> Self {
-        self.masters = Some(masters);
+    pub fn with_members(mut self, members: &'a Members) -> Self {
+        self.members = Some(members);
         self
+    }
+
+    /// A process outside of the tree that has the socket of this inode, if none of the tree has it.
+    pub fn holder_outside(&self, inode: u32) -> Option<HostPid> {
+        self.members.filter(|m| !m.has_socket(inode))?.holder_outside(inode)
+    }
+
+    /// The kernel's list of unix sockets, as it was when first asked for.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn unix(&mut self) -> Result<&UnixSockets> {
+        match &mut self.unix {
+            Some(list) => Ok(list),
+            none => Ok(none.insert(UnixSockets::read()?)),
+        }
     }
 
     /// Whether a pseudoterminal may be used: its master is in the tree, or the user gives another to the restore.
     pub fn may_use_pty(&self, index: u32) -> bool {
-        self.options.shell_job || self.masters.is_none_or(|m| m.has(index))
+        self.options.shell_job || self.members.is_none_or(|m| m.has_pty(index))
     }
 
     /// Whether the user takes care of the resource with this key (`--external`).

@@ -1,4 +1,4 @@
-//! Sockets: internet ([`inet`]), netlink ([`netlink`]); what they share, and what a dump or a restore keeps of all of them.
+//! Sockets: internet ([`inet`]), netlink ([`netlink`]), unix ([`unix`]); what they share, and what a dump or a restore keeps of all of them.
 //!
 //! The host holds a copy of each descriptor, so a socket's state is read with getsockopt(2), and from the kernel's lists
 //! where no option tells it. A restore makes every socket in the host. `SO_REUSEADDR` is on while sockets are bound, since
@@ -12,6 +12,7 @@ mod lock;
 pub mod netlink;
 mod opts;
 mod tcp;
+pub mod unix;
 
 use std::collections::{HashMap, hash_map::Entry};
 use std::os::fd::OwnedFd;
@@ -27,6 +28,7 @@ use crate::checkpoint::TreeImage;
 use crate::{Blocker, RestoreOptions, Result, call, invalid};
 
 pub use tcp::{Connections, Cut};
+pub use unix::{Listed as UnixSockets, save as save_unix, settle as settle_unix};
 
 /// The address family of a socket; `None` if the descriptor is none, or only names one (`O_PATH`).
 pub fn family(view: &FdView) -> Option<u32> {
@@ -62,6 +64,8 @@ pub struct Listed {
     netlink: Option<HashMap<u32, diag::NetlinkSocket>>,
     /// TCP connections.
     pub connections: Connections,
+    /// Unix sockets.
+    unix: unix::Seen,
 }
 
 impl Listed {
@@ -124,6 +128,8 @@ pub struct Opened {
     lock: Option<String>,
     /// Connections become closed sockets.
     tcp_close: bool,
+    /// Unix sockets.
+    pub unix: unix::State,
 }
 
 /// `network_lock_method` of the inventory: nftables.
@@ -142,7 +148,8 @@ impl Opened {
         let lock = inventory.network_lock_method == Some(NFTABLES);
         let lock = inventory.dump_criu_run_id.filter(|_| lock).map(|id| lock::table(&id));
         let tcp_close = options.tcp_close || inventory.tcp_close.unwrap_or(false);
-        Ok(Self { reuse: Vec::new(), connections: Vec::new(), lock, tcp_close })
+        let unix = unix::State::load(image)?;
+        Ok(Self { reuse: Vec::new(), connections: Vec::new(), lock, tcp_close, unix })
     }
 
     /// Lets packets of the connections through and ends their repair mode.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use dormouse_images::pb;
 use dormouse_infect::host::fd as host;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::{self, fdinfo, stat, tree};
+use dormouse_kernel::proc::stat;
 
 use super::modes::modes_entry;
 use super::queue::{self, Unread};
@@ -14,36 +14,6 @@ use super::{EXTERNAL_ID, Sort, key};
 use crate::fd::FdView;
 use crate::fd::view::keep;
 use crate::{Result, call, invalid};
-
-/// The pseudoterminals whose masters are in a tree, which may be running: by their numbers.
-#[derive(Debug, Default)]
-pub struct Masters(HashSet<u32>);
-
-impl Masters {
-    /// Looks for them. Processes that end meanwhile have none.
-    pub fn of(root: HostPid) -> Self {
-        let mut found = HashSet::new();
-        let mut todo = vec![root];
-        while let Some(pid) = todo.pop() {
-            for fd in proc::fds(pid).unwrap_or_default().into_iter().map(dormouse_kernel::TargetFd) {
-                if proc::fd_link(pid, fd).is_ok_and(|link| link.ends_with(b"/ptmx"))
-                    && let Ok(info) = fdinfo::read(pid, fd)
-                    && let Some(index) = info.get("tty-index").and_then(|v| std::str::from_utf8(v).ok())
-                    && let Ok(index) = index.parse()
-                {
-                    found.insert(index);
-                }
-            }
-            todo.extend(tree::children(pid).unwrap_or_default());
-        }
-        Self(found)
-    }
-
-    /// Whether the master of `/dev/pts/INDEX` is in the tree.
-    pub fn has(&self, index: u32) -> bool {
-        self.0.contains(&index)
-    }
-}
 
 /// The device of a process's controlling terminal.
 fn controlling(s: &stat::Stat) -> Option<(u64, u64)> {

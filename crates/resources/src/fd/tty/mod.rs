@@ -25,7 +25,7 @@ use super::{FdKind, FdView, FileTable, Files, Look, late, paths, reg};
 use crate::mem::Shared;
 use crate::{Blocker, Result, TaskImage, call, invalid};
 
-pub use self::dump::{Masters, Terminals};
+pub use self::dump::Terminals;
 pub use self::restore::Given;
 
 /// The kind.

@@ -1,0 +1,101 @@
+//! What is in a tree that may be running: the masters of pseudoterminals, and sockets.
+
+use std::collections::HashSet;
+
+use dormouse_kernel::proc::{self, fdinfo, stat, tree};
+use dormouse_kernel::{HostPid, TargetFd};
+
+/// What of a tree others refer to.
+#[derive(Debug, Default)]
+pub struct Members {
+    /// The first process of the tree; `None` for no tree at all.
+    root: Option<HostPid>,
+    /// Pseudoterminals whose masters are in the tree: their numbers.
+    ptys: HashSet<u32>,
+    /// Sockets, by the low half of their inode numbers.
+    sockets: HashSet<u32>,
+}
+
+/// The inode of the socket that a link of a descriptor tells.
+fn socket(link: &[u8]) -> Option<u32> {
+    let inode = link.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
+    Some(std::str::from_utf8(inode).ok()?.parse::<u64>().ok()? as u32)
+}
+
+fn pty(pid: HostPid, fd: TargetFd) -> Option<u32> {
+    let info = fdinfo::read(pid, fd).ok()?;
+    std::str::from_utf8(info.get("tty-index")?).ok()?.parse().ok()
+}
+
+impl Members {
+    /// Looks at all descriptors of the tree. Processes that end meanwhile have none.
+    pub fn of(root: HostPid) -> Self {
+        let mut found = Self { root: Some(root), ..Self::default() };
+        let mut todo = vec![root];
+        while let Some(pid) = todo.pop() {
+            for fd in proc::fds(pid).unwrap_or_default().into_iter().map(TargetFd) {
+                let Ok(link) = proc::fd_link(pid, fd) else { continue };
+                found.sockets.extend(socket(&link));
+                if link.ends_with(b"/ptmx") {
+                    found.ptys.extend(pty(pid, fd));
+                }
+            }
+            todo.extend(tree::children(pid).unwrap_or_default());
+        }
+        found
+    }
+
+    /// Whether the master of `/dev/pts/INDEX` is in the tree.
+    pub fn has_pty(&self, index: u32) -> bool {
+        self.ptys.contains(&index)
+    }
+
+    /// Whether a process of the tree has the socket of this inode.
+    pub fn has_socket(&self, inode: u32) -> bool {
+        self.sockets.contains(&inode)
+    }
+
+    /// A process outside of the tree that has the socket of this inode, as far as we may see; this one does not count.
+    pub fn holder_outside(&self, inode: u32) -> Option<HostPid> {
+        let all =
+            std::fs::read_dir("/proc").ok()?.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok().map(HostPid));
+        let has = |pid: &HostPid| {
+            let of = |fd: i32| proc::fd_link(*pid, TargetFd(fd)).ok();
+            proc::fds(*pid).unwrap_or_default().into_iter().filter_map(of).any(|link| socket(&link) == Some(inode))
+        };
+        // Who has come into the tree since it was looked at is no outsider.
+        let inside = |pid: HostPid| self.root.is_some_and(|root| ancestors(pid).contains(&root));
+        all.filter(|pid| *pid != HostPid::current()).filter(has).find(|pid| !inside(*pid))
+    }
+}
+
+/// A process and those above it, up to the first of this machine.
+fn ancestors(pid: HostPid) -> Vec<HostPid> {
+    let mut found = vec![pid];
+    while let Some(parent) = found.last().and_then(|pid| stat::read(*pid).ok()).map(|s| s.ppid).filter(|p| p.0 > 1) {
+        found.push(parent);
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_of_sockets_are_read() {
+        assert_eq!(socket(b"socket:[12345]"), Some(12345));
+        assert_eq!(socket(b"pipe:[12345]"), None);
+        assert_eq!(socket(b"socket:[x]"), None);
+    }
+
+    #[test]
+    fn sockets_of_a_process_are_members() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let inode = nix::sys::stat::fstat(&socket).unwrap().st_ino as u32;
+        let members = Members::of(HostPid::current());
+        assert!(members.has_socket(inode) && !members.has_socket(1));
+        assert_eq!(members.holder_outside(inode), None);
+        assert!(ancestors(HostPid::current()).len() > 1);
+    }
+}

@@ -1,0 +1,290 @@
+//! Making the sockets of a tree: first what is bound by itself, then connections in the order in which they were made, then
+//! those that wait to be accepted.
+//!
+//! An accepted socket has its listener's name, so it is accepted again, from that listener or, if it is gone, from one
+//! that is there for this alone.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use dormouse_images::pb;
+use dormouse_infect::host::sock::{self, Opt};
+use dormouse_infect::host::unix;
+
+use super::super::{make, small};
+use super::{ESTABLISHED, EXTERNAL, LISTEN, address, bare, bind, is_datagram, is_path, key, label};
+use crate::fd::Files;
+use crate::{Result, call, invalid};
+
+/// Connections of others that are turned away while one of ours is accepted.
+const STRANGERS: usize = 64;
+
+type Socket = pb::UnixSkEntry;
+
+/// All unix sockets of the image, by their relations.
+pub struct Sockets<'a> {
+    /// Those to make, in the order of their inodes: an accepted socket is younger than its listener.
+    pub all: Vec<&'a Socket>,
+    by_inode: HashMap<u32, &'a Socket>,
+}
+
+impl<'a> Sockets<'a> {
+    /// Those of the restore, without those that the user gives.
+    pub fn of(files: &Files<'a>) -> Self {
+        let records = || files.image().files.values().filter_map(|f| f.usk.as_ref());
+        let given = |s: &Socket| files.options().inherit_fd.iter().any(|(_, k)| *k == key(s));
+        let mut all: Vec<&Socket> = records().filter(|s| s.uflags & EXTERNAL == 0 && !given(s)).collect();
+        all.sort_by_key(|s| (s.ino, s.id));
+        let by_inode: HashMap<u32, &Socket> = records().map(|s| (s.ino, s)).collect();
+        Self { all, by_inode }
+    }
+
+    /// The peer.
+    pub fn peer(&self, s: &Socket) -> Option<&'a Socket> {
+        if s.peer == 0 { None } else { self.by_inode.get(&s.peer).copied() }
+    }
+
+    /// The peer, if it has this one for its own.
+    pub fn mutual(&self, s: &Socket) -> Option<&'a Socket> {
+        self.peer(s).filter(|p| p.peer == s.ino && p.ino != s.ino)
+    }
+
+    /// The peer of a datagram socket that can only have come from socketpair(2): it has no name, and has left since.
+    pub fn left(&self, s: &Socket) -> Option<&'a Socket> {
+        let p = self.peer(s).filter(|p| is_datagram(s) && p.uflags & EXTERNAL == 0)?;
+        (p.name.is_empty() && p.peer != s.ino).then_some(p)
+    }
+
+    /// Whether both ends come from one socketpair(2), rather than being connected by their names.
+    pub fn is_pair(&self, a: &Socket, b: &Socket) -> bool {
+        !is_datagram(a) || a.name.is_empty() || b.name.is_empty()
+    }
+
+    /// The socket of the image that listens under a name.
+    fn listener(&self, s: &Socket) -> Option<&'a Socket> {
+        let same = |l: &&Socket| (&l.name, &l.name_dir, l.r#type) == (&s.name, &s.name_dir, s.r#type);
+        self.all.iter().copied().filter(|l| l.state == LISTEN).find(same)
+    }
+
+    /// Of two connected sockets the one that was accepted, if that makes a difference.
+    fn accepted(&self, a: &'a Socket, b: &'a Socket) -> Option<(&'a Socket, &'a Socket)> {
+        let listens = |s: &Socket| !s.name.is_empty() && self.listener(s).is_some();
+        match (a.name.is_empty(), b.name.is_empty()) {
+            (true, true) => None,
+            (true, false) => Some((b, a)),
+            (false, true) => Some((a, b)),
+            (false, false) if listens(a) != listens(b) => Some(if listens(a) { (a, b) } else { (b, a) }),
+            (false, false) => Some(if a.ino > b.ino { (a, b) } else { (b, a) }),
+        }
+    }
+
+    /// How many wait at a listening socket.
+    fn waiting(&self, l: &Socket) -> usize {
+        self.all.iter().filter(|s| s.peer == l.ino && s.state == ESTABLISHED && !is_datagram(s)).count()
+    }
+}
+
+/// Makes all sockets, unless that was done before.
+///
+/// # Errors
+/// A name is taken or cannot be bound; the image is damaged.
+pub fn all(files: &mut Files<'_>) -> Result<()> {
+    if std::mem::replace(&mut files.sockets.unix.all_made, true) {
+        return Ok(());
+    }
+    let sockets = Sockets::of(files);
+    for s in &sockets.all {
+        if files.sockets.unix.made.contains_key(&s.id) {
+            continue;
+        }
+        if is_datagram(s) {
+            datagram(files, &sockets, s)?;
+        } else if s.state != ESTABLISHED {
+            let fd = new(s)?;
+            own_name(files, s, &fd)?;
+            if s.state == LISTEN {
+                // Not even what was listened with by now may be enough for those that wait already.
+                let backlog = small(s.backlog, &label(s))?.max(sockets.waiting(s) as i32);
+                listen(&fd, backlog, s)?;
+            }
+            files.sockets.unix.made.insert(s.id, fd);
+        }
+    }
+    for s in sockets.all.iter().filter(|s| !is_datagram(s) && s.state == ESTABLISHED) {
+        if files.sockets.unix.made.contains_key(&s.id) {
+            continue;
+        }
+        match sockets.peer(s) {
+            Some(p) if p.peer == s.ino && p.ino != s.ino => connection(files, &sockets, s, p)?,
+            Some(p) if p.state == LISTEN && p.uflags & EXTERNAL == 0 => {}
+            None => ended(files, &sockets, s)?,
+            Some(p) if p.uflags & EXTERNAL != 0 => {
+                return Err(invalid!(
+                    "{} was connected to a socket outside of the tree; give it another one (--inherit-fd fd[N]:{})",
+                    label(s),
+                    key(s)
+                ));
+            }
+            Some(p) => {
+                return Err(invalid!(
+                    "{} is connected to {}, which is not to it; the image is damaged",
+                    label(s),
+                    label(p)
+                ));
+            }
+        }
+    }
+    for s in sockets.all.iter().filter(|s| !is_datagram(s) && s.state == ESTABLISHED) {
+        if let Some(l) = sockets.peer(s).filter(|p| p.state == LISTEN && !files.sockets.unix.made.contains_key(&s.id)) {
+            let fd = new(s)?;
+            own_name(files, s, &fd)?;
+            connect(files, &fd, s, l)?;
+            files.sockets.unix.made.insert(s.id, fd);
+        }
+    }
+    Ok(())
+}
+
+/// A new socket of this type. Nothing that is done to it waits.
+fn new(s: &Socket) -> Result<OwnedFd> {
+    make(libc::AF_UNIX as u32, s.r#type as i32 | libc::SOCK_NONBLOCK, 0, &label(s))
+}
+
+fn pair(s: &Socket) -> Result<(OwnedFd, OwnedFd)> {
+    unix::pair(s.r#type as i32 | libc::SOCK_NONBLOCK).map_err(call(format!("cannot make {}", label(s))))
+}
+
+/// Lets a socket take connections.
+///
+/// # Errors
+/// listen(2)'s.
+pub fn listen(fd: &impl std::os::fd::AsFd, backlog: i32, s: &Socket) -> Result<()> {
+    sock::listen(fd, backlog).map_err(call(format!("cannot listen on {}", label(s))))
+}
+
+/// Binds a socket to the name that it has itself.
+fn own_name(files: &mut Files<'_>, s: &Socket, fd: &OwnedFd) -> Result<()> {
+    if s.name.is_empty() {
+        return Ok(());
+    }
+    if !is_path(s) {
+        return bind::abstract_name(fd, s);
+    }
+    let node = if s.deleted() { bind::gone_name(fd, s)? } else { bind::file_name(files, fd, s)? };
+    files.sockets.unix.nodes.insert(s.id, node);
+    Ok(())
+}
+
+/// The address under which a socket can be reached here, whatever has its name by now.
+///
+/// # Errors
+/// It has none; the image is damaged.
+pub fn reach(files: &Files<'_>, s: &Socket) -> Result<Vec<u8>> {
+    match files.sockets.unix.nodes.get(&s.id) {
+        Some(node) => Ok(address(format!("/proc/self/fd/{}", node.as_raw_fd()).as_bytes())),
+        None if s.name.is_empty() => {
+            Err(invalid!("{} cannot be reached: it has no name; the image is damaged", label(s)))
+        }
+        None => Ok(address(bare(s))),
+    }
+}
+
+fn connect(files: &Files<'_>, fd: &OwnedFd, s: &Socket, to: &Socket) -> Result<()> {
+    sock::connect(fd, &reach(files, to)?).map_err(call(format!("cannot connect {} to {}", label(s), label(to))))
+}
+
+fn datagram(files: &mut Files<'_>, sockets: &Sockets<'_>, s: &Socket) -> Result<()> {
+    let other = sockets.mutual(s).filter(|p| sockets.is_pair(s, p)).or_else(|| sockets.left(s));
+    if let Some(p) = other {
+        let (a, b) = pair(s)?;
+        for (fd, s) in [(a, s), (b, p)] {
+            own_name(files, s, &fd)?;
+            files.sockets.unix.made.insert(s.id, fd);
+        }
+        return Ok(());
+    }
+    // Another socket that has left this one makes it, if there is one.
+    if sockets.all.iter().any(|o| sockets.left(o).is_some_and(|p| p.id == s.id)) {
+        return Ok(());
+    }
+    // Whoever has a name is established as soon as another is connected to it.
+    let holds = files.sockets.unix.packets.contains_key(&s.id);
+    let fd = if s.peer == 0 && s.name.is_empty() && (s.state == ESTABLISHED || holds) {
+        let (fd, end) = pair(s)?;
+        if s.state != ESTABLISHED {
+            // It has a peer no more, but the peer can still send to it.
+            sock::connect(&fd, &(libc::AF_UNSPEC as u16).to_ne_bytes())
+                .map_err(call(format!("cannot disconnect {}", label(s))))?;
+        }
+        files.sockets.unix.ends.insert(s.id, end);
+        fd
+    } else {
+        new(s)?
+    };
+    own_name(files, s, &fd)?;
+    files.sockets.unix.made.insert(s.id, fd);
+    Ok(())
+}
+
+/// Two connected sockets.
+fn connection<'a>(files: &mut Files<'_>, sockets: &Sockets<'a>, a: &'a Socket, b: &'a Socket) -> Result<()> {
+    let Some((accepted, client)) = sockets.accepted(a, b) else {
+        let (x, y) = pair(a)?;
+        files.sockets.unix.made.extend([(a.id, x), (b.id, y)]);
+        return Ok(());
+    };
+    let fd = new(client)?;
+    own_name(files, client, &fd)?;
+    let other = accept(files, sockets, accepted, &fd)?;
+    files.sockets.unix.made.extend([(accepted.id, other), (client.id, fd)]);
+    Ok(())
+}
+
+/// A connection whose peer is gone.
+fn ended(files: &mut Files<'_>, sockets: &Sockets<'_>, s: &Socket) -> Result<()> {
+    let (fd, end) = if s.name.is_empty() {
+        pair(s)?
+    } else {
+        let end = new(s)?;
+        (accept(files, sockets, s, &end)?, end)
+    };
+    files.sockets.unix.made.insert(s.id, fd);
+    files.sockets.unix.ends.insert(s.id, end);
+    Ok(())
+}
+
+/// Connects `client` to the listener of `s`, and accepts that connection.
+fn accept(files: &Files<'_>, sockets: &Sockets<'_>, s: &Socket, client: &OwnedFd) -> Result<OwnedFd> {
+    let fail = || call(format!("cannot make {} by a connection", label(s)));
+    if let Some(l) = sockets.listener(s) {
+        let fd = files.sockets.unix.made.get(&l.id).ok_or_else(|| invalid!("{}: its listener is missing", label(s)))?;
+        connect(files, client, s, l)?;
+        return accept_ours(fd, s);
+    }
+    let temporary = new(s)?;
+    let node = if is_path(s) {
+        Some(bind::gone_name(&temporary, s)?)
+    } else {
+        bind::abstract_name(&temporary, s)?;
+        None
+    };
+    listen(&temporary, 1, s)?;
+    let at = node.as_ref().map(|n| format!("/proc/self/fd/{}", n.as_raw_fd()));
+    let at = at.as_ref().map_or_else(|| address(bare(s)), |path| address(path.as_bytes()));
+    sock::connect(client, &at).map_err(fail())?;
+    accept_ours(&temporary, s)
+}
+
+/// The connection that this process has made, even if others come between.
+fn accept_ours(listener: &OwnedFd, s: &Socket) -> Result<OwnedFd> {
+    let fail = |e| call(format!("cannot accept the connection of {}", label(s)))(e);
+    for _ in 0..STRANGERS {
+        let fd = unix::accept(listener).map_err(fail)?;
+        let who = sock::get_exact::<12>(&fd, Opt::SO_PEERCRED).map_err(fail)?;
+        if who[..4] == std::process::id().to_ne_bytes() {
+            return Ok(fd);
+        }
+        tracing::warn!("{}: a connection of another process came between and is closed", label(s));
+    }
+    Err(invalid!("{}: other processes connect to it without end; stop them and retry", label(s)))
+}
