@@ -1,8 +1,8 @@
 //! Before anything is touched: every reason why the tree cannot be dumped, found at once.
 
 use dormouse_infect::freeze;
-use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::{stat, tree};
+use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
 
 use crate::{DumpError, describe};
@@ -27,26 +27,25 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     if pid == HostPid::current() {
         return Err(DumpError::Target(format!("pid {pid} is this program itself; it cannot dump itself")));
     }
-    let mut found: Vec<String> = freeze::obstacles(pid).iter().map(describe).collect();
+    let pids = tree::descendants(pid);
+    let mut found: Vec<String> = freeze::obstacles(&pids).iter().map(describe).collect();
     if !found.is_empty() {
         return Ok(found);
     }
     let members = fd::Members::of(pid);
-    let mut todo = vec![pid];
-    while let Some(p) = todo.pop() {
-        if p == HostPid::current() {
+    for (p, blockers) in pids.iter().zip(side_by_side(&pids, |p| of_one(*p, options, &members))) {
+        if *p == HostPid::current() {
             found.push(format!(
                 "cannot dump pid {pid}: this program (pid {p}) is part of the tree; run it from outside"
             ));
             continue;
         }
-        match of_one(p, options, &members) {
+        match blockers {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
-            Err(_) if p != pid && is_ending(p) => continue,
+            Err(_) if *p != pid && is_ending(*p) => {}
             Err(e) => return Err(e.into()),
         }
-        todo.extend(tree::children(p).unwrap_or_default());
     }
     found.extend(session_blocker(&root, options));
     Ok(found)

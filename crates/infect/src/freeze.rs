@@ -53,24 +53,17 @@ impl std::fmt::Display for Obstacle {
     }
 }
 
-/// What stands against tracing any process of the tree below `root`, without touching it.
-pub fn obstacles(root: HostPid) -> Vec<Obstacle> {
+/// What stands against tracing these processes, without touching them. Only their main threads are looked at.
+pub fn obstacles(pids: &[HostPid]) -> Vec<Obstacle> {
     let mut found = Vec::new();
-    let mut todo = vec![root];
-    while let Some(pid) = todo.pop() {
-        if stat::read(pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0) {
-            found.push(Obstacle::KernelThread(pid));
-            continue;
+    for pid in pids {
+        if stat::read(*pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0) {
+            found.push(Obstacle::KernelThread(*pid));
+        } else if let Some(tracer) = status::read(*pid).ok().and_then(|s| s.tracer_pid)
+            && tracer.0 != std::process::id() as i32
+        {
+            found.push(Obstacle::Traced(*pid, tracer));
         }
-        for tid in tree::threads(pid).unwrap_or_default() {
-            if let Ok(s) = status::read_thread(pid, tid)
-                && let Some(tracer) = s.tracer_pid
-                && tracer.0 != std::process::id() as i32
-            {
-                found.push(Obstacle::Traced(tid, tracer));
-            }
-        }
-        todo.extend(tree::children(pid).unwrap_or_default());
     }
     found
 }
@@ -84,6 +77,7 @@ impl Tree {
         let _deadline = timeout.map(cancel::Deadline::after);
         let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
         let mut order = Vec::new();
+        let mut seccomp = Seccomp::Suspended;
         loop {
             let mut grown = false;
             let mut todo = vec![(root, HostPid(0))];
@@ -101,7 +95,7 @@ impl Tree {
                 if task.zombie {
                     continue;
                 }
-                grown |= seize_threads(task)?;
+                grown |= seize_threads(task, &mut seccomp)?;
                 let mut children = tree::children(pid).unwrap_or_default();
                 children.sort();
                 todo.extend(children.into_iter().rev().map(|c| (c, pid)));
@@ -174,7 +168,31 @@ fn open_task(pid: HostPid, parent: HostPid, is_root: bool) -> Result<Option<Task
     Ok(Some(Task { pid, ppid, zombie: s.state == b'Z' && s.num_threads <= 1, stopped: None, threads: Vec::new() }))
 }
 
-fn seize_threads(task: &mut Task) -> Result<bool, InfectError> {
+/// How seccomp is kept out of the way while a thread is traced: its filters would judge what we have it do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Seccomp {
+    /// It is suspended in every thread, which needs privilege (PTRACE_O_SUSPEND_SECCOMP, Linux 4.3).
+    Suspended,
+    /// It is suspended where there is any.
+    Looked,
+}
+
+impl Seccomp {
+    /// Seizes a thread. The first time that it may not be suspended in one that has none, it is looked for from then on.
+    fn seize(&mut self, pid: HostPid, tid: HostPid) -> Result<Tracee, InfectError> {
+        if *self == Self::Suspended {
+            match Tracee::seize(tid, true, false) {
+                Ok(t) => return Ok(t),
+                Err(e @ InfectError::Gone(_)) => return Err(e),
+                Err(_) => *self = Self::Looked,
+            }
+        }
+        let suspend = status::read_thread(pid, tid).is_ok_and(|s| s.seccomp.unwrap_or(0) != 0);
+        Tracee::seize(tid, suspend, false)
+    }
+}
+
+fn seize_threads(task: &mut Task, seccomp: &mut Seccomp) -> Result<bool, InfectError> {
     let mut grown = false;
     loop {
         let Ok(mut tids) = tree::threads(task.pid) else { return Ok(grown) };
@@ -187,8 +205,7 @@ fn seize_threads(task: &mut Task) -> Result<bool, InfectError> {
         let mut seized = Vec::new();
         let before = task.threads.len();
         for tid in tids {
-            let suspend = status::read_thread(task.pid, tid).is_ok_and(|s| s.seccomp.unwrap_or(0) != 0);
-            match Tracee::seize(tid, suspend, false) {
+            match seccomp.seize(task.pid, tid) {
                 Ok(t) => seized.push(t),
                 Err(InfectError::Gone(_)) => {}
                 Err(e) => {

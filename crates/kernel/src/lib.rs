@@ -9,8 +9,10 @@ pub mod ids;
 pub mod netlink;
 pub mod proc;
 pub mod session;
+pub mod side_by_side;
 
 pub use features::{CapSet, Features, Support};
 pub use ids::{HostPid, NsPid, TargetAddr, TargetFd};
 pub use proc::ProcError;
 pub use session::Session;
+pub use side_by_side::side_by_side;

@@ -13,7 +13,8 @@ mod text;
 pub mod timers;
 pub mod tree;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 pub use fdinfo::{fd_link, fds};
@@ -64,7 +65,24 @@ pub type Result<T> = std::result::Result<T, ProcError>;
 
 /// Reads a whole `/proc` file as bytes.
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|cause| ProcError::Read { path: path.to_owned(), cause })
+    read_all(path).map_err(|cause| ProcError::Read { path: path.to_owned(), cause })
+}
+
+/// These files have no size to ask for, and most of them fit into a page: two calls instead of the standard library's ten.
+fn read_all(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let mut bytes = Vec::new();
+    loop {
+        let filled = bytes.len();
+        bytes.resize(filled + if filled == 0 { 4096 } else { 32 << 10 }, 0);
+        let read = file.read(&mut bytes[filled..]);
+        bytes.truncate(filled + *read.as_ref().unwrap_or(&0));
+        match read {
+            Ok(0) => return Ok(bytes),
+            Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+            _ => {}
+        }
+    }
 }
 
 /// The target of a symbolic link as bytes, exactly as readlink(2) gives it: not escaped, " (deleted)" not removed.

@@ -31,6 +31,17 @@ pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(found)
 }
 
+/// The process and all below it, parents first; those that end meanwhile may be missing, and so may what they leave behind.
+pub fn descendants(root: HostPid) -> Vec<HostPid> {
+    let mut found = vec![root];
+    let mut at = 0;
+    while at < found.len() {
+        found.extend(children(found[at]).unwrap_or_default());
+        at += 1;
+    }
+    found
+}
+
 /// The children of process `pid` by the parent field of every process in `/proc`, in ascending order.
 pub fn children_by_scan(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();

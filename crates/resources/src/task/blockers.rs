@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::io::Read;
 
-use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::misc::{NsKind, ns_inode};
 use dormouse_kernel::proc::status::Status;
 use dormouse_kernel::proc::{ProcError, read_bytes, stat, status, timers, tree};
+use dormouse_kernel::{HostPid, side_by_side};
 
 use super::{posix_timer, sched, seccomp};
 use crate::{Blocker, DumpOptions, Result};
@@ -59,10 +59,10 @@ fn look(pid: HostPid, found: &mut Found) -> Result<()> {
     }
     // Thousands of threads that are alike make one report.
     let mut seen = Vec::new();
-    for tid in tids {
-        for (why, next) in of_thread(pid, tid)? {
+    for (tid, reasons) in tids.iter().zip(side_by_side(&tids, |tid| of_thread(pid, *tid))) {
+        for (why, next) in reasons? {
             if !seen.contains(&why) {
-                found.add(if tid == pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
+                found.add(if *tid == pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
                 seen.push(why);
             }
         }
@@ -76,6 +76,9 @@ fn of_thread(pid: HostPid, tid: HostPid) -> Result<Vec<(String, &'static str)>> 
         Err(e) if e.is_gone() => return Ok(reasons),
         other => other?,
     };
+    if let Some(tracer) = status.tracer_pid.filter(|_| tid != pid) {
+        reasons.push((format!("it is being traced by pid {tracer}"), "detach the debugger or strace and retry"));
+    }
     if let Some(why) = seccomp::unsupported(&status) {
         reasons.push((why, "run it without seccomp (for a container: --security-opt seccomp=unconfined)"));
     }

@@ -1,0 +1,52 @@
+//! Looking at many things on all processors: the order of the answers is that of the questions.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+/// Fewer things than this are not worth a thread.
+const FEW: usize = 32;
+/// Threads at most.
+const MOST: usize = 4;
+/// Things that a thread takes at once.
+const PORTION: usize = 16;
+
+/// What `ask` answers for each of `items`.
+pub fn side_by_side<T: Sync, R: Send>(items: &[T], ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(MOST);
+    if items.len() < FEW || threads == 1 {
+        return items.iter().map(ask).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let portions = || {
+        let mut answers = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(portion) = items.chunks(PORTION).nth(at) else { return answers };
+            answers.push((at, portion.iter().map(&ask).collect::<Vec<R>>()));
+        }
+    };
+    let mut all = thread::scope(|scope| {
+        let others: Vec<_> =
+            (1..threads).filter_map(|_| thread::Builder::new().spawn_scoped(scope, portions).ok()).collect();
+        let mut all = portions();
+        for other in others {
+            all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        all
+    });
+    all.sort_unstable_by_key(|(at, _)| *at);
+    all.into_iter().flat_map(|(_, answers)| answers).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_come_in_the_order_of_the_questions() {
+        for count in [0, 1, FEW - 1, FEW, 1000] {
+            let items: Vec<usize> = (0..count).collect();
+            assert_eq!(side_by_side(&items, |i| i * 2), (0..count).map(|i| i * 2).collect::<Vec<_>>());
+        }
+    }
+}
