@@ -125,7 +125,7 @@ impl Object {
             let hole = lseek(&self.file, data as i64, Whence::SeekHole).map_err(|e| call(failed())(e.into()))?;
             at = (hole as u64).min(self.size).next_multiple_of(PAGE);
             records.add(data, at - data, PE_PRESENT)?;
-            self.copy(data, at.min(self.size) - data, image, end).map_err(call(failed()))?;
+            copy(&self.file, data, at.min(self.size) - data, image, end).map_err(call(failed()))?;
             cancel::check()?;
             end += at - data;
         }
@@ -133,30 +133,6 @@ impl Object {
         image.set_len(end).map_err(call("cannot write a pages image"))?;
         records.finish()?;
         Ok(end / PAGE)
-    }
-
-    /// Copies bytes to the image, which is written from beginning to end.
-    fn copy(&self, from: u64, len: u64, image: &File, to: u64) -> std::io::Result<()> {
-        let mut done = 0;
-        while done < len {
-            lseek(image, (to + done) as i64, Whence::SeekSet)?;
-            match send_file(image, &self.file, from + done, len - done) {
-                Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-                Ok(moved) => done += moved,
-                // Huge pages are on a file system that cannot be spliced from.
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-        let mut buffer = vec![0; if done < len { BUFFER } else { 0 }];
-        while done < len {
-            let now = &mut buffer[..(len - done).min(BUFFER as u64) as usize];
-            self.file.read_exact_at(now, from + done)?;
-            image.write_all_at(now, to + done)?;
-            done += now.len() as u64;
-        }
-        Ok(())
     }
 }
 
@@ -290,15 +266,33 @@ fn fill(fd: &OwnedFd, size: u64, huge: bool, map: &PageMap) -> Result<()> {
         return Ok(());
     }
     let to = File::from(fd.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?);
-    let mut buffer = vec![0u8; BUFFER];
     for (r, len) in inside {
-        let mut done = 0;
-        while done < len {
-            let n = (len - done).min(BUFFER as u64) as usize;
-            from.read_exact_at(&mut buffer[..n], r.offset + done).map_err(call(read_failed()))?;
-            to.write_all_at(&buffer[..n], r.start + done).map_err(call("cannot fill shared memory"))?;
-            done += n as u64;
+        copy(&from, r.offset, len, &to, r.start).map_err(call(format!("{} into shared memory", read_failed())))?;
+    }
+    lseek(&to, 0, Whence::SeekSet).map_err(|e| call("cannot rewind shared memory")(e.into()))?;
+    Ok(())
+}
+
+/// Copies bytes from file to file, inside the kernel where it can.
+fn copy(from: &File, at: u64, len: u64, file: &File, to: u64) -> std::io::Result<()> {
+    let mut done = 0;
+    lseek(file, to as i64, Whence::SeekSet)?;
+    while done < len {
+        match send_file(file, from, at + done, len - done) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(moved) => done += moved,
+            // Huge pages are on a file system that cannot be spliced from.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
         }
+    }
+    let mut buffer = vec![0; if done < len { BUFFER } else { 0 }];
+    while done < len {
+        let now = &mut buffer[..(len - done).min(BUFFER as u64) as usize];
+        from.read_exact_at(now, at + done)?;
+        file.write_all_at(now, to + done)?;
+        done += now.len() as u64;
     }
     Ok(())
 }
