@@ -1,8 +1,9 @@
 //! The cases, and one round of one: dump and leave running, dump and end, restore.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -73,6 +74,8 @@ impl Tool {
 pub enum Measure {
     /// How long the program itself stood still in a dump that left it running.
     Frozen,
+    /// The same in a live dump; for a tool that has none, in the other.
+    FrozenLive,
     /// Wall time of a dump that ends the program.
     Dump,
     /// Wall time of a restore.
@@ -88,6 +91,7 @@ impl Measure {
     pub fn name(self) -> &'static str {
         match self {
             Self::Frozen => "frozen",
+            Self::FrozenLive => "frozen-live",
             Self::Dump => "dump",
             Self::Restore => "restore",
             Self::DumpMemory => "dump-memory",
@@ -98,16 +102,21 @@ impl Measure {
     /// What its figures are in.
     pub fn unit(self) -> &'static str {
         match self {
-            Self::Frozen | Self::Dump | Self::Restore => "ms",
+            Self::Frozen | Self::FrozenLive | Self::Dump | Self::Restore => "ms",
             Self::DumpMemory | Self::RestoreMemory => "MB",
         }
     }
 }
 
+/// Where images go, below the directory of the run.
+const IMAGES: &str = "images";
+
 /// One tool at work.
 pub struct Bench<'a> {
     /// Its binary.
     pub bin: &'a Path,
+    /// Whether it has `dump --live`.
+    pub live: bool,
     /// The program that times it.
     pub timed: &'a Path,
     /// The program that it dumps.
@@ -128,16 +137,20 @@ impl Bench<'_> {
     /// # Errors
     /// A dump or a restore fails, or the program does not go on.
     pub fn round(&self, case: &Case, verify: bool) -> Result<Vec<(Measure, f64)>> {
-        let images = self.dir.join("images");
+        let images = self.dir.join(IMAGES);
         fresh(&images)?;
         let mut hog = Hog::start(self.hog, self.dir, case)?;
         let pid = hog.pid().to_string();
-        hog.reset()?;
-        sleep(Duration::from_millis(50));
-        self.timed(&images, &["dump", "-t", &pid, "--leave-running"])?;
-        sleep(Duration::from_millis(50));
-        let frozen = hog.longest_ms()?;
-        fresh(&images)?;
+        let mut frozen = Vec::new();
+        let live: &[&str] = if self.live { &["--live"] } else { &[] };
+        for more in [&[], live] {
+            hog.reset()?;
+            sleep(Duration::from_millis(50));
+            self.timed(&images, &[&["dump", "-t", &pid, "--leave-running"], more].concat())?;
+            sleep(Duration::from_millis(50));
+            frozen.push(hog.longest_ms()?);
+            fresh(&images)?;
+        }
         let dump = self.timed(&images, &["dump", "-t", &pid])?;
         hog.ended()?;
         let restore = self.timed(&images, &["restore", "--restore-detached"])?;
@@ -148,7 +161,8 @@ impl Bench<'_> {
         drop(hog);
         fresh(&images)?;
         Ok(vec![
-            (Measure::Frozen, frozen),
+            (Measure::Frozen, frozen[0]),
+            (Measure::FrozenLive, frozen[1]),
             (Measure::Dump, dump.ms),
             (Measure::Restore, restore.ms),
             (Measure::DumpMemory, dump.mb),
@@ -178,9 +192,40 @@ impl Bench<'_> {
 }
 
 /// An empty directory.
+///
+/// What was in it is put aside: a file system that has just removed thousands of files may be slow in making new ones (ext4
+/// does not use their inodes again for five seconds).
 fn fresh(dir: &Path) -> Result<()> {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
     if dir.exists() {
-        fs::remove_dir_all(dir)?;
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            if entry.metadata()?.len() > LARGE {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        let aside = aside(dir);
+        fs::create_dir_all(&aside)?;
+        fs::rename(dir, aside.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string()))?;
     }
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))
+}
+
+/// Files that are removed at once.
+const LARGE: u64 = 1 << 20;
+
+fn aside(images: &Path) -> PathBuf {
+    images.with_file_name("aside")
+}
+
+/// Removes what was put aside.
+///
+/// # Errors
+/// Something cannot be removed.
+pub fn tidy_up(dir: &Path) -> Result<()> {
+    let aside = aside(&dir.join(IMAGES));
+    if aside.exists() {
+        fs::remove_dir_all(&aside).with_context(|| format!("cannot remove {}", aside.display()))?;
+    }
+    Ok(())
 }

@@ -29,6 +29,8 @@ enum Word {
 pub struct Hog {
     child: Option<Child>,
     pid: u32,
+    /// Its processes, without itself.
+    children: Vec<u32>,
     state: File,
     path: PathBuf,
 }
@@ -47,8 +49,10 @@ impl Hog {
         command.arg(&path).args(numbers).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
         let pid = child.id();
-        let hog = Self { child: Some(child), pid, state, path };
+        let mut hog = Self { child: Some(child), pid, children: Vec::new(), state, path };
         hog.until("ready", |h| Ok(h.get(Word::Ready)? == 1))?;
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        hog.children = children.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
         // What its start left to do in the kernel is not to be measured.
         sleep(Duration::from_millis(300));
         Ok(hog)
@@ -108,7 +112,11 @@ impl Hog {
         if let Some(mut child) = self.child.take() {
             child.wait()?;
         }
-        self.until("gone", |h| Ok(!Path::new(&format!("/proc/{}", h.pid)).exists()))
+        self.until("gone", |h| Ok(h.is_gone()))
+    }
+
+    fn is_gone(&self) -> bool {
+        self.children.iter().chain([&self.pid]).all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
     }
 
     fn get(&self, word: Word) -> Result<u64> {
@@ -140,7 +148,7 @@ impl Drop for Hog {
         if let Some(mut child) = self.child.take() {
             let _ = child.wait();
         }
-        let _ = self.until("gone", |h| Ok(!Path::new(&format!("/proc/{}", h.pid)).exists()));
+        let _ = self.until("gone", |h| Ok(h.is_gone()));
         let _ = fs::remove_file(&self.path);
     }
 }

@@ -88,6 +88,7 @@ pub fn run(options: &Options) -> Result<bool> {
     if cases.is_empty() {
         bail!("no case is named like {:?}; slow ones need --full", options.only);
     }
+    case::tidy_up(&dir)?;
     let limits = Limits::measure(&programs.limits, &dir)?;
     let mut results = Results { tools, limits, outcomes: Vec::new(), rounds: options.rounds, dir };
     for case in cases {
@@ -95,6 +96,7 @@ pub fn run(options: &Options) -> Result<bool> {
         print!("{}", report::case(&outcome, &results.tools));
         results.outcomes.push(outcome);
     }
+    case::tidy_up(&results.dir)?;
     if let Some(out) = &options.out {
         write(&results, out)?;
     }
@@ -163,7 +165,13 @@ fn measure(results: &Results, programs: &Programs, case: &'static Case, rounds: 
         let count = tools.len();
         tools.rotate_left(round % count);
         for (tool, bin) in tools {
-            let bench = case::Bench { bin, timed: &programs.timed, hog: &programs.hog, dir: &results.dir };
+            let bench = case::Bench {
+                bin,
+                live: *tool != Tool::Peer,
+                timed: &programs.timed,
+                hog: &programs.hog,
+                dir: &results.dir,
+            };
             let figures = bench
                 .round(case, round == 0)
                 .with_context(|| format!("case {}, round {}, {}", case.name, round + 1, bin.display()))?;
