@@ -6,11 +6,12 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use dormouse_blob_abi::parasite::{
-    Entry, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_LEAVING, THREAD_NONE,
+    Entry, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot, THREAD_IN, THREAD_LEAVING,
+    THREAD_NONE,
 };
 use dormouse_blob_abi::run::{Special, UNKNOWN, run};
 use dormouse_blob_abi::{Op, OpKind};
-use dormouse_sys::{futex, nr, syscall};
+use dormouse_sys::{arch, futex, nr, syscall};
 
 /// Operations of the leader.
 struct Leader<'a>(&'a Entry);
@@ -20,6 +21,7 @@ impl Special for Leader<'_> {
         match op.kind {
             k if k == OpKind::TakeFd as u32 => take_fd(self.0),
             k if k == OpKind::DropFd as u32 => drop_fd(self.0),
+            k if k == OpKind::Snapshot as u32 => snapshot(op.args[0]),
             _ => UNKNOWN,
         }
     }
@@ -43,6 +45,9 @@ const MSG_CMSG_CLOEXEC: u64 = 0x4000_0000;
 const AF_UNIX: u64 = 1;
 const SOCK_SEQPACKET_CLOEXEC: u64 = 5 | 0x80000;
 const MSG_NOSIGNAL: u64 = 0x4000;
+const CLONE_ARGS: u64 = 88;
+const WALL: u64 = 0x4000_0000;
+const PR_SET_NAME: u64 = 15;
 
 /// Entered by the host through ptrace, with every signal blocked and `entry` in the first argument register.
 ///
@@ -155,6 +160,61 @@ fn serve(e: &Entry) {
         if !reply(sock, status) {
             return;
         }
+    }
+}
+
+/// Forks a copy of the process by way of a go-between; its pid or a negative errno.
+fn snapshot(record: u64) -> i64 {
+    // SAFETY: the host wrote the record into the shared mapping.
+    let s = unsafe { &*(record as *const Snapshot) };
+    // SAFETY: the go-between runs on a stack of its own and never returns.
+    let pid = unsafe { arch::clone3_call((&raw const s.between).cast(), CLONE_ARGS, between, record) };
+    if pid < 0 {
+        return pid;
+    }
+    loop {
+        // SAFETY: waits for the go-between, which nobody else waits for: it sends no signal.
+        let r = unsafe { syscall(nr::WAIT4, [pid as u64, 0, WALL, 0, 0, 0]) }.0;
+        if r == pid {
+            return i64::from(s.pid.load(Ordering::Acquire));
+        }
+        if r != EINTR {
+            return r;
+        }
+    }
+}
+
+extern "C" fn between(record: u64) -> ! {
+    // SAFETY: as in `snapshot`.
+    let s = unsafe { &*(record as *const Snapshot) };
+    // SAFETY: the copy runs on a stack of its own and never returns.
+    let pid = unsafe { arch::clone3_call((&raw const s.copy).cast(), CLONE_ARGS, copy, s.entry) };
+    s.pid.store(pid as i32, Ordering::Release);
+    exit()
+}
+
+/// The copy: keeps memory and nothing else, serves the host, and ends when the host's end of its socket closes.
+extern "C" fn copy(entry: u64) -> ! {
+    // SAFETY: the host wrote the entry record into the shared mapping.
+    let e = unsafe { &mut *(entry as *mut Entry) };
+    let name = *b"dormouse-copy\0\0\0";
+    // SAFETY: closes what the copy has for itself: the end of a pipe must not stay open for longer than in the process.
+    // It is in nobody's session or group, and told apart by its name.
+    unsafe {
+        syscall(nr::CLOSE_RANGE, [0, u64::from(u32::MAX), 0, 0, 0, 0]);
+        syscall(nr::SETSID, [0; 6]);
+        syscall(nr::PRCTL, [PR_SET_NAME, &raw const name as u64, 0, 0, 0, 0]);
+    }
+    if part(e) {
+        serve(e);
+    }
+    exit()
+}
+
+fn exit() -> ! {
+    loop {
+        // SAFETY: ends a process that is the parasite's own.
+        unsafe { syscall(nr::EXIT_GROUP, [0; 6]) };
     }
 }
 

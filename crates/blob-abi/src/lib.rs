@@ -42,6 +42,11 @@ pub enum OpKind {
     DropFd = 11,
     /// Restorer: dies with its parent from now on; exits at once if that is no longer process arg 0.
     Guard = 12,
+    /// Restorer: has the host fill fresh memory; where that cannot be, reads it: args as [`OpKind::ReadAll`], then the address
+    /// of a [`restorer::Fill`].
+    FillByHost = 13,
+    /// Parasite: forks a copy of the process with a parasite of its own: arg 0 is the address of a [`parasite::Snapshot`].
+    Snapshot = 14,
 }
 
 /// What counts as success of an operation.

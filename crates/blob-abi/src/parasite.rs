@@ -4,7 +4,9 @@
 //! restores the state its thread was entered with by rt_sigreturn(2) from a frame that the host prepared.
 
 use core::mem::{offset_of, size_of};
-use core::sync::atomic::AtomicU32;
+use core::sync::atomic::{AtomicI32, AtomicU32};
+
+use crate::restorer::CloneArgs;
 
 /// What a thread of the target is entered with; the first argument register points here.
 ///
@@ -79,3 +81,24 @@ pub struct Reply {
 
 const _: () = assert!(size_of::<Request>() == 16);
 const _: () = assert!(size_of::<Reply>() == 8);
+
+/// A copy of the process, which keeps its private memory as it is at this moment ([`crate::OpKind::Snapshot`]).
+///
+/// It is made by a go-between that shares the process's memory and ends at once, so that it is no child of the process.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Snapshot {
+    /// How the go-between is made.
+    pub between: CloneArgs,
+    /// How it makes the copy.
+    pub copy: CloneArgs,
+    /// Address of the copy's own [`Entry`].
+    pub entry: u64,
+    /// The copy's pid, or a negative errno. The go-between stores it here.
+    pub pid: AtomicI32,
+    /// Padding.
+    pub pad: u32,
+}
+
+const _: () = assert!(size_of::<Snapshot>() == 192);
+const _: () = assert!(offset_of!(Snapshot, pid) == 184);

@@ -79,3 +79,34 @@ pub struct TaskArgs {
 }
 
 const _: () = assert!(size_of::<TaskArgs>() == 128);
+
+/// Memory that the host fills through a userfaultfd that the task has made for it ([`crate::OpKind::FillByHost`]).
+#[derive(Debug)]
+#[repr(C)]
+pub struct Fill {
+    /// Address of pairs of words: start and length of each mapping that holds pages.
+    pub ranges: u64,
+    /// Number of pairs.
+    pub n_ranges: u64,
+    /// A `FILL_*` value.
+    pub state: AtomicU32,
+    /// The task's descriptor of its userfaultfd, valid while `state` is [`FILL_ASKED`].
+    pub uffd: AtomicU32,
+    /// Positive errno, for [`FILL_FAILED`].
+    pub errno: AtomicU32,
+    /// Padding.
+    pub pad: u32,
+}
+
+const _: () = assert!(size_of::<Fill>() == 32);
+
+/// Nothing yet.
+pub const FILL_NONE: u32 = 0;
+/// The task waits for the host to copy the pages.
+pub const FILL_ASKED: u32 = 1;
+/// All pages are there.
+pub const FILL_DONE: u32 = 2;
+/// A page could not be copied.
+pub const FILL_FAILED: u32 = 3;
+/// The host has copied nothing and will not: the task reads the pages itself.
+pub const FILL_REFUSED: u32 = 4;

@@ -108,6 +108,15 @@ unsafe fn transfer(nr: u64, args: [u64; 6]) -> i64 {
     total
 }
 
+/// What [`OpKind::ReadAll`] does with its arguments.
+///
+/// # Safety
+/// As [`run`]: the iovecs name memory of this address space.
+pub unsafe fn read_all(args: [u64; 6]) -> i64 {
+    // SAFETY: the caller vouches for the iovecs.
+    unsafe { transfer(nr::PREADV, args) }
+}
+
 /// Timer ids only grow, so ids up to the wanted one are made and deleted (timer_create(2)).
 unsafe fn timer_create(args: [u64; 6]) -> i64 {
     let [clock, event, want, slot, ..] = args;

@@ -119,6 +119,11 @@ impl<'a> Run<'a> {
 /// # Errors
 /// The directories or the log are not accessible, or there can be no child; what fails later is told here.
 pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
+    if args.live && !args.leave_running {
+        bail!(
+            "--live is for a tree that goes on running after the dump; add --leave-running (-R), or leave --live out"
+        );
+    }
     let place = Place::enter(&args.common, notes)?;
     let run = Run::new(&place)?;
     let code = supervised(|| put_to_sleep(args, &run).into()).context("cannot start a process for the dump")?;
@@ -183,10 +188,14 @@ pub fn sleep(
         images_dir: run.place.path.clone(),
         options: args.options(),
         after,
+        live: args.live,
         timeout: args.timeout(),
         hooks: &hook,
     })?;
     run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    for what in &report.held {
+        tracing::warn!("{what}");
+    }
     tracing::info!("Dumping finished successfully");
     Ok(report)
 }

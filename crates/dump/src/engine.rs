@@ -1,20 +1,22 @@
 //! The order of a dump, and what is undone when a step of it fails.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::cancel;
 use dormouse_infect::freeze::{self, Tree};
 use dormouse_infect::host::process;
+use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
-use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::fd::{Connections, FileTable, LinkGuard, network_lock};
 use dormouse_resources::mem::{PageIds, SharedDump};
 use dormouse_resources::task as kinds;
 
 use crate::ids::{Ids, shared_between};
-use crate::task::{Saved, Savings};
-use crate::{After, DumpError, Report, Request, inventory, preflight, task};
+use crate::live::Later;
+use crate::task::{Memory, Saved, Savings};
+use crate::{After, DumpError, Report, Request, inventory, live, preflight, task};
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
@@ -27,22 +29,43 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         return Err(DumpError::Refused(blockers));
     }
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+    let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
     let frozen = Instant::now();
     let mut tree = Tree::freeze(request.pid, request.timeout)?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
-    let session = &request.session;
-    let (mut report, links, connections) = save(request, &images, &mut tree, session)?;
+    let page_ids = PageIds::new();
+    let Frozen { mut report, links, connections, later } = save(request, &images, &page_ids, &mut tree, wiped)?;
     cancel::check()?;
+    report.freezing_us = freezing_us;
+    let connected = !connections.is_empty();
+    let mut held = Some((tree, connections));
+    if request.live {
+        held.take().map_or(Ok(()), |(tree, connections)| finish(request, tree, connections))?;
+        report.frozen_us = frozen.elapsed().as_micros() as u64;
+        later.into_iter().try_for_each(|copy| {
+            cancel::check()?;
+            copy.save(&images, &page_ids, &mut report)
+        })?;
+    }
     (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
-    let inventory = inventory::inventory(&mut Ids::default(), session, &request.options, !connections.is_empty())?;
+    let inventory = inventory::inventory(&mut Ids::default(), &request.session, &request.options, connected)?;
     images.write_inventory(&inventory)?;
     links.keep();
-    finish(request, tree, connections)?;
-    report.freezing_us = freezing_us;
-    report.frozen_us = frozen.elapsed().as_micros() as u64;
+    if let Some((tree, connections)) = held {
+        finish(request, tree, connections)?;
+        report.frozen_us = frozen.elapsed().as_micros() as u64;
+    }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
+}
+
+/// What a dump has when every image is written but the inventory, and the memory that copies keep.
+struct Frozen {
+    report: Report,
+    links: LinkGuard,
+    connections: Connections,
+    later: Vec<Later>,
 }
 
 /// Writes every image but the inventory. The tree is cured when this returns, but still stopped.
@@ -51,24 +74,27 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
 fn save(
     request: &Request<'_>,
     images: &ImageDir,
+    page_ids: &PageIds,
     tree: &mut Tree,
-    session: &Session,
-) -> Result<(Report, LinkGuard, Connections), DumpError> {
-    let page_ids = PageIds::new();
+    wiped: HashSet<HostPid>,
+) -> Result<Frozen, DumpError> {
     let mut ids = Ids::default();
     // The first numbers are those of this program, as in CRIU's images.
     ids.of(HostPid::current())?;
     let mut savings = Savings {
         images,
         files: FileTable::new(images, &request.options),
-        shared: SharedDump::new(images, &page_ids),
-        page_ids: &page_ids,
+        shared: SharedDump::new(images, page_ids),
+        page_ids,
+        live: request.live,
+        wiped,
+        reapers: HashSet::new(),
         report: Report { root_pid: request.pid.0, tasks: tree.tasks.len(), ..Report::default() },
     };
     let root_outside = tree.tasks.first().map(|t| t.ppid);
     let mut pstree = images.writer(ImageKind::Pstree, 0)?;
     let mut all_ids: Vec<(HostPid, pb::TaskKobjIdsEntry)> = Vec::new();
-    let mut ext = Vec::new();
+    let (mut ext, mut later) = (Vec::new(), Vec::new());
     for t in &mut tree.tasks {
         cancel::check()?;
         pstree.record(&pstree_entry(t, root_outside)?)?;
@@ -89,23 +115,28 @@ fn save(
         }
         let has_own_files = all_ids.iter().all(|(_, have)| have.files_id != task_ids.files_id);
         let saved = task::save(&mut savings, t, has_own_files)?;
-        write_task(images, t, &task_ids, saved, &mut ext)?;
+        later.extend(write_task(images, t, &task_ids, saved, &mut ext)?);
         all_ids.push((t.pid, task_ids));
     }
     pstree.finish()?;
     savings.files.save_sockets()?;
     let links = savings.files.take_links();
-    let lock = network_lock(&inventory::run_id(session));
+    let lock = network_lock(&inventory::run_id(&request.session));
     let lock = (!request.options.network_lock_skip).then_some(lock.as_str());
     let connections = savings.files.save_connections(lock)?;
     savings.files.finish(&mut savings.shared)?;
-    savings.shared.finish()?;
+    let (_, shared) = savings.shared.finish()?;
+    if request.live && shared > 0 {
+        let what =
+            format!("{shared} pages of shared memory were copied while the tree stood still: no copy keeps them");
+        savings.report.held.push(what);
+    }
     if !ext.is_empty() {
         images.write_all(ImageKind::DormouseThreads, 0, &ext)?;
     }
     inventory::write_clocks(images)?;
     images.write_one(ImageKind::Seccomp, 0, &pb::SeccompEntry::default())?;
-    Ok((savings.report, links, connections))
+    Ok(Frozen { report: savings.report, links, connections, later })
 }
 
 fn pstree_entry(t: &freeze::Task, outside: Option<HostPid>) -> Result<pb::PstreeEntry, DumpError> {
@@ -115,16 +146,23 @@ fn pstree_entry(t: &freeze::Task, outside: Option<HostPid>) -> Result<pb::Pstree
     Ok(pb::PstreeEntry { pid: t.pid.0 as u32, ppid: ppid as u32, pgid: s.pgrp as u32, sid: s.session as u32, threads })
 }
 
+/// Writes the images of one process; its copy, if that keeps its memory.
 fn write_task(
     images: &ImageDir,
     t: &freeze::Task,
     ids: &pb::TaskKobjIdsEntry,
     saved: Saved,
     ext: &mut Vec<pb::ThreadExt>,
-) -> Result<(), DumpError> {
+) -> Result<Option<Later>, DumpError> {
     let pid = t.pid.0 as u64;
     images.write_one(ImageKind::Ids, pid, ids)?;
-    images.write_one(ImageKind::Mm, pid, &saved.mm)?;
+    let later = match saved.memory {
+        Memory::Written(mm) => {
+            images.write_one(ImageKind::Mm, pid, &*mm)?;
+            None
+        }
+        Memory::Later(later) => Some(*later),
+    };
     images.write_one(ImageKind::Fs, pid, &saved.fs)?;
     if let Some(fds) = &saved.fds {
         images.write_all(ImageKind::Fdinfo, ids.files_id.into(), fds)?;
@@ -133,7 +171,7 @@ fn write_task(
         images.write_one(ImageKind::Core, tid.0 as u64, core)?;
     }
     ext.extend(saved.ext);
-    Ok(())
+    Ok(later)
 }
 
 /// The checkpoint is complete: do with the tree as the user wishes.

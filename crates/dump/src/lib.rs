@@ -7,6 +7,7 @@
 mod engine;
 mod ids;
 mod inventory;
+mod live;
 mod preflight;
 mod task;
 
@@ -46,6 +47,8 @@ pub struct Request<'a> {
     pub options: DumpOptions,
     /// What becomes of the tree.
     pub after: After,
+    /// The tree goes on as soon as its state is known, and its memory is written meanwhile; for [`After::Run`].
+    pub live: bool,
     /// Give up, and let the tree go on, if it is not frozen after this time.
     pub timeout: Option<Duration>,
     /// Called at "pre-dump" and "post-dump"; an error ends the dump.
@@ -53,7 +56,7 @@ pub struct Request<'a> {
 }
 
 /// What was dumped, and what it cost.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     /// Root of the tree.
     pub root_pid: i32,
@@ -73,6 +76,8 @@ pub struct Report {
     pub memory_us: u64,
     /// Microseconds in all.
     pub total_us: u64,
+    /// In a live dump: what memory was copied while the tree stood still, and why.
+    pub held: Vec<String>,
 }
 
 /// Why a dump failed. The target goes on as it was.

@@ -1,5 +1,6 @@
 //! Saving one process: what can be seen from outside, what only it can tell, its memory; then it is cured.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use dormouse_images::{ImageDir, pb};
@@ -12,9 +13,10 @@ use dormouse_infect::rseq;
 use dormouse_kernel::proc::{stat, status, timers};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::fd::FileTable;
-use dormouse_resources::mem::{self, Mappings, PageIds, SharedDump};
+use dormouse_resources::mem::{self, Mappings, MmDraft, PageIds, SharedDump};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
+use crate::live::{self, Later};
 use crate::{DumpError, Report};
 
 /// What all tasks of a dump write into.
@@ -27,6 +29,12 @@ pub struct Savings<'a> {
     pub shared: SharedDump<'a>,
     /// Numbers of pages images.
     pub page_ids: &'a PageIds,
+    /// Processes are to leave copies, whose memory is written later.
+    pub live: bool,
+    /// Processes with memory that is empty in copies.
+    pub wiped: HashSet<HostPid>,
+    /// Child subreapers of the tree, and what is below them.
+    pub reapers: HashSet<HostPid>,
     /// Counters.
     pub report: Report,
 }
@@ -38,11 +46,19 @@ pub struct Saved {
     /// What the image format has no place for.
     pub ext: Vec<pb::ThreadExt>,
     /// Address space.
-    pub mm: pb::MmEntry,
+    pub memory: Memory,
     /// Root, working directory, umask.
     pub fs: pb::FsEntry,
     /// Descriptor table, unless it is that of another task.
     pub fds: Option<Vec<pb::FdinfoEntry>>,
+}
+
+/// What became of a process's memory.
+pub enum Memory {
+    /// Its pages are written.
+    Written(Box<pb::MmEntry>),
+    /// A copy keeps them.
+    Later(Box<Later>),
 }
 
 /// Saves a stopped process and leaves it stopped, as it was. Its descriptors are saved only if no task before had the
@@ -59,7 +75,8 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> 
         task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
     let stopped = task.stopped;
     let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
-    let threads = Threads { pid, states: &states, stopped, shared: &shared, asked: &asked, has_own_files };
+    let parent = task.ppid;
+    let threads = Threads { pid, parent, states: &states, stopped, shared: &shared, asked: &asked, has_own_files };
     let start = Instant::now();
     let mut parasite = Parasite::infect(leader, states[0].clone())?;
     tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
@@ -74,6 +91,7 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> 
 /// What is known of the threads of a process.
 struct Threads<'a> {
     pid: HostPid,
+    parent: HostPid,
     states: &'a [State],
     stopped: Option<i32>,
     /// Pending signals of the process.
@@ -90,28 +108,63 @@ fn with_parasite(
     others: &mut [Tracee],
 ) -> Result<Saved, DumpError> {
     let pid = threads.pid;
-    let mappings =
-        Mappings::read(pid, parasite.own_range())?.with_stacks(threads.states.iter().map(|s| arch::sp(&s.regs)));
+    let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
     let start = Instant::now();
-    let pages = mem::dump_pages(parasite, &mappings, savings.images, savings.page_ids)?;
-    savings.report.memory_us += start.elapsed().as_micros() as u64;
-    tracing::debug!(
-        "pid {pid}: {} of {} pages written in {} us",
-        pages.written,
-        pages.scanned,
-        start.elapsed().as_micros()
-    );
-    savings.report.pages_scanned += pages.scanned;
-    savings.report.pages_written += pages.written;
+    let read = if savings.live { Mappings::lines_of } else { Mappings::read };
+    let mappings = read(pid, parasite.own_range())?.with_stacks(stacks);
+    if !savings.live {
+        write_pages(savings, parasite, &mappings)?;
+    }
     let (cores, ext, task_umask) = cores(threads, parasite, others)?;
     savings.report.threads += cores.len();
     tracing::debug!("pid {pid}: {} threads asked, {} us", cores.len(), start.elapsed().as_micros());
-    let mm = mem::mm_entry(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
+    let draft = MmDraft::take(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
     let skip = [TargetFd(parasite.own_fd())];
     let fds = threads.has_own_files.then(|| savings.files.add_task(pid, &skip)).transpose()?;
     let fs = savings.files.fs_entry(pid, task_umask)?;
     tracing::debug!("pid {pid}: mappings and descriptors recorded, {} us", start.elapsed().as_micros());
-    Ok(Saved { cores, ext, mm, fs, fds })
+    let memory = if savings.live {
+        let subreaper = cores[0].1.tc.as_ref().is_some_and(|tc| tc.child_subreaper == Some(true));
+        if subreaper || savings.reapers.contains(&threads.parent) {
+            savings.reapers.insert(pid);
+        }
+        copied(savings, parasite, mappings, draft)?
+    } else {
+        Memory::Written(Box::new(draft.finish(&mappings)?))
+    };
+    Ok(Saved { cores, ext, memory, fs, fds })
+}
+
+/// Leaves a copy of the process, or writes its memory now where that cannot be.
+fn copied(
+    savings: &mut Savings<'_>,
+    parasite: &mut Parasite<'_>,
+    mappings: Mappings,
+    draft: MmDraft,
+) -> Result<Memory, DumpError> {
+    let pid = mappings.pid();
+    let what = (savings.reapers.contains(&pid), savings.wiped.contains(&pid));
+    match live::leave_copy(parasite, mappings, draft, what)? {
+        Ok(later) => Ok(Memory::Later(Box::new(later))),
+        Err(live::Held { mappings, draft, why }) => {
+            mappings.read_ahead()?;
+            let pages = write_pages(savings, parasite, &mappings)?;
+            savings.report.held.push(format!("pid {pid}: {pages} pages were copied while it stood still: {why}"));
+            Ok(Memory::Written(Box::new(draft.finish(&mappings)?)))
+        }
+    }
+}
+
+/// Writes a process's own pages; how many.
+fn write_pages(savings: &mut Savings<'_>, parasite: &mut Parasite<'_>, mappings: &Mappings) -> Result<u64, DumpError> {
+    let start = Instant::now();
+    let pages = mem::dump_pages(parasite, mappings, savings.images, savings.page_ids)?;
+    savings.report.memory_us += start.elapsed().as_micros() as u64;
+    let (pid, written, us) = (mappings.pid(), pages.written, start.elapsed().as_micros());
+    tracing::debug!("pid {pid}: {written} of {} pages written in {us} us", pages.scanned);
+    savings.report.pages_scanned += pages.scanned;
+    savings.report.pages_written += pages.written;
+    Ok(pages.written)
 }
 
 type Cores = (Vec<(HostPid, pb::CoreEntry)>, Vec<pb::ThreadExt>, u32);

@@ -137,6 +137,13 @@ impl Arena {
         self.write(addr, bytes);
     }
 
+    /// Moves a record, of whatever fields, to a target address.
+    pub fn write_plain<T>(&mut self, addr: u64, record: &T) {
+        // SAFETY: the pinned layouts have no padding, so every byte of the record is set; nobody uses it through `record`.
+        let bytes = unsafe { std::slice::from_raw_parts((record as *const T).cast::<u8>(), size_of::<T>()) };
+        self.write(addr, bytes);
+    }
+
     /// The host's pointer for a target address: for atomics that both sides use.
     pub fn host_ptr(&self, addr: u64, len: usize) -> *mut u8 {
         let at = self.offset(addr, len);
@@ -217,6 +224,11 @@ impl Batch {
     /// Whether there is nothing to run.
     pub fn is_empty(&self) -> bool {
         self.ops.is_empty()
+    }
+
+    /// What kind each operation is of, as the blobs see it.
+    pub fn kinds(&self) -> Vec<u32> {
+        self.ops.iter().map(|op| op.kind).collect()
     }
 
     /// What operation `i` was named.

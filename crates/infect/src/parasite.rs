@@ -6,12 +6,14 @@ use std::io;
 use std::mem::offset_of;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use dormouse_blob_abi::parasite::{
-    Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, THREAD_IN, THREAD_NONE,
+    Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot, THREAD_IN,
+    THREAD_NONE,
 };
+use dormouse_blob_abi::restorer::CloneArgs;
 use dormouse_blob_abi::{DONE, OpKind, Policy};
 use dormouse_blobs::PARASITE;
 use dormouse_kernel::ids::{HostPid, TargetFd};
@@ -27,6 +29,8 @@ use crate::{InfectError, cancel, failed};
 /// Bytes of the mapping that holds code, stacks, frames and operation lists; only touched pages cost memory.
 const ARENA: usize = 4 << 20;
 const STACK: usize = 16 << 10;
+/// A copy's, and that of the go-between that makes it.
+const COPY_STACK: usize = 8 << 10;
 /// How long to wait, in milliseconds, before looking whether a thread that ought to run has stopped.
 const NUDGE_MS: i32 = 5;
 const ALL_SIGNALS: u64 = u64::MAX;
@@ -34,9 +38,8 @@ const ALL_SIGNALS: u64 = u64::MAX;
 /// A parasite at work. Dropping it cures the process; [`Parasite::cure`] reports how that went.
 #[derive(Debug)]
 pub struct Parasite<'a> {
-    leader: &'a mut Tracee,
+    body: Body<'a>,
     state: State,
-    site: Site,
     socket: OwnedFd,
     remote_socket: RawFd,
     entry: u64,
@@ -45,6 +48,15 @@ pub struct Parasite<'a> {
     /// Whether it has answered once: then it has closed its copy of our end, and waits for requests.
     answered: Cell<bool>,
     cured: bool,
+}
+
+/// What a parasite runs in.
+#[derive(Debug)]
+enum Body<'a> {
+    /// The leader of the process, and where it was entered.
+    Leader(&'a mut Tracee, Site),
+    /// A copy of the process, which ends with the session ([`Parasite::fork`]).
+    Copy(HostPid),
 }
 
 impl<'a> Parasite<'a> {
@@ -58,17 +70,61 @@ impl<'a> Parasite<'a> {
     pub fn infect(leader: &'a mut Tracee, state: State) -> Result<Self, InfectError> {
         let site = Site::new(leader.tid(), &state)?;
         let Entered { socket, remote_socket, arena, entry } = enter(leader, &state, &site)?;
-        Ok(Self { leader, state, site, socket, remote_socket, entry, arena, answered: Cell::new(false), cured: false })
+        let body = Body::Leader(leader, site);
+        Ok(Self { body, state, socket, remote_socket, entry, arena, answered: Cell::new(false), cured: false })
     }
 
     /// Process whose parasite this is.
     pub fn pid(&self) -> HostPid {
-        self.leader.tid()
+        match &self.body {
+            Body::Leader(leader, _) => leader.tid(),
+            Body::Copy(pid) => *pid,
+        }
     }
 
-    /// The thread that the parasite runs in.
-    pub fn leader(&self) -> &Tracee {
-        self.leader
+    /// The thread that the parasite runs in, if it is traced.
+    fn leader(&self) -> Option<&Tracee> {
+        match &self.body {
+            Body::Leader(leader, _) => Some(leader),
+            Body::Copy(_) => None,
+        }
+    }
+
+    /// Forks a copy of the process, in which a parasite of its own serves: its private memory is what the process has now,
+    /// whatever becomes of the process. The copy is no child of the process, holds nothing open, and ends when the returned
+    /// value is dropped or this program ends.
+    ///
+    /// # Errors
+    /// The process may not fork or the copy cannot be reached; both processes go on, or end, as if it had not been tried.
+    pub fn fork(&mut self) -> Result<Parasite<'static>, InfectError> {
+        let pid = self.pid();
+        let file = open_arena(pid, self.arena.base())?;
+        let mut arena =
+            Arena::map(&file, ARENA, self.arena.base()).map_err(|e| failed("mmap of the parasite's memory", pid, e))?;
+        if self.arena.mark() > ARENA / 2 {
+            return Err(InfectError::Unexpected { pid, what: "the parasite's memory is in use".into() });
+        }
+        // The second half is the copy's, which has no other memory in common with us.
+        arena.reset(ARENA / 2);
+        let mut stack = |flags| CloneArgs {
+            flags,
+            stack: arena.alloc(COPY_STACK, 4096),
+            stack_size: COPY_STACK as u64,
+            ..CloneArgs::default()
+        };
+        let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS;
+        let (between, copy) = (stack(flags as u64), stack(0));
+        let entry = arena.alloc(size_of::<Entry>(), 16);
+        let record = Snapshot { between, copy, entry, pid: AtomicI32::new(-libc::EPROTO), pad: 0 };
+        let at = arena.alloc(size_of::<Snapshot>(), 64);
+        arena.write_plain(at, &record);
+        let mut batch = Batch::new();
+        let op = batch.push("forking a copy", OpKind::Snapshot, Policy::Must, 0, [at, 0, 0, 0, 0, 0]);
+        self.run(&mut batch)?;
+        let body = HostPid(batch.ret(op) as i32);
+        let (socket, remote_socket) = take_pair(body, None, &mut arena, entry)?;
+        let (state, answered) = (self.state.clone(), Cell::new(false));
+        Ok(Parasite { body: Body::Copy(body), state, socket, remote_socket, entry, arena, answered, cured: false })
     }
 
     /// The leader's state from before the infection.
@@ -108,7 +164,7 @@ impl<'a> Parasite<'a> {
         thread.set_regs(&arch::for_call(&state.regs, self.arena.base() + PARASITE.entry, stack, entry))?;
         thread.set_sigmask(ALL_SIGNALS)?;
         thread.cont(0)?;
-        let status = self.receive(thread);
+        let status = self.receive(Some(thread));
         thread.interrupt()?;
         thread.wait_interrupted()?;
         thread.restore_spoiled(state)?;
@@ -132,7 +188,7 @@ impl<'a> Parasite<'a> {
 
     fn exchange(&self, request: &Request) -> Result<u64, InfectError> {
         self.request(request)?;
-        let status = self.receive(self.leader)?;
+        let status = self.receive(self.leader())?;
         self.answered.set(true);
         Ok(status)
     }
@@ -145,13 +201,13 @@ impl<'a> Parasite<'a> {
     }
 
     /// Waits for the parasite's answer; `runner` is the thread that it comes from.
-    fn receive(&self, runner: &Tracee) -> Result<u64, InfectError> {
+    fn receive(&self, runner: Option<&Tracee>) -> Result<u64, InfectError> {
         let mut reply = Reply { status: 0 };
         let mut wait = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         loop {
             // SAFETY: polls one descriptor of ours.
             if unsafe { libc::poll(&mut wait, 1, NUDGE_MS) } == 0 {
-                runner.nudge()?;
+                runner.map_or(Ok(()), Tracee::nudge)?;
                 continue;
             }
             // SAFETY: receives at most eight bytes into a plain record.
@@ -182,7 +238,7 @@ impl<'a> Parasite<'a> {
         let status = self
             .request(&Request { ops, n_ops: 1 })
             .and_then(|()| self.send_fd(fd))
-            .and_then(|()| self.receive(self.leader));
+            .and_then(|()| self.receive(self.leader()));
         batch.fetch(&self.arena, ops);
         self.arena.reset(mark);
         self.judge(self.pid(), &batch, status?)?;
@@ -233,6 +289,10 @@ impl<'a> Parasite<'a> {
     }
 
     fn do_cure(&mut self) -> Result<(), InfectError> {
+        if matches!(self.body, Body::Copy(_)) {
+            // Its socket closes with ours.
+            return Ok(());
+        }
         if self.arena.atomic(self.entry + offset_of!(Entry, given) as u64).load(Ordering::Acquire) != 0 {
             // Asked for without a look at whether the run was cancelled, which may be why we are here.
             let mut batch = Batch::new();
@@ -243,9 +303,10 @@ impl<'a> Parasite<'a> {
             // It may not have closed its copy of our end of the pair yet, and is not to be stopped before.
             self.exchange(&Request { ops: self.arena.base(), n_ops: 0 })?;
         }
-        self.leader.interrupt()?;
-        self.leader.wait_interrupted()?;
-        self.site.leave(self.leader, &self.state, Some(self.remote_socket), Some(self.arena.base()))
+        let Body::Leader(leader, site) = &mut self.body else { return Ok(()) };
+        leader.interrupt()?;
+        leader.wait_interrupted()?;
+        site.leave(leader, &self.state, Some(self.remote_socket), Some(self.arena.base()))
     }
 }
 
@@ -380,17 +441,13 @@ fn enter(leader: &mut Tracee, state: &State, site: &Site) -> Result<Entered, Inf
     };
     // From here on the parasite runs, and leaves by itself if it does not hear from us.
     // If that fails it has no pair, or gives up waiting for us: it is on its way back by itself.
-    let (socket, remote_socket) = take_pair(leader, &mut arena, entry)?;
+    let (socket, remote_socket) = take_pair(leader.tid(), Some(leader), &mut arena, entry)?;
     Ok(Entered { socket, remote_socket, arena, entry })
 }
 
 /// Fills the mapping; the registers with which the leader enters it.
 fn prepare(pid: HostPid, state: &State, site: &Site, base: u64) -> Result<(Arena, u64, arch::GpRegs), InfectError> {
-    let path = format!("/proc/{pid}/map_files/{base:x}-{:x}", base + ARENA as u64);
-    let file = File::options().read(true).write(true).open(&path).map_err(|e| InfectError::Unexpected {
-        pid,
-        what: format!("cannot open {path}: {e}; CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is needed for it"),
-    })?;
+    let file = open_arena(pid, base)?;
     let mut arena = Arena::map(&file, ARENA, base).map_err(|e| failed("mmap of the parasite's memory", pid, e))?;
     arena.put(&PARASITE.relocated(base));
     let mut leaving = state.clone();
@@ -405,9 +462,22 @@ fn prepare(pid: HostPid, state: &State, site: &Site, base: u64) -> Result<(Arena
     Ok((arena, entry, regs))
 }
 
+/// The file behind the parasite's mapping at `base`.
+fn open_arena(pid: HostPid, base: u64) -> Result<File, InfectError> {
+    let path = format!("/proc/{pid}/map_files/{base:x}-{:x}", base + ARENA as u64);
+    File::options().read(true).write(true).open(&path).map_err(|e| InfectError::Unexpected {
+        pid,
+        what: format!("cannot open {path}: {e}; CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is needed for it"),
+    })
+}
+
 /// Takes our end of the socket pair that the parasite makes, and tells it so.
-fn take_pair(leader: &Tracee, arena: &mut Arena, entry: u64) -> Result<(OwnedFd, RawFd), InfectError> {
-    let pid = leader.tid();
+fn take_pair(
+    pid: HostPid,
+    runner: Option<&Tracee>,
+    arena: &mut Arena,
+    entry: u64,
+) -> Result<(OwnedFd, RawFd), InfectError> {
     let phase = entry + offset_of!(Entry, phase) as u64;
     let word = arena.atomic(phase);
     let end = Instant::now() + Duration::from_millis(u64::from(PAIR_PATIENCE_MS));
@@ -417,7 +487,7 @@ fn take_pair(leader: &Tracee, arena: &mut Arena, entry: u64) -> Result<(OwnedFd,
         }
         futex::wait_for(word, PAIR_NONE, NUDGE_MS as u64 * 1_000_000);
         if word.load(Ordering::Acquire) == PAIR_NONE {
-            leader.nudge()?;
+            runner.map_or(Ok(()), Tracee::nudge)?;
         }
     }
     let failure = |errno: u32| InfectError::Remote {

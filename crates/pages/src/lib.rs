@@ -4,9 +4,11 @@
 //! The unsafe code of host-side page handling is fenced in here.
 
 pub mod probe;
+pub mod put;
 pub mod runs;
 pub mod scan;
 
 pub use probe::ProbeFeatures;
+pub use put::put_pages;
 pub use runs::{PageRead, PageRun, PagemapRecord, PagesReader, RunsError};
 pub use scan::{PageScanner, Want, category};

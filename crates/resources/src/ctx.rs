@@ -3,7 +3,7 @@
 use dormouse_infect::arena::Arena;
 
 use crate::fd::Files;
-use crate::mem::{Shared, Vdso};
+use crate::mem::{HostFill, Shared, Vdso};
 
 /// Surroundings of one task of a restore.
 pub struct RestoreCtx<'a, 'f> {
@@ -21,6 +21,8 @@ pub struct RestoreCtx<'a, 'f> {
     pub own: &'a Own,
     /// The task was forked by one that had its memory already.
     pub forked_with_memory: bool,
+    /// Memory that the host is to fill, once the task has mapped it.
+    pub fills: &'a mut Vec<HostFill>,
 }
 
 /// What the restoring process has itself: settings that already are as wanted need no privilege.

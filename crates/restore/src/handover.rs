@@ -20,6 +20,7 @@ use dormouse_resources::{TaskImage, TreeImage, task};
 use dormouse_sys::nr;
 
 use crate::control::Watch;
+use crate::fill::Fills;
 use crate::plan::{Plan, STAGE_FORKED, STAGE_GROUPED, STAGE_GUARDED, state_of};
 use crate::{Report, Request, RestoreError, process as root_process};
 
@@ -36,6 +37,17 @@ pub fn execute(
     request: &Request<'_>,
     image: &TreeImage,
     plan: &Plan,
+    files: Files<'_>,
+) -> Result<Report, RestoreError> {
+    // Its threads exist before the first task does: later they could take numbers that tasks need.
+    std::thread::scope(|scope| execute_with(&Fills::start(plan, scope), request, image, plan, files))
+}
+
+fn execute_with(
+    fills: &Fills<'_, '_>,
+    request: &Request<'_>,
+    image: &TreeImage,
+    plan: &Plan,
     mut files: Files<'_>,
 ) -> Result<Report, RestoreError> {
     let start = Instant::now();
@@ -48,7 +60,7 @@ pub fn execute(
     files.forked();
     let watch = Watch::new(plan);
     let mut tracees = Vec::new();
-    let done = run_stages(request, image, &watch, &mut files, root, &mut tracees);
+    let done = run_stages(request, image, &watch, (&mut files, fills), root, &mut tracees);
     match done {
         Ok(forking_us) => {
             drop(subreaper);
@@ -78,7 +90,7 @@ fn run_stages(
     request: &Request<'_>,
     image: &TreeImage,
     watch: &Watch<'_>,
-    files: &mut Files<'_>,
+    (files, fills): (&mut Files<'_>, &Fills<'_, '_>),
     root: HostPid,
     tracees: &mut Vec<Tracee>,
 ) -> Result<u64, RestoreError> {
@@ -86,7 +98,10 @@ fn run_stages(
     let plan = watch.plan();
     let processes = plan.forest.nodes.len();
     let parking: Vec<usize> = (0..plan.lists.len()).filter(|l| plan.lists[*l].parks).collect();
-    watch.until(|c| c.arrived(STAGE_FORKED) == processes)?;
+    watch.until(|c| {
+        fills.poll();
+        c.arrived(STAGE_FORKED) == processes
+    })?;
     plan.shared.seal()?;
     tracing::debug!("{processes} processes forked, memory read, in {} us", start.elapsed().as_micros());
     watch.block.open(STAGE_FORKED);

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod fill;
 mod handover;
 mod plan;
 mod process;

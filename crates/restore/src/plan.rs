@@ -14,7 +14,7 @@ use dormouse_infect::arena::{Arena, Batch, OpId};
 use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::fd::{Files, When};
-use dormouse_resources::mem::{Shared, Vdso, layout, map};
+use dormouse_resources::mem::{HostFill, Shared, Vdso, layout, map};
 use dormouse_resources::task::{self, regs};
 use dormouse_resources::tree::Forest;
 use dormouse_resources::{Own, RestoreCtx, RestoreOptions, TaskImage, TreeImage, tree};
@@ -49,6 +49,8 @@ pub struct List {
     pub node: usize,
     /// Its thread id.
     pub tid: i32,
+    /// Which of its task's threads it is; none for the leader.
+    pub thread: Option<usize>,
     /// What it does.
     pub batch: Batch,
     /// Where the list lies.
@@ -77,6 +79,8 @@ pub struct Plan {
     pub births: Vec<(usize, OpId, usize)>,
     /// Shared memory objects.
     pub shared: Shared,
+    /// Memory that the host fills while tasks wait.
+    pub fills: Vec<HostFill>,
 }
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
@@ -116,13 +120,14 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         park: hole.end - park_len,
         lists: Vec::new(),
         births: Vec::new(),
+        fills: Vec::new(),
     };
     writer.write()?;
     writer.files.settle_sockets(&shared)?;
     writer.files.set_leases()?;
     check_descriptors(&descriptors)?;
-    let (lists, births) = (writer.lists, writer.births);
-    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared }, files))
+    let (lists, births, fills) = (writer.lists, writer.births, writer.fills);
+    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills }, files))
 }
 
 /// What this process has itself, and the signals that it ignores.
@@ -249,18 +254,19 @@ struct Writer<'w, 'f> {
     park: u64,
     lists: Vec<List>,
     births: Vec<(usize, OpId, usize)>,
+    fills: Vec<HostFill>,
 }
 
 impl<'f> Writer<'_, 'f> {
     fn write(&mut self) -> Result<(), RestoreError> {
         for (i, n) in self.forest.nodes.iter().enumerate() {
-            self.add_list(i, n.pid, n.task.is_some_and(|t| !self.image.tasks[t].is_zombie()));
+            self.add_list(i, (n.pid, None), n.task.is_some_and(|t| !self.image.tasks[t].is_zombie()));
         }
         // Threads come after all processes, so that a process's list has its node's index.
         let mut threads = vec![Vec::new(); self.forest.nodes.len()];
         for (i, n) in self.forest.nodes.iter().enumerate() {
-            for (tid, _) in n.task.map_or(&[][..], |t| &self.image.tasks[t].threads) {
-                threads[i].push(self.add_list(i, *tid, true));
+            for (k, (tid, _)) in n.task.map_or(&[][..], |t| &self.image.tasks[t].threads).iter().enumerate() {
+                threads[i].push(self.add_list(i, (*tid, Some(k)), true));
             }
         }
         for (i, own_threads) in threads.iter().enumerate() {
@@ -278,9 +284,9 @@ impl<'f> Writer<'_, 'f> {
         Ok(())
     }
 
-    fn add_list(&mut self, node: usize, tid: i32, parks: bool) -> usize {
+    fn add_list(&mut self, node: usize, (tid, thread): (i32, Option<usize>), parks: bool) -> usize {
         let args = self.arena.alloc(size_of::<TaskArgs>(), 64);
-        self.lists.push(List { node, tid, batch: Batch::new(), ops: 0, args, parks });
+        self.lists.push(List { node, tid, thread, batch: Batch::new(), ops: 0, args, parks });
         self.lists.len() - 1
     }
 
@@ -508,6 +514,7 @@ impl<'f> Writer<'_, 'f> {
             park: self.park,
             own: self.own,
             forked_with_memory,
+            fills: &mut self.fills,
         }
     }
 
@@ -544,10 +551,6 @@ pub fn state_of(
     forest: &Forest,
 ) -> Result<dormouse_infect::ptrace::State, RestoreError> {
     let task = &image.tasks[forest.nodes[list.node].task.expect("only tasks park")];
-    let core = if task.pid() == list.tid {
-        &task.core
-    } else {
-        &task.threads.iter().find(|(tid, _)| *tid == list.tid).expect("lists are made of threads").1
-    };
+    let core = list.thread.map_or(&task.core, |k| &task.threads[k].1);
     Ok(regs::from_core(list.tid, core, image.ext.get(&(list.tid as u32)))?)
 }

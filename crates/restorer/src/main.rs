@@ -6,14 +6,19 @@
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use dormouse_blob_abi::restorer::{Control, STAGES, TaskArgs};
-use dormouse_blob_abi::run::{Special, UNKNOWN, run};
+use dormouse_blob_abi::restorer::{Control, FILL_ASKED, FILL_DONE, FILL_FAILED, Fill, STAGES, TaskArgs};
+use dormouse_blob_abi::run::{Special, UNKNOWN, read_all, run};
 use dormouse_blob_abi::{DONE, Op, OpKind};
 use dormouse_sys::{arch, futex, nr, syscall};
 
 const EINVAL: i64 = -22;
 const PR_SET_PDEATHSIG: u64 = 1;
 const SIGKILL: u64 = 9;
+/// `O_CLOEXEC | UFFD_USER_MODE_ONLY`: nobody but us is to touch the memory.
+const UFFD_FLAGS: u64 = 0x80000 | 1;
+const UFFDIO_API: u64 = 0xc018_aa3f;
+const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 
 struct Task<'a> {
     control: &'a Control,
@@ -30,6 +35,8 @@ impl Special for Task<'_> {
             }
             k if k == OpKind::Barrier as u32 => self.barrier(op.args[0] as usize),
             k if k == OpKind::Guard as u32 => guard(op.args[0]),
+            // SAFETY: the host composed the operation for this address space.
+            k if k == OpKind::FillByHost as u32 => unsafe { self.fill(op.args) },
             k if k == OpKind::Park as u32 => {
                 bump(&self.control.parked);
                 bump(&self.control.progress);
@@ -60,6 +67,63 @@ impl Task<'_> {
         }
         0
     }
+
+    /// Waits until the host has filled memory; reads it itself where there is no userfaultfd(2) or the host refuses.
+    ///
+    /// # Safety
+    /// The iovecs name fresh memory of this task, and the record the mappings that it lies in.
+    unsafe fn fill(&self, args: [u64; 6]) -> i64 {
+        // SAFETY: the host wrote the record into the shared mapping.
+        let fill = unsafe { &*(args[4] as *const Fill) };
+        let fd = watched(fill);
+        if fd >= 0 {
+            fill.uffd.store(fd as u32, Ordering::Relaxed);
+            fill.state.store(FILL_ASKED, Ordering::Release);
+            bump(&self.control.progress);
+            while fill.state.load(Ordering::Acquire) == FILL_ASKED {
+                futex::wait(&fill.state, FILL_ASKED);
+            }
+            close(fd);
+            match fill.state.load(Ordering::Acquire) {
+                FILL_DONE => return 0,
+                FILL_FAILED => return -i64::from(fill.errno.load(Ordering::Acquire)),
+                _ => {}
+            }
+        }
+        // SAFETY: as for the caller.
+        unsafe { read_all(args) }
+    }
+}
+
+/// A userfaultfd (Linux 4.11; user mode alone since 5.11) that covers all ranges of the record, or a negative errno.
+fn watched(fill: &Fill) -> i64 {
+    // SAFETY: takes flags only.
+    let fd = unsafe { syscall(nr::USERFAULTFD, [UFFD_FLAGS, 0, 0, 0, 0, 0]) }.0;
+    if fd < 0 {
+        return fd;
+    }
+    let mut api = [0xAAu64, 0, 0];
+    // SAFETY: `struct uffdio_api` is three words; a local.
+    let mut r = unsafe { syscall(nr::IOCTL, [fd as u64, UFFDIO_API, &raw mut api as u64, 0, 0, 0]) }.0;
+    let mut i = 0;
+    while r >= 0 && i < fill.n_ranges {
+        // SAFETY: the host wrote `n_ranges` pairs into the shared mapping.
+        let [start, len] = unsafe { *(fill.ranges as *const [u64; 2]).add(i as usize) };
+        let mut range = [start, len, UFFDIO_REGISTER_MODE_MISSING, 0];
+        // SAFETY: `struct uffdio_register` is four words; a local.
+        r = unsafe { syscall(nr::IOCTL, [fd as u64, UFFDIO_REGISTER, &raw mut range as u64, 0, 0, 0]) }.0;
+        i += 1;
+    }
+    if r < 0 {
+        close(fd);
+        return r;
+    }
+    fd
+}
+
+fn close(fd: i64) {
+    // SAFETY: closes a descriptor of our own.
+    unsafe { syscall(nr::CLOSE, [fd as u64, 0, 0, 0, 0, 0]) };
 }
 
 /// The parent-death signal (prctl(2)) comes only for a death after it was set, so the parent is looked at afterwards.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 const USAGE: &str =
-    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange|service|concurrent]...
+    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange|service|concurrent|live]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
     [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
@@ -33,10 +33,12 @@ pub enum Group {
     Service,
     /// Many restores at once.
     Concurrent,
+    /// Dumps of trees that go on.
+    Live,
 }
 
 impl Group {
-    const ALL: [(&'static str, Self); 8] = [
+    const ALL: [(&'static str, Self); 9] = [
         ("programs", Self::Programs),
         ("real", Self::Real),
         ("refuse", Self::Refuse),
@@ -45,6 +47,7 @@ impl Group {
         ("exchange", Self::Exchange),
         ("service", Self::Service),
         ("concurrent", Self::Concurrent),
+        ("live", Self::Live),
     ];
 }
 

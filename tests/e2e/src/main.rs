@@ -12,6 +12,7 @@ mod exchange;
 mod gifts;
 mod inside;
 mod kill;
+mod live;
 mod proc;
 mod programs;
 mod real;
@@ -82,6 +83,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
             Group::Exchange => tests.extend(exchange::tests()),
             Group::Service => tests.extend(service::tests()),
             Group::Concurrent => tests.extend(concurrent::tests()),
+            Group::Live => tests.extend(live::tests()),
         }
     }
     tests.retain(|test| args.filter.is_empty() || args.filter.iter().any(|part| test.name.contains(part.as_str())));

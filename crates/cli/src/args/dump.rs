@@ -66,6 +66,9 @@ pub struct DumpArgs {
     /// Leave the tree stopped after the dump, not killed
     #[arg(short = 's', long, overrides_with = "leave_running")]
     pub leave_stopped: bool,
+    /// Let the tree go on as soon as its state is known, and write its memory meanwhile; needs --leave-running
+    #[arg(long)]
+    pub live: bool,
     /// Give up if the tree is not stopped within so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u32,

@@ -169,6 +169,7 @@ pub const CRIU: &[Known] = &[
 /// Options that CRIU does not have. Their names are never abbreviated, so that every abbreviation CRIU takes still means
 /// what it means there.
 pub const OURS: &[Known] = &[
+    Known::new("live", Nothing, Works, Elsewhere),
     Known::new("pid", Value, Elsewhere, Elsewhere),
     Known::new("wait-status", Nothing, Elsewhere, Works),
     Known::new("compress", MaybeValue, Refused("images are not compressed yet; leave it out"), Elsewhere),

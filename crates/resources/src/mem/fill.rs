@@ -1,5 +1,7 @@
 //! Filling restored memory from the pages image: reads that are contiguous there become few operations.
 
+use std::path::{Path, PathBuf};
+
 use dormouse_blob_abi::{OpKind, Policy};
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
@@ -16,6 +18,76 @@ const SCRATCH: u64 = 64 << 10;
 /// Protection of a mapping while its pages, if it has any, are filled in.
 pub fn fill_prot(v: &pb::VmaEntry, runs: &[Run]) -> u32 {
     if is_private(v) && overlaps(runs, v.start, v.end) { PROT_RW } else { v.prot }
+}
+
+/// From this many bytes on the host fills a task's memory: below, asking costs more than it saves.
+const BY_HOST: u64 = 4 << 20;
+
+/// Memory that the host fills while its task waits.
+#[derive(Clone, Debug)]
+pub struct HostFill {
+    /// Process id.
+    pub pid: i32,
+    /// Address of the [`dormouse_blob_abi::restorer::Fill`] record in the shared mapping.
+    pub at: u64,
+    /// The pages image.
+    pub path: PathBuf,
+    /// Where its bytes go.
+    pub pieces: Vec<Run>,
+}
+
+/// Does the kernel fill fresh memory with huge pages, unless told otherwise? Then faults are cheaper than copies page by page.
+pub fn huge_by_default() -> bool {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").is_ok_and(|s| s.contains("[always]"))
+}
+
+/// Pieces that follow each other in the image, for the host to fill if they are many.
+pub struct Gathered<'p> {
+    pid: i32,
+    fd: i32,
+    path: &'p Path,
+    /// Start and length of the mappings that the pieces lie in.
+    ranges: Vec<u64>,
+    pieces: Vec<Run>,
+    bytes: u64,
+}
+
+impl<'p> Gathered<'p> {
+    /// None yet, of this task; `fd` is its descriptor of the pages image at `path`.
+    pub fn new(pid: i32, fd: i32, path: &'p Path) -> Self {
+        Self { pid, fd, path, ranges: Vec::new(), pieces: Vec::new(), bytes: 0 }
+    }
+
+    /// Whether `run` comes right behind the others in the image.
+    pub fn goes_on(&self, run: Run) -> bool {
+        self.pieces.last().is_none_or(|p| p.offset + p.len == run.offset)
+    }
+
+    /// Adds a piece, which lies in the mapping `v`.
+    pub fn add(&mut self, v: &pb::VmaEntry, run: Run) {
+        if self.ranges.len() < 2 || self.ranges[self.ranges.len() - 2] != v.start {
+            self.ranges.extend([v.start, v.end - v.start]);
+        }
+        self.pieces.push(run);
+        self.bytes += run.len;
+    }
+
+    /// Appends the operations for what was gathered, and begins anew.
+    pub fn flush(&mut self, b: &mut Batch, arena: &mut Arena, reads: &mut Reads) -> Option<HostFill> {
+        let (ranges, pieces) = (std::mem::take(&mut self.ranges), std::mem::take(&mut self.pieces));
+        let bytes = std::mem::take(&mut self.bytes);
+        if bytes < BY_HOST {
+            pieces.into_iter().for_each(|piece| reads.add(b, arena, piece));
+            return None;
+        }
+        let record = [arena.put_words(&ranges), ranges.len() as u64 / 2, 0, 0];
+        let at = arena.put_words(&record);
+        let iov: Vec<u64> = pieces.iter().flat_map(|p| [p.start, p.len]).collect();
+        let args = [self.fd as u64, arena.put_words(&iov), pieces.len() as u64, pieces[0].offset, at, 0];
+        let what = format!("{bytes} bytes of pages from {:#x} on", pieces[0].start);
+        b.push(what, OpKind::FillByHost, Policy::Must, 0, args);
+        Some(HostFill { pid: self.pid, at, path: self.path.to_owned(), pieces })
+    }
 }
 
 /// Collects page reads of one image.
@@ -72,6 +144,38 @@ impl Reads {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn much_memory_is_left_to_the_host_and_little_is_read() {
+        let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
+        let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
+        let v = pb::VmaEntry { start: 1 << 30, end: 2 << 30, ..Default::default() };
+        for (len, kind, fills) in [(BY_HOST - 4096, OpKind::ReadAll, 0), (BY_HOST, OpKind::FillByHost, 1)] {
+            let (mut b, mut reads) = (Batch::new(), Reads::new(5));
+            let mut gathered = Gathered::new(7, 5, Path::new("pages-1.img"));
+            let runs = [
+                Run { start: v.start, len: 4096, offset: 8192 },
+                Run { start: v.start + 8192, len: len - 4096, offset: 12288 },
+            ];
+            for run in runs {
+                assert!(gathered.goes_on(run));
+                gathered.add(&v, run);
+            }
+            assert!(!gathered.goes_on(Run { start: 0, len: 4096, offset: 0 }));
+            let fill = gathered.flush(&mut b, &mut arena, &mut reads);
+            reads.flush(&mut b, &mut arena);
+            assert_eq!(fill.iter().count(), fills);
+            assert_eq!(b.kinds(), [kind as u32]);
+            if let Some(fill) = fill {
+                assert_eq!(fill.pieces, runs);
+                let ranges = arena.word(fill.at);
+                assert_eq!(
+                    [arena.word(ranges), arena.word(ranges + 8), arena.word(fill.at + 8)],
+                    [1 << 30, 1 << 30, 1]
+                );
+            }
+        }
+    }
 
     #[test]
     fn runs_that_touch_in_memory_and_image_are_one_iovec() {

@@ -4,7 +4,7 @@ use dormouse_images::pb;
 use dormouse_infect::arena::Batch;
 use dormouse_sys::nr;
 
-use super::fill::{Reads, fill_prot};
+use super::fill::{Gathered, Reads, fill_prot, huge_by_default};
 pub use super::inherit::shares_memory;
 use super::inherit::{inherit_ops, inherited};
 use super::mm;
@@ -45,7 +45,10 @@ pub fn map_ops(
         }
     }
     let parent_runs = parent.and_then(|p| p.pages.as_ref()).map_or(&[][..], |p| &p.runs);
-    let mut reads = Reads::new(c.files.pages_fd(t.pid())?);
+    let fd = c.files.pages_fd(t.pid())?;
+    let mut reads = Reads::new(fd);
+    let mut gathered = Gathered::new(t.pid(), fd, &pages.path);
+    let small_pages = mm.thp_disabled == Some(true) || !huge_by_default();
     for v in vmas.iter().filter(|v| is_mapped(v)) {
         if let Some(p) = inherited(v, &parent_vmas) {
             inherit_ops(b, c.arena, (v, p), (&pages.runs, parent_runs), &mut reads);
@@ -53,13 +56,32 @@ pub fn map_ops(
         }
         mmap_op(b, c, t, v, fill_prot(v, &pages.runs))?;
         if is_private(v) {
+            // Before the pages come, too: faults bring huge ones where they were asked for.
+            let huge = v.madv.unwrap_or(0) & 1 << MADV_HUGEPAGE != 0;
+            if huge {
+                let args = [v.start, v.end - v.start, MADV_HUGEPAGE];
+                b.attempt(format!("madvise of huge pages at {}", describe(v)), nr::MADVISE, &args);
+            }
             for run in clip(&pages.runs, v.start, v.end) {
-                reads.add(b, c.arena, run);
+                if huge || !small_pages || !is_plain(v) {
+                    reads.add(b, c.arena, run);
+                    continue;
+                }
+                if !gathered.goes_on(run) {
+                    c.fills.extend(gathered.flush(b, c.arena, &mut reads));
+                }
+                gathered.add(v, run);
             }
         }
     }
+    c.fills.extend(gathered.flush(b, c.arena, &mut reads));
     reads.flush(b, c.arena);
     check_pages_are_mapped(t, &vmas, &pages.runs)
+}
+
+/// May a userfaultfd cover it? Private anonymous memory in ordinary pages.
+fn is_plain(v: &pb::VmaEntry) -> bool {
+    v.status & VMA_ANON_PRIVATE != 0 && v.flags & flag::HUGETLB == 0
 }
 
 fn check_pages_are_mapped(t: &TaskImage, vmas: &[&pb::VmaEntry], runs: &[Run]) -> Result<(), ResourceError> {

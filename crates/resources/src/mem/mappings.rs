@@ -47,6 +47,8 @@ pub enum Kind {
 
 /// A mapping with what is known of it.
 pub struct Mapping<'a> {
+    /// Which line of maps, counted without the parasite's own.
+    pub line: usize,
     /// The line of maps.
     pub map: &'a Vma,
     /// What it maps.
@@ -61,6 +63,8 @@ type Smaps = std::result::Result<Vec<Smap>, ProcError>;
 #[derive(Debug)]
 pub struct Mappings {
     pid: HostPid,
+    /// Where pages and flags are read: the process itself, or a copy of it.
+    source: HostPid,
     vmas: Vec<(Vma, Kind)>,
     own: Range<u64>,
     stacks: Vec<u64>,
@@ -76,13 +80,71 @@ impl Mappings {
     /// # Errors
     /// The process is gone, or what /proc says of it is not understood.
     pub fn read(pid: HostPid, own: Range<u64>) -> Result<Self> {
-        let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
-        let reader = std::thread::Builder::new().name(format!("smaps of {pid}"));
-        let reader = reader.spawn(move || smaps::read(pid)).map_err(call("cannot start a thread"))?;
-        let others = |v: &Vma| v.start < own.start || v.start >= own.end;
-        let vmas = maps::read_maps(pid)?.into_iter().filter(others).map(|v| classify(v, shm)).collect();
-        let reader = Mutex::new(Some(reader));
-        Ok(Self { pid, vmas, own, stacks: Vec::new(), reader, smaps: OnceLock::new(), guards: OnceLock::new() })
+        // Begun before anything else, since it takes the longest.
+        let reader = read_smaps(pid)?;
+        let this = Self::lines_of(pid, own)?;
+        Ok(Self { reader: Mutex::new(Some(reader)), ..this })
+    }
+
+    /// As [`Mappings::read`], but what only smaps tells is read when it is first asked for.
+    ///
+    /// # Errors
+    /// As of [`Mappings::read`].
+    pub fn lines_of(pid: HostPid, own: Range<u64>) -> Result<Self> {
+        let vmas = lines(pid, &own)?;
+        Ok(Self {
+            pid,
+            source: pid,
+            vmas,
+            own,
+            stacks: Vec::new(),
+            reader: Mutex::new(None),
+            smaps: OnceLock::new(),
+            guards: OnceLock::new(),
+        })
+    }
+
+    /// From now on pages and flags are read from `copy`, a copy of the process with the same mappings. Whether it has the same:
+    /// mappings that fork(2) leaves out are in no copy.
+    ///
+    /// # Errors
+    /// The copy is gone.
+    pub fn are_those_of(&mut self, copy: HostPid) -> Result<bool> {
+        let same = lines(copy, &self.own)?
+            .iter()
+            .map(|(v, _)| (v.start, v.end))
+            .eq(self.vmas.iter().map(|(v, _)| (v.start, v.end)));
+        if same {
+            self.source = copy;
+        }
+        Ok(same)
+    }
+
+    /// Begins to read smaps beside what else is done.
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn read_ahead(&self) -> Result<()> {
+        *self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(read_smaps(self.source)?);
+        Ok(())
+    }
+
+    /// The process whose pages and flags are read.
+    pub fn source(&self) -> HostPid {
+        self.source
+    }
+
+    /// Whether there is memory that a copy of the process does not keep (MADV_WIPEONFORK).
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn are_wiped(&self) -> Result<bool> {
+        Ok(self.smaps()?.iter().any(Smap::is_wiped))
+    }
+
+    /// Whether there is private memory in huge pages that are reserved by number.
+    pub fn have_reserved_pages(&self) -> bool {
+        self.vmas.iter().any(|(v, kind)| *kind == Kind::HugeAnonymous && !v.shared)
     }
 
     /// Names the stack pointers of threads besides the leader: their pages are never marked as fit to be fetched later.
@@ -128,7 +190,7 @@ impl Mappings {
     /// One is of a kind that cannot be dumped, or the process is gone.
     pub fn finished(&self) -> Result<Vec<Mapping<'_>>> {
         let mut all: Vec<Mapping<'_>> = Vec::with_capacity(self.vmas.len());
-        for ((map, kind), smap) in self.vmas.iter().zip(self.smaps()?) {
+        for (line, ((map, kind), smap)) in self.vmas.iter().zip(self.smaps()?).enumerate() {
             if let Some((what, next_step)) = blockers::reason(map, smap.codes, *kind) {
                 return Err(invalid!("cannot dump pid {}: {what}; {next_step}", self.pid));
             }
@@ -141,7 +203,7 @@ impl Mappings {
                     }
                     last.entry.end = entry.end;
                 }
-                _ => all.push(Mapping { map, kind: *kind, entry }),
+                _ => all.push(Mapping { line, map, kind: *kind, entry }),
             }
         }
         Ok(all)
@@ -157,7 +219,7 @@ impl Mappings {
             return Ok(smaps);
         }
         let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.pid))?;
+        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.source))?;
         let read: Vec<Smap> =
             read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
         let equal = |(a, (b, _)): (&Smap, &(Vma, Kind))| (a.start, a.end) == (b.start, b.end);
@@ -196,7 +258,7 @@ impl Mappings {
     }
 
     fn scan_guards(&self) -> std::io::Result<Vec<Range<u64>>> {
-        let scanner = PageScanner::open(self.pid)?;
+        let scanner = PageScanner::open(self.source)?;
         let mut runs = Vec::new();
         if scanner.knows_guards() {
             for (v, _) in self.vmas.iter().filter(|(_, kind)| may_have_guards(*kind)) {
@@ -205,6 +267,18 @@ impl Mappings {
         }
         Ok(runs.iter().map(|r| r.start..r.end).collect())
     }
+}
+
+fn read_smaps(pid: HostPid) -> Result<JoinHandle<Smaps>> {
+    let reader = std::thread::Builder::new().name(format!("smaps of {pid}"));
+    reader.spawn(move || smaps::read(pid)).map_err(call("cannot start a thread"))
+}
+
+/// The lines of maps but the parasite's, and what they map.
+fn lines(pid: HostPid, own: &Range<u64>) -> Result<Vec<(Vma, Kind)>> {
+    let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
+    let others = |v: &Vma| v.start < own.start || v.start >= own.end;
+    Ok(maps::read_maps(pid)?.into_iter().filter(others).map(|v| classify(v, shm)).collect())
 }
 
 /// Guard pages may be in memory and, since Linux 6.15, in mappings of files.

@@ -12,7 +12,6 @@ use dormouse_sys::nr;
 use super::map_files::MapFiles;
 use super::mappings::{Kind, Mappings};
 use super::shared::SharedDump;
-use super::vma::{VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED};
 use crate::fd::FileTable;
 use crate::{RestoreCtx, Result};
 
@@ -52,7 +51,49 @@ pub fn mm_entry(
     files: &mut FileTable<'_>,
     shared: &mut SharedDump<'_>,
 ) -> Result<pb::MmEntry> {
-    let pid = mappings.pid();
+    MmDraft::take(parasite, mappings, files, shared)?.finish(mappings)
+}
+
+/// A record without what takes long to find out, the flags of the mappings.
+#[derive(Debug)]
+pub struct MmDraft {
+    mm: pb::MmEntry,
+    /// For each line of maps what it maps: the file's access mode, the number of the file or shared object.
+    mapped: Vec<(Option<u32>, u64)>,
+}
+
+impl MmDraft {
+    /// Takes all but the mappings' flags.
+    ///
+    /// # Errors
+    /// A mapped file cannot be added, or the process is gone.
+    pub fn take(
+        parasite: &mut Parasite<'_>,
+        mappings: &Mappings,
+        files: &mut FileTable<'_>,
+        shared: &mut SharedDump<'_>,
+    ) -> Result<Self> {
+        let mm = fields(parasite, mappings.pid(), files)?;
+        Ok(Self { mm, mapped: mapped(mappings, files, shared)? })
+    }
+
+    /// The whole record.
+    ///
+    /// # Errors
+    /// A mapping is of a kind that cannot be dumped, or the process is gone.
+    pub fn finish(self, mappings: &Mappings) -> Result<pb::MmEntry> {
+        let Self { mut mm, mapped } = self;
+        for m in mappings.finished()? {
+            let (fdflags, shmid) = mapped[m.line];
+            mm.vmas.push(pb::VmaEntry { fdflags, shmid, ..m.entry });
+        }
+        mm.vmas.extend(mappings.guard_entries()?);
+        Ok(mm)
+    }
+}
+
+/// The fields that are not about single mappings.
+fn fields(parasite: &mut Parasite<'_>, pid: HostPid, files: &mut FileTable<'_>) -> Result<pb::MmEntry> {
     let mut batch = Batch::new();
     let asked = Asked::ops(&mut batch);
     parasite.run(&mut batch)?;
@@ -61,7 +102,7 @@ pub fn mm_entry(
         tracing::warn!("pid {pid}: huge pages are disabled except where advised, which is kept as disabled everywhere");
     }
     let s = stat::read(pid)?;
-    let mut mm = pb::MmEntry {
+    Ok(pb::MmEntry {
         mm_start_code: s.startcode,
         mm_end_code: s.endcode,
         mm_start_data: s.start_data,
@@ -78,9 +119,7 @@ pub fn mm_entry(
         dumpable: Some(batch.ret(asked.dumpable) as i32),
         thp_disabled: Some(thp != 0),
         ..Default::default()
-    };
-    mm.vmas = entries(mappings, files, shared)?;
-    Ok(mm)
+    })
 }
 
 /// Whether new pages may be huge; inherited by fork(2), so always set.
@@ -128,33 +167,42 @@ fn auxv(pid: HostPid) -> Result<Vec<u64>> {
     Ok(words)
 }
 
-/// All entries, guard areas last; each mapped file is in the file table, each shared object in the other.
-fn entries(mappings: &Mappings, files: &mut FileTable<'_>, shared: &mut SharedDump<'_>) -> Result<Vec<pb::VmaEntry>> {
+/// For each line of maps the access mode of its file and the number of what it maps; each mapped file is in the file table
+/// then, each shared object in the other.
+fn mapped(
+    mappings: &Mappings,
+    files: &mut FileTable<'_>,
+    shared: &mut SharedDump<'_>,
+) -> Result<Vec<(Option<u32>, u64)>> {
     let pid = mappings.pid();
     let dir = MapFiles::open(pid)?;
     let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
-    let mut vmas = Vec::with_capacity(mappings.len());
-    for m in mappings.finished()? {
-        let mut v = m.entry;
-        if m.map.has_file() && m.kind != Kind::Special {
-            v.fdflags = Some(dir.access(m.map)?);
-        }
-        if v.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED) != 0 {
-            let key = (m.map.dev_major, m.map.dev_minor, m.map.inode);
-            let id = match known.get(&key) {
-                Some(id) => *id,
-                None => {
-                    let id = files.add_mapped(pid, m.map)?;
-                    known.insert(key, id);
-                    id
-                }
-            };
-            v.shmid = id.into();
-        } else if v.status & VMA_ANON_SHARED != 0 {
-            v.shmid = shared.add_mapping(pid, m.map)?;
-        }
-        vmas.push(v);
+    let mut all = Vec::with_capacity(mappings.len());
+    for (map, kind) in mappings.lines() {
+        let fdflags = (map.has_file() && *kind != Kind::Special).then(|| dir.access(map)).transpose()?;
+        let number = match kind {
+            Kind::File | Kind::SharedAnonymous | Kind::Memfd => {
+                let key = (map.dev_major, map.dev_minor, map.inode);
+                let id = match known.get(&key) {
+                    Some(id) => *id,
+                    None => {
+                        let id = files.add_mapped(pid, map)?;
+                        known.insert(key, id);
+                        id
+                    }
+                };
+                id.into()
+            }
+            Kind::HugeAnonymous if map.shared => shared.add_mapping(pid, map)?,
+            Kind::HugeAnonymous
+            | Kind::Anonymous { .. }
+            | Kind::Vdso
+            | Kind::Vvar
+            | Kind::Vsyscall
+            // What cannot be dumped is refused with its flags.
+            | Kind::Special => 0,
+        };
+        all.push((fdflags, number));
     }
-    vmas.extend(mappings.guard_entries()?);
-    Ok(vmas)
+    Ok(all)
 }

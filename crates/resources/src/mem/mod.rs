@@ -22,9 +22,11 @@ mod vdso;
 pub mod vma;
 
 pub use blockers::blockers;
+pub use fill::HostFill;
 pub use map_files::MapFiles;
 pub use mappings::{Kind, Mapping, Mappings};
-pub use mm::mm_entry;
+pub use mm::{MmDraft, mm_entry};
 pub use pages::{PageIds, PageStats, dump_pages};
 pub use shared::{Shared, SharedDump};
+pub use smaps::has_wiped;
 pub use vdso::Vdso;

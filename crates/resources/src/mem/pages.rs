@@ -75,7 +75,7 @@ pub fn dump_pages(
     let pid = mappings.pid();
     let id = ids.next();
     let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
-    let scanner = PageScanner::open(pid).map_err(scan_failed())?;
+    let scanner = PageScanner::open(mappings.source()).map_err(scan_failed())?;
     let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
     let image = images.create_file(ImageKind::Pages, id.into())?;
     let mut dump = Dump::new(parasite, mappings, records, image)?;
@@ -169,7 +169,7 @@ struct Dump<'a, 'p> {
     at: usize,
     /// Where the pages of each mapping lie in the image: its first address, the bytes.
     spans: Vec<(u64, Range<u64>)>,
-    /// Pages that stack pointers are in.
+    /// Pages that stack pointers are in, ascending.
     stacks: Vec<u64>,
     /// Mappings whose pages must be in memory: not to be fetched later.
     locked: Vec<Range<u64>>,
@@ -178,9 +178,10 @@ struct Dump<'a, 'p> {
 
 impl<'a, 'p> Dump<'a, 'p> {
     fn new(parasite: &'a mut Parasite<'p>, mappings: &'a Mappings, records: Records, image: File) -> Result<Self> {
-        let pid = mappings.pid();
+        let pid = mappings.source();
         let leader = std::iter::once(arch::sp(&parasite.leader_state().regs));
-        let stacks = mappings.stacks().iter().copied().chain(leader).map(|sp| sp & !(PAGE - 1)).collect();
+        let mut stacks: Vec<u64> = mappings.stacks().iter().copied().chain(leader).map(|sp| sp & !(PAGE - 1)).collect();
+        stacks.sort_unstable();
         // Smaps takes its time, so it is waited for only where something is locked.
         let any = status::read(pid)?.vm_lck_kb.is_none_or(|kb| kb > 0);
         let locked = if any { mappings.flagged("lo")? } else { Vec::new() };
@@ -229,7 +230,8 @@ impl<'a, 'p> Dump<'a, 'p> {
         let mut at = range.start;
         while at < range.end {
             // The page that a thread's stack pointer is in is never fetched later.
-            let page = self.stacks.iter().copied().filter(|page| (at..range.end).contains(page)).min();
+            let page = self.stacks.get(self.stacks.partition_point(|page| *page < at)).copied();
+            let page = page.filter(|page| *page < range.end);
             let end = match page {
                 Some(page) if page == at => at + PAGE,
                 Some(page) => page,

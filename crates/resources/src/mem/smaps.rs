@@ -50,6 +50,23 @@ pub struct Smap {
     pub page: u64,
 }
 
+impl Smap {
+    /// Is it empty in a copy made by fork(2), although it is to be kept (MADV_WIPEONFORK)? Droppable memory is not kept anyway.
+    pub fn is_wiped(&self) -> bool {
+        self.codes.has("wf") && !self.codes.has("dp")
+    }
+}
+
+/// Whether fork(2) would wipe memory of the process that is to be kept.
+///
+/// # Errors
+/// As of [`read`].
+pub fn has_wiped(pid: HostPid) -> Result<bool, ProcError> {
+    let mut any = false;
+    for_each(pid, |v| any |= Smap::from(&v).is_wiped())?;
+    Ok(any)
+}
+
 impl From<&Vma> for Smap {
     fn from(v: &Vma) -> Self {
         Self { start: v.start, end: v.end, codes: Codes::of(&v.vm_flags), page: v.kernel_page_kb * 1024 }

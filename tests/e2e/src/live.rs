@@ -1,0 +1,136 @@
+//! Dumps of a tree that goes on running: the image is the state of one instant, and the tree takes no notice.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::case::{Case, TOOL_LIMIT};
+use crate::proc;
+use crate::report::{Outcome, Test};
+use crate::rng::Rng;
+use crate::target::{Session, Target, refused};
+
+/// The program whose processes and threads notice when memory is not of one instant.
+const INSTANT: &str = "instant";
+/// Images of it that are restored.
+const INSTANTS: usize = 20;
+/// Dumps that are killed.
+const KILLED: usize = 25;
+
+/// The value of a step, unless that finds the machine unfit for the test.
+macro_rules! ready {
+    ($step:expr) => {
+        match $step? {
+            Ok(value) => value,
+            Err(outcome) => return Ok(outcome),
+        }
+    };
+}
+
+/// The tests of this group.
+pub fn tests() -> Vec<Test> {
+    vec![
+        Test::new(format!("live/{INSTANTS}_images_of_one_instant"), one_instant),
+        Test::new("live/the_tree_goes_on", goes_on),
+        Test::new("live/locked_memory_is_copied_at_once", locked),
+        Test::new("live/a_tree_that_is_to_end", needs_leave_running),
+        Test::new(format!("live/{KILLED}_dumpers_killed"), killed),
+    ]
+}
+
+fn options() -> Vec<String> {
+    ["--live", "--leave-running"].map(str::to_owned).to_vec()
+}
+
+/// Dumps, ends the tree, restores it and has it check itself, again and again.
+fn one_instant(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, INSTANT, Session::Own, &[]));
+    for round in 1..=INSTANTS {
+        let images = case.path("img");
+        fs::remove_dir_all(&images).ok();
+        let ran = case.dump(&case.args.bin, target.pid, &images, &options())?;
+        ensure!(ran.ok(), "dump {round}: {}", ran.errors());
+        ensure!(ran.said.contains("copied as pid"), "dump {round} has copied no process");
+        target.unharmed().with_context(|| format!("after dump {round}"))?;
+        target.end();
+        if let Err(pid) = proc::wait_free(target.ids(), Duration::from_secs(10)) {
+            bail!("pid {pid} does not end");
+        }
+        case.wake_up(&case.args.bin, &images, &[], &target.tree).with_context(|| format!("restore {round}"))?;
+        target.look();
+        target.ask()?;
+    }
+    Ok(Outcome::PASSED)
+}
+
+/// Nothing that the tree is or owns changes, and no copy is left.
+fn goes_on(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "tree_threads", Session::Own, &[]));
+    for _ in 0..case.args.iters {
+        let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &options())?;
+        ensure!(ran.ok(), "dump: {}", ran.errors());
+        target.unharmed()?;
+        target.ask()?;
+        copies_end(case, &target)?;
+    }
+    Ok(Outcome::PASSED)
+}
+
+/// Waits until no process of the test is there but those of the tree: copies have their memory, and so the marker in it.
+fn copies_end(case: &Case<'_>, target: &Target<'_>) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let left: Vec<i32> = case.left().into_iter().filter(|pid| !target.tree.contains_key(pid)).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "processes {left:?} are left of the dump");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn locked(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "mem_locked", Session::Own, &[]));
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options())?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    ensure!(ran.said.contains("were copied while it stood still"), "the report does not say so: {}", ran.said);
+    target.unharmed()?;
+    target.end();
+    if let Err(pid) = proc::wait_free(target.ids(), Duration::from_secs(10)) {
+        bail!("pid {pid} does not end");
+    }
+    case.wake_up(&case.args.bin, &images, &[], &target.tree)?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+fn needs_leave_running(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "sleep_counter", Session::Own, &[]));
+    for more in [&[][..], &["--leave-stopped".to_owned()]] {
+        let options: Vec<String> = ["--live".to_owned()].into_iter().chain(more.iter().cloned()).collect();
+        let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &options)?;
+        refused(case, &ran, &["--live", "--leave-running"])?;
+        target.unharmed()?;
+    }
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// Whenever the dumper is killed, the tree goes on and the copies end.
+fn killed(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, INSTANT, Session::Own, &[]));
+    let mut rng = Rng::new(case.args.seed);
+    for _ in 0..KILLED {
+        let mut child =
+            case.start_tool(case.dump_command(&case.args.bin, target.pid, &case.path("img"), &options())?, "dump")?;
+        std::thread::sleep(Duration::from_micros(rng.below(100_000)));
+        child.kill()?;
+        case.wait_tool(child, "dump", &case.path("img/dump.log"), TOOL_LIMIT)?;
+        target.unharmed()?;
+        copies_end(case, &target)?;
+    }
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
