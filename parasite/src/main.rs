@@ -6,8 +6,7 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use dormouse_blob_abi::parasite::{
-    Entry, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot, THREAD_IN, THREAD_LEAVING,
-    THREAD_NONE,
+    Entry, OCCUPIED, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot,
 };
 use dormouse_blob_abi::run::{Special, UNKNOWN, run};
 use dormouse_blob_abi::{Op, OpKind};
@@ -79,12 +78,12 @@ fn lead(e: &mut Entry) {
     drop_fd(e);
     close(e.sock);
     let mut patience = 1000;
-    while e.thread.load(Ordering::Acquire) == THREAD_IN && patience > 0 {
+    while e.visitors.load(Ordering::Acquire) & !OCCUPIED != 0 && patience > 0 {
         pause(1_000_000);
         patience -= 1;
     }
-    if e.thread.load(Ordering::Acquire) != THREAD_NONE {
-        // It has a handful of instructions to go, the last of which is a system call.
+    if e.visitors.load(Ordering::Acquire) != 0 {
+        // They have a handful of instructions to go, the last of which is a system call.
         pause(10_000_000);
     }
 }
@@ -94,11 +93,12 @@ fn visit(e: &mut Entry) {
     let sock = e.sock as u64;
     // SAFETY: the host composed the list for this address space.
     let status = unsafe { run(e.ops as *mut Op, e.n_ops, &mut Nothing) };
+    e.status.store(status, Ordering::Release);
     if reply(sock, status) {
         wait_for_end(sock);
     }
     // SAFETY: a word of the leader's entry record, in the same mapping.
-    unsafe { &*(e.leader_thread as *const AtomicU32) }.store(THREAD_LEAVING, Ordering::Release);
+    unsafe { &*(e.leader_visitors as *const AtomicU32) }.fetch_sub(1, Ordering::AcqRel);
 }
 
 /// Makes the socket pair and waits until the host has taken its end; false if that does not come about.

@@ -4,7 +4,7 @@
 //! restores the state its thread was entered with by rt_sigreturn(2) from a frame that the host prepared.
 
 use core::mem::{offset_of, size_of};
-use core::sync::atomic::{AtomicI32, AtomicU32};
+use core::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
 use crate::restorer::CloneArgs;
 
@@ -30,15 +30,17 @@ pub struct Entry {
     pub phase: AtomicU32,
     /// Leader: the errno (positive) with which socketpair(2) failed.
     pub errno: AtomicU32,
-    /// Leader: a [`THREAD_NONE`] or other value: whether another thread is in the mapping, which may then not vanish.
-    pub thread: AtomicU32,
+    /// Leader: how many other threads are in the mapping, which may then not vanish, and [`OCCUPIED`].
+    pub visitors: AtomicU32,
     /// Leader: one more than the descriptor that [`crate::OpKind::TakeFd`] has received; 0 for none.
     pub given: AtomicU32,
-    /// Other threads: address of the leader's `thread` word.
-    pub leader_thread: u64,
+    /// Other threads: address of the leader's `visitors` word.
+    pub leader_visitors: u64,
+    /// Other threads: [`crate::DONE`] or the index of the operation that failed, stored before the reply is sent.
+    pub status: AtomicU64,
 }
 
-const _: () = assert!(size_of::<Entry>() == 72);
+const _: () = assert!(size_of::<Entry>() == 80);
 const _: () = assert!(offset_of!(Entry, frame) == 24);
 const _: () = assert!(offset_of!(Entry, phase) == 48);
 
@@ -54,12 +56,9 @@ pub const PAIR_FAILED: u32 = 3;
 /// How long the parasite waits for the host to take its end, in milliseconds.
 pub const PAIR_PATIENCE_MS: u32 = 1000;
 
-/// Only the leader is in the mapping.
-pub const THREAD_NONE: u32 = 0;
-/// Another thread is in it, or is about to be.
-pub const THREAD_IN: u32 = 1;
-/// It is on its last instructions.
-pub const THREAD_LEAVING: u32 = 2;
+/// In [`Entry::visitors`]: other threads are in the mapping, or have been, and the host has not yet said that all are out.
+/// Without the host each takes itself off the count, with a handful of instructions to go.
+pub const OCCUPIED: u32 = 1 << 31;
 
 /// Host to parasite: run this list.
 #[derive(Clone, Copy, Debug)]

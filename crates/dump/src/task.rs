@@ -7,7 +7,7 @@ use dormouse_images::{ImageDir, pb};
 use dormouse_infect::arch;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::freeze::Task;
-use dormouse_infect::parasite::Parasite;
+use dormouse_infect::parasite::{Parasite, VISITORS, Visit};
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
 use dormouse_kernel::proc::{stat, status, timers};
@@ -199,18 +199,48 @@ fn cores(threads: &Threads<'_>, parasite: &mut Parasite<'_>, others: &mut [Trace
     ext.extend(more);
     cores.push((pid, core));
     parasite.arena.reset(mark);
-    let known = threads.states.iter().zip(threads.asked).skip(1);
-    for (thread, (state, (pending, rseq))) in others.iter_mut().zip(known) {
-        let tid = thread.tid();
+    for (group, first) in others.chunks_mut(VISITORS).zip((1..).step_by(VISITORS)) {
+        for (core, more) in visited(threads, parasite, group, first)? {
+            ext.extend(more);
+            cores.push(core);
+        }
+    }
+    Ok((cores, ext, status.umask.unwrap_or(0o22)))
+}
+
+type Visited = Vec<((HostPid, pb::CoreEntry), Option<pb::ThreadExt>)>;
+
+/// Asks some threads side by side; the number of the first among all is `first`.
+fn visited(
+    threads: &Threads<'_>,
+    parasite: &mut Parasite<'_>,
+    group: &mut [Tracee],
+    first: usize,
+) -> Result<Visited, DumpError> {
+    let pid = threads.pid;
+    let mark = parasite.arena.mark();
+    let states = &threads.states[first..];
+    let mut asked: Vec<(Batch, ThreadAsk)> = Vec::with_capacity(group.len());
+    for _ in group.iter() {
         let mut batch = Batch::new();
         let ask = ThreadAsk::new(&mut batch, &mut parasite.arena);
-        parasite.run_in(thread, state, &mut batch)?;
+        asked.push((batch, ask));
+    }
+    let mut visits: Vec<Visit<'_>> = group
+        .iter_mut()
+        .zip(states)
+        .zip(&mut asked)
+        .map(|((thread, state), (batch, _))| Visit { thread, state, batch })
+        .collect();
+    parasite.run_side_by_side(&mut visits)?;
+    let mut all = Visited::with_capacity(group.len());
+    for (k, (batch, ask)) in asked.into_iter().enumerate() {
+        let (tid, state, (pending, rseq)) = (group[k].tid(), &states[k], &threads.asked[first + k]);
         let status = status::read_thread(pid, tid)?;
         let view = ThreadView { pid, tid, state, pending, rseq: rseq.as_ref(), status: &status };
         let (core, more) = ask.collect(&batch, &parasite.arena, &view)?;
-        ext.extend(more);
-        cores.push((tid, core));
-        parasite.arena.reset(mark);
+        all.push(((tid, core), more));
     }
-    Ok((cores, ext, status.umask.unwrap_or(0o22)))
+    parasite.arena.reset(mark);
+    Ok(all)
 }

@@ -1,5 +1,7 @@
 //! A parasite in a stopped process: put in by two injected system calls, asked over a socket, taken out without trace.
 
+mod visit;
+
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
@@ -10,8 +12,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use dormouse_blob_abi::parasite::{
-    Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot, THREAD_IN,
-    THREAD_NONE,
+    Entry, PAIR_FAILED, PAIR_MADE, PAIR_NONE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot,
 };
 use dormouse_blob_abi::restorer::CloneArgs;
 use dormouse_blob_abi::{DONE, OpKind, Policy};
@@ -25,6 +26,7 @@ use crate::arena::{Arena, Batch};
 use crate::ptrace::{State, Tracee};
 use crate::stub::Stub;
 use crate::{InfectError, cancel, failed};
+pub use visit::{VISITORS, Visit};
 
 /// Bytes of the mapping that holds code, stacks, frames and operation lists; only touched pages cost memory.
 const ARENA: usize = 4 << 20;
@@ -147,35 +149,6 @@ impl<'a> Parasite<'a> {
         self.judge(self.pid(), batch, r?)
     }
 
-    /// Runs a list in another stopped thread of the process and puts the thread back as it was.
-    ///
-    /// # Errors
-    /// As [`Parasite::run`].
-    pub fn run_in(&mut self, thread: &mut Tracee, state: &State, batch: &mut Batch) -> Result<(), InfectError> {
-        cancel::check()?;
-        let mark = self.arena.mark();
-        let stack = self.arena.alloc(STACK, 16) + STACK as u64;
-        let ops = batch.place(&mut self.arena);
-        let here = self.entry + offset_of!(Entry, thread) as u64;
-        let entry = place_entry(&mut self.arena, state, self.remote_socket, ops, batch.len() as u64, here);
-        self.arena.atomic(here).store(THREAD_IN, Ordering::Release);
-        // Registers before the mask on the way in, the mask before them on the way out: the parasite puts the mask
-        // back if we die in between, the target's own code would not.
-        thread.set_regs(&arch::for_call(&state.regs, self.arena.base() + PARASITE.entry, stack, entry))?;
-        thread.set_sigmask(ALL_SIGNALS)?;
-        thread.cont(0)?;
-        let status = self.receive(Some(thread));
-        thread.interrupt()?;
-        thread.wait_interrupted()?;
-        thread.restore_spoiled(state)?;
-        thread.set_sigmask(state.sigmask)?;
-        thread.set_regs(&state.regs)?;
-        self.arena.atomic(here).store(THREAD_NONE, Ordering::Release);
-        batch.fetch(&self.arena, ops);
-        self.arena.reset(mark);
-        self.judge(thread.tid(), batch, status?)
-    }
-
     fn judge(&self, pid: HostPid, batch: &Batch, status: u64) -> Result<(), InfectError> {
         if status == DONE {
             return Ok(());
@@ -202,12 +175,17 @@ impl<'a> Parasite<'a> {
 
     /// Waits for the parasite's answer; `runner` is the thread that it comes from.
     fn receive(&self, runner: Option<&Tracee>) -> Result<u64, InfectError> {
+        self.receive_nudging(|| runner.map_or(Ok(()), Tracee::nudge))
+    }
+
+    /// Waits for an answer; `nudge` looks after the threads that it may come from.
+    fn receive_nudging(&self, nudge: impl Fn() -> Result<(), InfectError>) -> Result<u64, InfectError> {
         let mut reply = Reply { status: 0 };
         let mut wait = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         loop {
             // SAFETY: polls one descriptor of ours.
             if unsafe { libc::poll(&mut wait, 1, NUDGE_MS) } == 0 {
-                runner.map_or(Ok(()), Tracee::nudge)?;
+                nudge()?;
                 continue;
             }
             // SAFETY: receives at most eight bytes into a plain record.
@@ -509,18 +487,18 @@ fn take_pair(
     Ok((socket, remote))
 }
 
-fn place_entry(arena: &mut Arena, state: &State, sock: RawFd, ops: u64, n_ops: u64, leader_thread: u64) -> u64 {
+fn place_entry(arena: &mut Arena, state: &State, sock: RawFd, ops: u64, n_ops: u64, visitors: u64) -> u64 {
     let len = state.xstate.len() + 8192;
     let at = arena.alloc(len, 64);
     let (bytes, frame, frame_altstack) = arch::sigframe(&state.regs, state.sigmask, &state.xstate, at);
     arena.write(at, &bytes);
     let entry = arena.alloc(size_of::<Entry>(), 16);
-    let words = [i64::from(sock) as u64, ops, n_ops, frame, frame_altstack, 0, 0, 0, leader_thread];
+    let words = [i64::from(sock) as u64, ops, n_ops, frame, frame_altstack, 0, 0, 0, visitors, 0];
     arena.write_record(entry, &words);
     entry
 }
 
-const _: () = assert!(offset_of!(Entry, leader_thread) == 8 * 8);
+const _: () = assert!(offset_of!(Entry, leader_visitors) == 8 * 8);
 
 /// Address of a system-call instruction in the first of these ranges that has one.
 fn find_syscall_insn(pid: HostPid, ranges: &[Range<u64>]) -> Result<u64, InfectError> {
