@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use dormouse_kernel::{Features, HostPid, Support};
 use dormouse_pages::ProbeFeatures as _;
+use dormouse_resources::probes;
 
 use crate::args::CheckArgs;
 use crate::log::say;
@@ -117,6 +118,79 @@ const ROWS: &[Row] = &[
         purpose: "give POSIX timers their ids at once (else slower)",
         next: "use Linux 6.16 or later",
     },
+    Row {
+        names: &["timerfd"],
+        need: Need::Sometimes,
+        purpose: "timerfds",
+        next: "use Linux 3.17 or later, with CONFIG_CHECKPOINT_RESTORE",
+    },
+    Row { names: &["fdinfo_lock"], need: Need::Sometimes, purpose: "file locks", next: "use Linux 4.2 or later" },
+    Row {
+        names: &["kcmp_epoll"],
+        need: Need::Sometimes,
+        purpose: "epolls whose targets were closed",
+        next: "use Linux 4.13 or later, with CONFIG_KCMP",
+    },
+    Row {
+        names: &["loginuid"],
+        need: Need::Sometimes,
+        purpose: "login uids",
+        next: "run as root, on a kernel with CONFIG_AUDIT",
+    },
+    Row {
+        names: &["seccomp_suspend"],
+        need: Need::Sometimes,
+        purpose: "tasks under seccomp",
+        next: "run as root and without seccomp, on a kernel with CONFIG_SECCOMP",
+    },
+    Row {
+        names: &["seccomp_filters"],
+        need: Need::Sometimes,
+        purpose: "seccomp filters",
+        next: "run as root and without seccomp, on a kernel with CONFIG_SECCOMP_FILTER",
+    },
+    Row {
+        names: &["net_diag_raw"],
+        need: Need::Sometimes,
+        purpose: "raw sockets",
+        next: "use Linux 4.10 or later, with CONFIG_INET_RAW_DIAG",
+    },
+    Row {
+        names: &["tcp_half_closed"],
+        need: Need::Sometimes,
+        purpose: "TCP connections that are shut down",
+        next: "run with CAP_NET_ADMIN, on Linux 4.3 or later",
+    },
+    Row {
+        names: &["ipv6_freebind"],
+        need: Need::Sometimes,
+        purpose: "IPv6 sockets with addresses that are not here",
+        next: "use Linux 4.15 or later, with CONFIG_IPV6",
+    },
+    Row {
+        names: &["sockopt_buf_lock"],
+        need: Need::Sometimes,
+        purpose: "socket buffers of a set size",
+        next: "use Linux 5.14 or later",
+    },
+    Row {
+        names: &["memfd_hugetlb"],
+        need: Need::Sometimes,
+        purpose: "memfds of huge pages",
+        next: "use a kernel with CONFIG_HUGETLBFS",
+    },
+    Row {
+        names: &["network_lock_nftables"],
+        need: Need::Sometimes,
+        purpose: "TCP connections (else --network-lock skip)",
+        next: "install nft; run with CAP_NET_ADMIN",
+    },
+    Row {
+        names: &["openat2"],
+        need: Need::Sometimes,
+        purpose: "restore --root",
+        next: "use Linux 5.6 or later; in a container, allow openat2(2)",
+    },
     Row { names: &["mem_dirty_track"], need: Need::NotYet, purpose: "incremental dumps", next: "nothing uses it yet" },
     Row {
         names: &["userfaultfd_wp_async"],
@@ -137,30 +211,17 @@ const CRIUS: &[&str] = &[
     "cgroupns",
     "compat_cr",
     "external_net_ns",
-    "fdinfo_lock",
     "has_ipt_legacy",
-    "ipv6_freebind",
-    "kcmp_epoll",
     "link_nsid",
-    "loginuid",
-    "memfd_hugetlb",
     "move_mount_set_group",
-    "net_diag_raw",
-    "network_lock_nftables",
     "newifindex",
     "nftables",
     "ns_pid",
     "nsid",
-    "openat2",
     "overlayfs_maps",
     "pidfd_store",
-    "seccomp_filters",
-    "seccomp_suspend",
     "sk_ns",
     "sk_unix_file",
-    "sockopt_buf_lock",
-    "tcp_half_closed",
-    "timerfd",
     "tun",
     "tun_ns",
     "uffd",
@@ -273,8 +334,8 @@ fn support(row: &Row, features: &Features, place: &Place) -> Support {
         "checkpoint_restore" => Support::No,
         "mnt_id" => mnt_id(place).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32)),
         name => {
-            let found = features.list().into_iter().find(|(known, _)| *known == name);
-            found.map_or(Support::Unknown(0), |(_, support)| support)
+            let found = features.list().into_iter().find(|(known, _)| *known == name).map(|(_, support)| support);
+            found.or_else(|| probes::support(name)).unwrap_or(Support::Unknown(0))
         }
     }
 }
@@ -293,7 +354,7 @@ mod tests {
     #[test]
     fn every_row_has_a_probe() {
         let features = Features::probe();
-        let known: Vec<&str> = features.list().iter().map(|(name, _)| *name).collect();
+        let known: Vec<&str> = features.list().iter().map(|(name, _)| *name).chain(probes::names()).collect();
         for row in ROWS {
             let own = ["checkpoint_restore", "mnt_id"].contains(&row.names[0]);
             assert!(own || known.contains(&row.names[0]), "{}", row.names[0]);
@@ -314,7 +375,7 @@ mod tests {
 
     #[test]
     fn the_next_step_stands_below_what_is_missing() {
-        let text = table(&[(&ROWS[1], Support::No), (&ROWS[2], Support::Yes), (&ROWS[12], Support::No)]);
+        let text = table(&[(&ROWS[1], Support::No), (&ROWS[2], Support::Yes), (ROWS.last().unwrap(), Support::No)]);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4, "{text}");
         assert!(lines[0].starts_with("kcmp") && lines[0].contains("no") && lines[0].contains("needed"), "{text}");

@@ -12,6 +12,7 @@ use dormouse_kernel::proc::stat;
 use dormouse_resources::fd::{Connections, FileTable, LinkGuard, network_lock};
 use dormouse_resources::mem::{PageIds, SharedDump};
 use dormouse_resources::task as kinds;
+use dormouse_resources::task::seccomp::FilterTable;
 
 use crate::ids::{Ids, shared_between};
 use crate::live::Later;
@@ -80,11 +81,12 @@ fn save(
 ) -> Result<Frozen, DumpError> {
     let mut ids = Ids::default();
     // The first numbers are those of this program, as in CRIU's images.
-    ids.of(HostPid::current())?;
+    let own_ids = ids.of(HostPid::current())?;
     let mut savings = Savings {
         images,
-        files: FileTable::new(images, &request.options),
+        files: FileTable::new(images, &request.options).with_ids(own_ids),
         shared: SharedDump::new(images, page_ids),
+        filters: FilterTable::default(),
         page_ids,
         live: request.live,
         wiped,
@@ -135,7 +137,7 @@ fn save(
         images.write_all(ImageKind::DormouseThreads, 0, &ext)?;
     }
     inventory::write_clocks(images)?;
-    images.write_one(ImageKind::Seccomp, 0, &pb::SeccompEntry::default())?;
+    savings.filters.finish(images)?;
     Ok(Frozen { report: savings.report, links, connections, later })
 }
 

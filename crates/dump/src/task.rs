@@ -14,6 +14,7 @@ use dormouse_kernel::proc::{stat, status, timers};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::fd::FileTable;
 use dormouse_resources::mem::{self, Mappings, MmDraft, PageIds, SharedDump};
+use dormouse_resources::task::seccomp::{self, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
 use crate::live::{self, Later};
@@ -27,6 +28,8 @@ pub struct Savings<'a> {
     pub files: FileTable<'a>,
     /// Shared memory objects.
     pub shared: SharedDump<'a>,
+    /// Seccomp filters.
+    pub filters: FilterTable,
     /// Numbers of pages images.
     pub page_ids: &'a PageIds,
     /// Processes are to leave copies, whose memory is written later.
@@ -73,6 +76,10 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> 
     let shared = task.threads.first().expect("a live task has a leader").pending(true)?;
     let asked =
         task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
+    let mut confinements = Vec::with_capacity(task.threads.len());
+    for thread in &task.threads {
+        confinements.push(seccomp::suspend(thread, &status::read_thread(pid, thread.tid())?)?);
+    }
     let stopped = task.stopped;
     let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
     let parent = task.ppid;
@@ -83,8 +90,9 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> 
     let saved = with_parasite(savings, &threads, &mut parasite, others);
     // Cured whatever has happened; the first error is the one that counts.
     let cured = parasite.cure();
-    let saved = saved?;
+    let mut saved = saved?;
     cured?;
+    savings.filters.add(saved.cores.iter_mut().map(|(_, core)| core).zip(&confinements));
     Ok(saved)
 }
 
@@ -118,9 +126,10 @@ fn with_parasite(
     let (cores, ext, task_umask) = cores(threads, parasite, others)?;
     savings.report.threads += cores.len();
     tracing::debug!("pid {pid}: {} threads asked, {} us", cores.len(), start.elapsed().as_micros());
-    let draft = MmDraft::take(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
+    let mut draft = MmDraft::take(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
     let skip = [TargetFd(parasite.own_fd())];
     let fds = threads.has_own_files.then(|| savings.files.add_task(pid, &skip)).transpose()?;
+    savings.files.name_rings(pid, draft.rings(&mappings))?;
     let fs = savings.files.fs_entry(pid, task_umask)?;
     tracing::debug!("pid {pid}: mappings and descriptors recorded, {} us", start.elapsed().as_micros());
     let memory = if savings.live {

@@ -14,6 +14,7 @@ pub mod ptrace;
 mod pulse;
 pub mod restorer;
 pub mod rseq;
+pub mod seccomp;
 pub mod stub;
 pub mod supervise;
 

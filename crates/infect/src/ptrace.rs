@@ -20,7 +20,7 @@ const PTRACE_GETSIGMASK: i32 = 0x420a;
 const PTRACE_SETSIGMASK: i32 = 0x420b;
 const PTRACE_PEEKSIGINFO: i32 = 0x4209;
 const PTRACE_GET_RSEQ_CONFIGURATION: i32 = 0x420f;
-const PTRACE_O_SUSPEND_SECCOMP: usize = 1 << 21;
+pub(crate) const PTRACE_O_SUSPEND_SECCOMP: usize = 1 << 21;
 
 /// What a wait on a seized thread ended with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@ use dormouse_infect::arena::Arena;
 
 use crate::fd::Files;
 use crate::mem::{HostFill, Shared, Vdso};
+use crate::task::seccomp::Filters;
 
 /// Surroundings of one task of a restore.
 pub struct RestoreCtx<'a, 'f> {
@@ -15,6 +16,8 @@ pub struct RestoreCtx<'a, 'f> {
     pub shared: &'a Shared,
     /// This kernel's vDSO.
     pub vdso: &'a Vdso,
+    /// Seccomp filters.
+    pub filters: &'a Filters,
     /// Where the vDSO is kept while the address space is rebuilt.
     pub park: u64,
     /// What this process has itself, and its children inherit.

@@ -9,6 +9,7 @@ pub mod error;
 pub mod fd;
 pub mod mem;
 pub mod options;
+pub mod probes;
 pub mod task;
 pub mod tree;
 

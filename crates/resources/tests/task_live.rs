@@ -568,7 +568,9 @@ fn blockers_are_named_with_the_next_step() {
     })
     .ready();
     let found = task::blockers(confined.pid, &options).unwrap();
-    assert_eq!(found.len(), 1, "{found:?}");
-    assert!(found[0].to_string().contains("seccomp"), "{}", found[0]);
+    // Whoever may suspend seccomp can dump it.
+    let may = dormouse_kernel::CapSet::effective(HostPid::current()).unwrap().has("CAP_SYS_ADMIN");
+    assert_eq!(found.len(), usize::from(!may), "{found:?}");
+    assert!(may || found[0].to_string().contains("run dormouse with CAP_SYS_ADMIN"), "{found:?}");
     std::io::stderr().flush().unwrap();
 }

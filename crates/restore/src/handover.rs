@@ -109,14 +109,16 @@ fn run_stages(
     files.to_foreground(root)?;
     watch.block.open(STAGE_GROUPED);
     watch.until(|c| c.arrived(STAGE_GUARDED) == parking.len())?;
+    let confined = task::seccomp::is_used(image);
     for l in &parking {
-        tracees.push(Tracee::attach(HostPid(plan.lists[*l].tid), false, true)?);
+        tracees.push(Tracee::attach(HostPid(plan.lists[*l].tid), confined, true)?);
     }
     for t in &image.tasks {
         if !t.is_zombie() {
             task::host_settings(t)?;
         }
     }
+    files.deliver_late()?;
     watch.block.open(STAGE_GUARDED);
     watch.until(|c| c.parked() == parking.len())?;
     let parked_us = start.elapsed().as_micros() as u64;

@@ -15,6 +15,7 @@ use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::fd::{Files, When};
 use dormouse_resources::mem::{HostFill, Shared, Vdso, layout, map};
+use dormouse_resources::task::seccomp::Filters;
 use dormouse_resources::task::{self, regs};
 use dormouse_resources::tree::Forest;
 use dormouse_resources::{Own, RestoreCtx, RestoreOptions, TaskImage, TreeImage, tree};
@@ -91,9 +92,10 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
     for t in &image.tasks {
         vdso.check(t)?;
     }
+    let filters = Filters::load(image)?;
     let forest = tree::forest::build(&image.tasks, options.shell_job)?;
     let descriptors = descriptor_range(image, &mut own)?;
-    let base = descriptors.start;
+    let base = descriptors.start + FREE as RawFd;
     let shared = Shared::make(image, base)?;
     let mut files = Files::new(options, image, base)?;
     let size = arena_size(image, &forest);
@@ -110,6 +112,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         ignored,
         sibling: request.restore_sibling,
         vdso: &vdso,
+        filters: &filters,
         shared: &shared,
         files: &mut files,
         arena: &mut arena,
@@ -149,7 +152,7 @@ fn descriptor_range(image: &TreeImage, own: &mut Own) -> Result<Range<RawFd>, Re
     numbers.sort_unstable();
     numbers.dedup();
     let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1).min(i32::MAX as u64);
-    let need = 64 + 2 * (image.files.len() + image.tasks.len()) as u64;
+    let need = 64 + FREE + 2 * (image.files.len() + image.tasks.len()) as u64;
     let last = numbers.last().map_or(0, |n| n + 1);
     let holes = numbers.windows(2).map(|w| w[0] + 1..w[1]).filter(|h| h.start >= LOWEST_OWN_FD);
     let above = last..hard.max(last);
@@ -188,6 +191,9 @@ fn check_descriptors(range: &Range<RawFd>) -> Result<(), RestoreError> {
     );
     Err(RestoreError::Call { what, cause: std::io::Error::from_raw_os_error(libc::EMFILE) })
 }
+
+/// Numbers that are left free in front of the restore's own: a task whose numbers are all taken needs some to work with.
+const FREE: u64 = 64;
 
 /// Below it lie what this program was started with.
 const LOWEST_OWN_FD: u64 = 64;
@@ -244,6 +250,7 @@ struct Writer<'w, 'f> {
     ignored: u64,
     sibling: bool,
     vdso: &'w Vdso,
+    filters: &'w Filters,
     shared: &'w Shared,
     files: &'w mut Files<'f>,
     arena: &'w mut Arena,
@@ -461,13 +468,14 @@ impl<'f> Writer<'_, 'f> {
             let flags = if f.flags & 1 != 0 { libc::O_CLOEXEC as u64 } else { 0 };
             b.must(format!("descriptor {}", f.fd), nr::DUP3, &[fd as u64, f.fd.into(), flags]);
         }
-        if !shares_files {
-            self.files.task_ops(&mut b, self.arena, task)?;
-        }
         for list in threads {
             self.birth(&mut b, i, *list, OpKind::Thread);
         }
         barrier(&mut b, STAGE_GUARDED);
+        self.files.late_ops(&mut b, self.arena, task, !shares_files, !shares_fs)?;
+        if !shares_files {
+            self.files.task_ops(&mut b, self.arena, task)?;
+        }
         if !shares_files {
             // Whoever shares a table finds it as it is to be: its owner has filled it before the last stage.
             let own = &self.descriptors;
@@ -479,7 +487,7 @@ impl<'f> Writer<'_, 'f> {
         self.files.owner_ops(&mut b, self.arena, task, When::BeforeCredentials)?;
         task::process_ops(&mut b, &mut self.ctx(false), task)?;
         let ext = self.image.ext.get(&(pid as u32));
-        task::thread_ops(&mut b, &mut self.ctx(false), &task.core, ext, Some(&tc.comm), pid)?;
+        task::thread_ops(&mut b, &mut self.ctx(false), task, &task.core, ext, pid)?;
         if !shares_files {
             self.files.owner_ops(&mut b, self.arena, task, When::AfterCredentials)?;
         }
@@ -497,7 +505,7 @@ impl<'f> Writer<'_, 'f> {
         let mut b = Batch::new();
         barrier(&mut b, STAGE_GUARDED);
         let ext = self.image.ext.get(&(*tid as u32));
-        task::thread_ops(&mut b, &mut self.ctx(false), core, ext, None, *tid)?;
+        task::thread_ops(&mut b, &mut self.ctx(false), task, core, ext, *tid)?;
         task::after_creds_ops(&mut b, core, None);
         let own = core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
         task::signal_ops(&mut b, self.arena, task.pid(), *tid, None, own)?;
@@ -511,6 +519,7 @@ impl<'f> Writer<'_, 'f> {
             files: self.files,
             shared: self.shared,
             vdso: self.vdso,
+            filters: self.filters,
             park: self.park,
             own: self.own,
             forked_with_memory,
@@ -527,7 +536,9 @@ impl<'f> Writer<'_, 'f> {
             b.must("fchdir to the root directory", nr::FCHDIR, &[root as u64]);
             b.must("chroot (needs CAP_SYS_CHROOT)", nr::CHROOT, &[dot]);
         }
-        b.must("fchdir to the working directory", nr::FCHDIR, &[cwd as u64]);
+        if let Some(cwd) = cwd {
+            b.must("fchdir to the working directory", nr::FCHDIR, &[cwd as u64]);
+        }
         b.must("umask", nr::UMASK, &[fs.umask.unwrap_or(0o22).into()]);
         Ok(())
     }

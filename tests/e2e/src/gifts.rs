@@ -114,6 +114,27 @@ pub const GIFTS: &[Gift] = &[
         needs: "netlink",
     },
     Gift {
+        name: "packet_socket_led_by_a_program",
+        open: |_| packet_group(),
+        options: &[],
+        words: &["packet socket", "BPF program", "another kind of fanout"],
+        needs: "packet sockets",
+    },
+    Gift {
+        name: "namespace_of_others",
+        open: |_| other_namespace(),
+        options: &[],
+        words: &["uts:[", "namespace that the tree is not in"],
+        needs: "UTS namespaces",
+    },
+    Gift {
+        name: "handle_of_a_stranger",
+        open: |_| handle_of_init(),
+        options: &[],
+        words: &["it refers to pid 1, which is not in the tree"],
+        needs: "pidfds",
+    },
+    Gift {
         name: "file_lock_without_option",
         open: locked_file,
         options: &[],
@@ -205,6 +226,34 @@ fn unread_netlink() -> io::Result<Pair> {
     let sent = unsafe { libc::send(pair.given.as_raw_fd(), message.as_ptr().cast(), 20, 0) };
     Errno::result(sent)?;
     Ok(pair)
+}
+
+/// In a fanout group of type PACKET_FANOUT_CBPF.
+fn packet_group() -> io::Result<Pair> {
+    let all = i32::from(3_u16.to_be());
+    // SAFETY: takes numbers only.
+    let pair = owned(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, all) }.into())?;
+    let (level, name, group) = (libc::SOL_PACKET, libc::PACKET_FANOUT, 4711_u32 | 6 << 16);
+    let at = (&raw const group).cast();
+    // SAFETY: reads four bytes of a number.
+    Errno::result(unsafe { libc::setsockopt(pair.given.as_raw_fd(), level, name, at, 4) })?;
+    Ok(pair)
+}
+
+/// A namespace of names that nobody is in any more.
+fn other_namespace() -> io::Result<Pair> {
+    let made = std::thread::spawn(|| {
+        // SAFETY: takes numbers only; the namespace is this short-lived thread's alone.
+        Errno::result(unsafe { libc::unshare(libc::CLONE_NEWUTS) })?;
+        File::open("/proc/thread-self/ns/uts")
+    });
+    let given = made.join().map_err(|_| io::Error::other("the thread panicked"))??;
+    Ok(Pair { given: given.into(), kept: None })
+}
+
+fn handle_of_init() -> io::Result<Pair> {
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, 1, 0) })
 }
 
 fn new_file(path: &Path) -> io::Result<File> {

@@ -27,29 +27,6 @@ pub fn pidfd_open(pid: HostPid) -> io::Result<OwnedFd> {
     owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) })
 }
 
-/// A handle of a process that has ended: one is made for it.
-///
-/// # Errors
-/// fork(2)'s, pidfd_open(2)'s.
-pub fn pidfd_of_ended() -> io::Result<OwnedFd> {
-    // SAFETY: the child does nothing but end, so it does not matter what other threads were doing.
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        // SAFETY: ends the child without running anything of ours.
-        unsafe { libc::_exit(0) };
-    }
-    result(pid.into())?;
-    // It cannot be gone: it is ours, and nobody has waited for it.
-    let handle = pidfd_open(HostPid(pid));
-    loop {
-        // SAFETY: waits for the child; its status is not asked for.
-        match result(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }.into()) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            waited => return waited.and(handle),
-        }
-    }
-}
-
 /// Our own copy of a descriptor of another process, for the same description (pidfd_getfd(2), Linux 5.6). The process
 /// may be running and is not touched.
 ///

@@ -8,5 +8,6 @@ pub mod mem;
 pub mod notify;
 pub mod process;
 pub mod sock;
+pub mod stand_in;
 pub mod task;
 pub mod unix;

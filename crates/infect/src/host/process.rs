@@ -7,27 +7,34 @@ use dormouse_sys::arch;
 
 use crate::arena::Arena;
 
-/// All signals blocked in this thread until dropped: a child made meanwhile starts with all of them blocked.
+/// All signals blocked in this thread until dropped: a child made meanwhile starts with all of them blocked. Those that the
+/// C library keeps for itself are, too: a child may be sent them, and has no library.
 #[derive(Debug)]
-pub struct SignalsBlocked(nix::sys::signal::SigSet);
+pub struct SignalsBlocked(u64);
 
 impl SignalsBlocked {
     /// Blocks every signal that can be blocked.
     ///
     /// # Errors
-    /// pthread_sigmask(3)'s.
+    /// rt_sigprocmask(2)'s.
     pub fn new() -> io::Result<Self> {
-        let mut old = nix::sys::signal::SigSet::empty();
-        let all = nix::sys::signal::SigSet::all();
-        nix::sys::signal::pthread_sigmask(nix::sys::signal::SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
-        Ok(Self(old))
+        Ok(Self(set_signal_mask(u64::MAX)?))
     }
 }
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        let _ = self.0.thread_set_mask();
+        let _ = set_signal_mask(self.0);
     }
+}
+
+/// Sets the blocked signals of this thread; what they were.
+fn set_signal_mask(mask: u64) -> io::Result<u64> {
+    let mut old = 0u64;
+    let (how, size) = (libc::SIG_SETMASK, size_of::<u64>());
+    // SAFETY: the kernel reads and writes one word each, which is there.
+    let r = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const mask, &raw mut old, size) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(old) }
 }
 
 /// clone3(2) of a process that starts in the shared mapping, at `entry` with the address of its arguments, and never

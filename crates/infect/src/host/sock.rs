@@ -104,6 +104,8 @@ options! {
     PACKET_TIMESTAMP = libc::SOL_PACKET, 17;
     PACKET_FANOUT = libc::SOL_PACKET, 18;
     PACKET_COPY_THRESH = libc::SOL_PACKET, 7;
+    PACKET_RX_RING = libc::SOL_PACKET, 5;
+    PACKET_TX_RING = libc::SOL_PACKET, 13;
     PACKET_ADD_MEMBERSHIP = libc::SOL_PACKET, 1;
 }
 
@@ -341,6 +343,19 @@ pub fn receives_no_more(fd: impl AsFd) -> io::Result<bool> {
     // SAFETY: the kernel reads and writes one structure, and does not wait.
     result(unsafe { libc::poll(&mut poll, 1, 0) }.into())?;
     Ok(poll.revents & libc::POLLRDHUP != 0)
+}
+
+/// The name of an interface of our network namespace (if_indextoname(3)).
+///
+/// # Errors
+/// `ENXIO` if there is none of this number.
+pub fn interface_name(index: u32) -> io::Result<Vec<u8>> {
+    let mut name = [0u8; libc::IF_NAMESIZE];
+    // SAFETY: the buffer has room for the longest name and its end.
+    if unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) }.is_null() {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(name.split(|b| *b == 0).next().unwrap_or_default().to_vec())
 }
 
 /// The number of an interface of our network namespace (if_nametoindex(3)).

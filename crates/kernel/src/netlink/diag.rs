@@ -52,6 +52,27 @@ pub struct PacketMembership {
     pub kind: u16,
     /// Link-layer address.
     pub address: Vec<u8>,
+    /// How many times it was asked for.
+    pub count: u32,
+}
+
+/// A ring of a packet socket (`struct packet_diag_ring`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketRing {
+    /// Bytes of a block.
+    pub block_size: u32,
+    /// Number of blocks.
+    pub block_nr: u32,
+    /// Bytes of a frame.
+    pub frame_size: u32,
+    /// Number of frames.
+    pub frame_nr: u32,
+    /// Milliseconds after which a block is handed over (`TPACKET_V3`).
+    pub retire_tmo: u32,
+    /// Bytes of each block that are the program's own (`TPACKET_V3`).
+    pub sizeof_priv: u32,
+    /// `TP_FT_REQ_*` (`TPACKET_V3`).
+    pub features: u32,
 }
 
 /// A packet socket.
@@ -79,8 +100,10 @@ pub struct Packet {
     pub memberships: Vec<PacketMembership>,
     /// `PACKET_FANOUT`, if it is in a group.
     pub fanout: Option<u32>,
-    /// Whether it has a ring to receive or to send with.
-    pub rings: bool,
+    /// The ring that it receives with.
+    pub rx_ring: Option<PacketRing>,
+    /// The ring that it sends with.
+    pub tx_ring: Option<PacketRing>,
 }
 
 /// All internet sockets of a family (`AF_INET`, `AF_INET6`) and protocol.
@@ -172,7 +195,8 @@ fn one_packet(body: &[u8], found: &[(u16, &[u8])]) -> Packet {
     let members = attribute(found, MCLIST).unwrap_or_default().chunks_exact(44).map(|m| {
         let len = usize::from(u16::from_ne_bytes([m[10], m[11]])).min(32);
         let kind = u16::from_ne_bytes([m[8], m[9]]);
-        PacketMembership { index: word(m, 0).unwrap_or(0), kind, address: m[12..12 + len].to_vec() }
+        let at = |at| word(m, at).unwrap_or(0);
+        PacketMembership { index: at(0), kind, address: m[12..12 + len].to_vec(), count: at(4) }
     });
     Packet {
         inode: word(body, 4).unwrap_or(0),
@@ -186,8 +210,21 @@ fn one_packet(body: &[u8], found: &[(u16, &[u8])]) -> Packet {
         flags: at(20),
         memberships: members.collect(),
         fanout: attribute(found, FANOUT).and_then(|v| word(v, 0)),
-        rings: attribute(found, RX_RING).is_some() || attribute(found, TX_RING).is_some(),
+        rx_ring: attribute(found, RX_RING).and_then(one_ring),
+        tx_ring: attribute(found, TX_RING).and_then(one_ring),
     }
+}
+
+fn one_ring(bytes: &[u8]) -> Option<PacketRing> {
+    Some(PacketRing {
+        block_size: word(bytes, 0)?,
+        block_nr: word(bytes, 4)?,
+        frame_size: word(bytes, 8)?,
+        frame_nr: word(bytes, 12)?,
+        retire_tmo: word(bytes, 16)?,
+        sizeof_priv: word(bytes, 20)?,
+        features: word(bytes, 24)?,
+    })
 }
 
 #[cfg(test)]

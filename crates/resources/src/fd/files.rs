@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::fd as host;
+use dormouse_infect::host::stand_in::StandIn;
 use dormouse_kernel::HostPid;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -15,13 +16,14 @@ use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::fifo::Fifos;
 use super::ghost::Made;
+use super::late::{self, Late};
 use super::notify::Watches;
 use super::owner::{Owners, flags_of};
 use super::paths::{Paths, again};
 use super::pipe::Pipes;
 use super::sock::{Opened, settle_unix};
 use super::tty::Given;
-use super::{FdKind, kind_of_type, pidfd, reg};
+use super::{FdKind, kind_of_type, reg};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
 use crate::{RestoreOptions, Result, TaskImage, call, invalid};
@@ -82,7 +84,12 @@ pub struct Files<'a> {
     /// Memfds whose first description was given.
     memfds: HashSet<u32>,
     /// Descriptions whose work inside a task was given to one.
-    late: HashSet<u32>,
+    worked: HashSet<u32>,
+    late: Late,
+    /// Processes that stand in for ones that had ended, in whose directories tasks are, by pid.
+    pub(super) stand_ins: HashMap<i32, StandIn>,
+    /// Handles of processes that had ended, by the old inode number and the id of their record.
+    pub(super) ended: HashMap<u32, HashMap<u32, OwnedFd>>,
     pub(super) ghosts: HashMap<u32, Made>,
     pub(super) pipes: Pipes,
     pub(super) fifos: Fifos,
@@ -112,7 +119,10 @@ impl<'a> Files<'a> {
             pages: HashMap::new(),
             checked: HashSet::new(),
             memfds: HashSet::new(),
-            late: HashSet::new(),
+            worked: HashSet::new(),
+            late: Late::default(),
+            stand_ins: HashMap::new(),
+            ended: HashMap::new(),
             ghosts: HashMap::new(),
             pipes: Pipes::load(image)?,
             fifos: Fifos::load(image)?,
@@ -215,20 +225,78 @@ impl<'a> Files<'a> {
             return Ok(fd.as_raw_fd());
         }
         let (entry, kind) = self.entry(id)?;
-        let fd = kind.open(self, entry, shared)?;
+        let fd =
+            if kind.is_late(self.image, entry) { late::placeholder(self)? } else { kind.open(self, entry, shared)? };
         Ok(keep_in(&mut self.open, id, raise(fd, self.base)?))
     }
 
     /// Opens a description that waits in a socket, and that no task may have.
     pub(super) fn open_queued(&mut self, id: u32, shared: &Shared) -> Result<()> {
         let (e, kind) = self.entry(id)?;
-        if is_late(self.image, e) {
+        if kind.is_late(self.image, e) {
             return Err(invalid!(
                 "files.img: file {id} waits in a socket, and is a {} that refers to a process, which cannot be restored yet",
                 kind.name()
             ));
         }
         self.fd(id, shared).map(drop)
+    }
+
+    /// A description that can only be made when all processes and threads exist.
+    pub(super) fn open_late(&self, id: u32) -> Result<OwnedFd> {
+        let (entry, kind) = self.entry(id)?;
+        kind.open_late(self, entry)
+    }
+
+    fn is_late(&self, id: u32) -> Result<bool> {
+        let (entry, kind) = self.entry(id)?;
+        Ok(kind.is_late(self.image, entry))
+    }
+
+    /// Adds what takes a task's late descriptions ([`FdKind::is_late`]), and its working directory if that is one, from the
+    /// host. `with_fds`, `with_cwd`: its descriptor table, and directories, are its own and not its parent's.
+    ///
+    /// # Errors
+    /// There can be no socket for it.
+    pub fn late_ops(
+        &mut self,
+        b: &mut Batch,
+        arena: &mut Arena,
+        task: &TaskImage,
+        with_fds: bool,
+        with_cwd: bool,
+    ) -> Result<()> {
+        let mut ids = Vec::new();
+        for f in task.fds.iter().filter(|_| with_fds) {
+            if self.is_late(f.id)? && !ids.contains(&f.id) {
+                ids.push(f.id);
+            }
+        }
+        let cwd = task.fs.as_ref().map(|fs| fs.cwd_id).filter(|_| with_cwd);
+        let cwd = match cwd {
+            Some(id) if self.is_late(id)? => Some(id),
+            _ => None,
+        };
+        if cwd.is_some() && !with_fds {
+            return Err(invalid!(
+                "pid {} shares its descriptor table and is in a directory of a process under /proc; that cannot be restored \
+                 yet",
+                task.pid()
+            ));
+        }
+        ids.extend(cwd.filter(|id| !ids.contains(id)));
+        self.late.take_ops(b, arena, self.base, task, ids, cwd)
+    }
+
+    /// Makes the late descriptions and sends them to the tasks. To be called when all processes and threads exist, and are
+    /// in their directories.
+    ///
+    /// # Errors
+    /// One cannot be made.
+    pub fn deliver_late(&mut self) -> Result<()> {
+        self.stand_ins.clear();
+        let late = std::mem::take(&mut self.late);
+        late.deliver(self)
     }
 
     /// A description that was opened.
@@ -272,12 +340,12 @@ impl<'a> Files<'a> {
         self.vma_fd(id, &v, None)
     }
 
-    /// Descriptors of a task's working directory and, if it is not the tree's own, of its root directory.
+    /// Descriptors of a task's working directory, unless it is late, and, if it is not the tree's own, of its root directory.
     ///
     /// # Errors
     /// As [`Self::fd`].
-    pub fn fs_fds(&mut self, fs: &pb::FsEntry) -> Result<(RawFd, Option<RawFd>)> {
-        let cwd = self.directory(fs.cwd_id)?;
+    pub fn fs_fds(&mut self, fs: &pb::FsEntry) -> Result<(Option<RawFd>, Option<RawFd>)> {
+        let cwd = if self.is_late(fs.cwd_id)? { None } else { Some(self.directory(fs.cwd_id)?) };
         let is_top = matches!(self.reg(fs.root_id)?.name.as_str(), "/" | "/.");
         let root = if is_top && self.paths.root().is_none() { None } else { Some(self.directory(fs.root_id)?) };
         Ok((cwd, root))
@@ -357,7 +425,7 @@ impl<'a> Files<'a> {
     /// The image is damaged.
     pub fn task_ops(&mut self, b: &mut Batch, arena: &mut Arena, task: &TaskImage) -> Result<()> {
         for f in &task.fds {
-            if self.late.insert(f.id) {
+            if self.worked.insert(f.id) {
                 self.entry(f.id)?.1.task_ops(b, arena, self, task, f.id)?;
             }
         }
@@ -478,7 +546,6 @@ fn check(image: &TreeImage) -> Result<()> {
             other => return Err(invalid!("{what}: its type {other:?} is not known")),
         }
     }
-    let mut late: HashMap<u32, i32> = HashMap::new();
     for task in &image.tasks {
         let mut taken = HashSet::new();
         for f in &task.fds {
@@ -489,13 +556,6 @@ fn check(image: &TreeImage) -> Result<()> {
             }
             if i32::try_from(f.fd).is_err() || !taken.insert(f.fd) {
                 return Err(invalid!("{}: the number is used twice or is none", what()));
-            }
-            if is_late(image, e) && *late.entry(f.id).or_insert(task.pid()) != task.pid() {
-                let (name, other) = (kind.name(), late[&f.id]);
-                return Err(invalid!(
-                    "{}: a {name} that refers to a process is shared with pid {other}, which cannot be restored yet",
-                    what()
-                ));
             }
         }
     }

@@ -16,6 +16,7 @@ mod locks;
 mod members;
 mod memfd;
 mod notify;
+mod nsfile;
 mod owner;
 mod packets;
 mod paths;
@@ -37,8 +38,9 @@ use dormouse_infect::arena::{Arena, Batch};
 use dormouse_kernel::proc::{self, fdinfo, maps};
 use dormouse_kernel::{HostPid, TargetFd};
 
+use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
-use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage};
+use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage, invalid};
 
 pub use files::Files;
 pub use link::LinkGuard;
@@ -83,6 +85,19 @@ pub trait FdKind: Sync {
     /// The image is damaged or asks for something that is not here; the message says what to do.
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, shared: &Shared) -> Result<OwnedFd>;
 
+    /// Whether the description can only be made once all processes and threads exist, since it refers to one of them.
+    fn is_late(&self, _: &TreeImage, _: &pb::FileEntry) -> bool {
+        false
+    }
+
+    /// Opens a late description, in the host, when all processes and threads exist.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    fn open_late(&self, _: &Files<'_>, entry: &pb::FileEntry) -> Result<OwnedFd> {
+        Err(invalid!("files.img: file {} ({}) is not one that is opened late", entry.id, self.name()))
+    }
+
     /// What is left to do inside a task once all of its descriptors are in their places: for what can only be made
     /// there. Called for one task of those that share the description.
     ///
@@ -94,7 +109,7 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 15] = [
+pub static KINDS: [&dyn FdKind; 17] = [
     &reg::Reg,
     &pipe::Pipe,
     &fifo::Fifo,
@@ -105,11 +120,13 @@ pub static KINDS: [&dyn FdKind; 15] = [
     &timerfd::Timerfd,
     &epoll::Epoll,
     &pidfd::Pidfd,
+    &nsfile::NsFile,
     &notify::inotify::Inotify,
     &notify::fanotify::Fanotify,
     &sock::inet::Inet,
     &sock::netlink::NetlinkKind,
     &sock::unix::Unix,
+    &sock::packet::Packet,
 ];
 
 /// The one kind that claims a descriptor, or why it cannot be dumped.

@@ -1,18 +1,18 @@
 //! Pidfds: handles of processes of the tree, or of processes that have ended.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::pb;
-use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::fd as host;
+use dormouse_infect::host::stand_in::StandIn;
 use dormouse_kernel::HostPid;
-use dormouse_sys::nr;
 
 use super::files::set_status;
-use super::{FdKind, FdView, FileTable, Files, Look, late};
+use super::{FdKind, FdView, FileTable, Files, Look};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
-use crate::{Blocker, Result, TaskImage, call, invalid};
+use crate::{Blocker, Result, call, invalid};
 
 /// Flag of pidfd_open(2) for a thread, Linux 6.9; the value of O_EXCL.
 const PIDFD_THREAD: i32 = libc::O_EXCL;
@@ -23,11 +23,6 @@ pub struct Pidfd;
 /// The process of a record that is alive; `None` for one that had ended.
 fn alive(entry: &pb::PidfdEntry) -> Option<i32> {
     (entry.nspid > 0).then_some(entry.nspid)
-}
-
-/// Whether a description can only be made by a task.
-pub fn is_made_late(entry: &pb::FileEntry) -> bool {
-    entry.pidfd.as_ref().is_some_and(|p| alive(p).is_some())
 }
 
 fn pid(text: &str) -> Option<i32> {
@@ -58,7 +53,6 @@ impl FdKind for Pidfd {
         let host_pid = view.field("Pid", pid)?;
         let nspid = if host_pid > 0 { view.field("NSpid", pid)? } else { -1 };
         if host_pid > 0 {
-            table.set_private(id);
             table.needs_process(HostPid(host_pid), view);
         }
         let pidfd = pb::PidfdEntry {
@@ -79,29 +73,43 @@ impl FdKind for Pidfd {
         entry.pidfd.as_ref().map(|p| &p.fown)
     }
 
-    fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
-        let p = record(files.image(), entry.id)?;
-        match alive(p) {
-            Some(pid) if files.image().tasks.iter().any(|t| t.pid() == pid) => late::placeholder(files),
-            Some(pid) => Err(invalid!("files.img: pidfd {} is of pid {pid}, which is not in the checkpoint", p.id)),
-            None => {
-                let fd = host::pidfd_of_ended().map_err(call("cannot make a handle of a process that has ended"))?;
-                set_status(&fd, p.flags as i32, "a pidfd")?;
-                Ok(fd)
-            }
-        }
+    fn is_late(&self, _: &TreeImage, entry: &pb::FileEntry) -> bool {
+        entry.pidfd.as_ref().is_some_and(|p| alive(p).is_some())
     }
 
-    fn task_ops(&self, b: &mut Batch, _: &mut Arena, files: &Files<'_>, task: &TaskImage, id: u32) -> Result<()> {
-        let p = record(files.image(), id)?;
-        let Some(pid) = alive(p) else { return Ok(()) };
-        let what = format!("a handle of pid {pid}");
-        late::fill(b, task, id, &what, |b, _| {
-            let flags = p.flags & libc::O_NONBLOCK as u32;
-            b.must(format!("pidfd_open of {pid}"), nr::PIDFD_OPEN, &[pid as u64, flags.into()]);
-        });
-        Ok(())
+    fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
+        let p = record(files.image(), entry.id)?;
+        if !files.ended.contains_key(&p.ino) {
+            // Whether two of them are of the same process can be told, so all of one are made of one.
+            let stand_in = StandIn::new(None).map_err(call("cannot make a process that ends"))?;
+            let same = files.image().files.values().filter_map(|f| f.pidfd.as_ref());
+            let mut made = HashMap::new();
+            for p in same.filter(|other| other.ino == p.ino && alive(other).is_none()) {
+                made.insert(p.id, handle(stand_in.pid(), p)?);
+            }
+            files.ended.insert(p.ino, made);
+        }
+        let fd = files.ended.get_mut(&p.ino).and_then(|made| made.remove(&p.id));
+        fd.ok_or_else(|| invalid!("files.img: pidfd {} is used twice", p.id))
     }
+
+    fn open_late(&self, files: &Files<'_>, entry: &pb::FileEntry) -> Result<OwnedFd> {
+        let p = record(files.image(), entry.id)?;
+        let pid = alive(p).ok_or_else(|| invalid!("files.img: pidfd {} is of no process", p.id))?;
+        let tasks = &files.image().tasks;
+        if !tasks.iter().any(|t| t.pid() == pid) {
+            return Err(invalid!("files.img: pidfd {} is of pid {pid}, which is not in the checkpoint", p.id));
+        }
+        handle(HostPid(pid), p)
+    }
+}
+
+/// A handle with the flags of a record.
+fn handle(pid: HostPid, p: &pb::PidfdEntry) -> Result<OwnedFd> {
+    let what = format!("a handle of pid {pid}");
+    let fd = host::pidfd_open(pid).map_err(call(format!("cannot open {what} (pidfd_open)")))?;
+    set_status(&fd, p.flags as i32, &what)?;
+    Ok(fd)
 }
 
 fn record(image: &TreeImage, id: u32) -> Result<&pb::PidfdEntry> {

@@ -3,20 +3,18 @@
 use std::os::fd::OwnedFd;
 
 use dormouse_images::pb;
-use dormouse_infect::arena::{Arena, Batch};
+use dormouse_infect::host::stand_in::StandIn;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::split_deleted;
-use dormouse_sys::nr;
 use nix::errno::Errno;
 use nix::sys::stat::{SFlag, major};
 
 use super::files::{reopen, seek};
-use super::paths::again;
 use super::view::magic;
-use super::{FdKind, FdView, FileTable, Files, Look, Place, ghost, late, link, memfd};
+use super::{FdKind, FdView, FileTable, Files, Look, Place, ghost, link, memfd};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
-use crate::{Blocker, Result, TaskImage, call, invalid};
+use crate::{Blocker, Result, call, invalid};
 
 /// Major number of /dev/null, /dev/zero, /dev/full, /dev/random, /dev/urandom and /dev/kmsg.
 const MEM_MAJOR: u64 = 1;
@@ -36,6 +34,8 @@ pub enum Reach {
     Deleted(String),
     /// It had this path, which is gone or another file's now, but it has another link somewhere.
     Renamed(String),
+    /// It is a file under /proc, of this path, of a process that has ended.
+    OfEnded(String, i32),
     /// By this key: the user gives it to the restore (`--external`, `--inherit-fd`).
     External(String),
 }
@@ -65,9 +65,6 @@ impl FdKind for Reg {
 
     fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {
         let reg = record(view, id, table)?;
-        if process_of(&reg.name).is_some() {
-            table.set_private(id);
-        }
         Ok(pb::FileEntry { r#type: self.fd_type() as i32, id, reg: Some(reg), ..Default::default() })
     }
 
@@ -84,32 +81,33 @@ impl FdKind for Reg {
         if let Some(fd) = files.inherited(reg.name.strip_prefix('/').unwrap_or(&reg.name))? {
             return Ok(fd);
         }
-        if is_opened_late(files.image(), reg) {
-            return late::placeholder(files);
-        }
-        let flags = reg.flags as i32;
-        let fd = open_file(files, reg, flags)?;
-        if flags & libc::O_PATH == 0 {
-            seek(&fd, reg.pos, &reg.name)?;
+        let fd = open_file(files, reg, reg.flags as i32)?;
+        if !is_of_ended(files, reg) {
+            set_offset(&fd, reg)?;
         }
         Ok(fd)
     }
 
-    fn task_ops(&self, b: &mut Batch, arena: &mut Arena, files: &Files<'_>, task: &TaskImage, id: u32) -> Result<()> {
-        let reg = files.reg(id)?;
-        if !is_opened_late(files.image(), reg) {
-            return Ok(());
-        }
-        let path = arena.put(format!("{}\0", reg.name).as_bytes());
-        let flags = again(reg.flags as i32).bits() as u64;
-        late::fill(b, task, id, &reg.name, |b, free| {
-            b.must(format!("opening {}", reg.name), nr::OPENAT, &[libc::AT_FDCWD as u64, path, flags, 0]);
-            if reg.pos != 0 && reg.flags as i32 & libc::O_PATH == 0 {
-                b.must(format!("the offset of {}", reg.name), nr::LSEEK, &[free, reg.pos, libc::SEEK_SET as u64]);
-            }
-        });
-        Ok(())
+    fn is_late(&self, image: &TreeImage, entry: &pb::FileEntry) -> bool {
+        let Some(pid) = entry.reg.as_ref().and_then(|r| process_of(&r.name)) else { return false };
+        !image.remaps.contains_key(&entry.id) && image.tasks.iter().any(|t| t.pid() == pid)
     }
+
+    fn open_late(&self, files: &Files<'_>, entry: &pb::FileEntry) -> Result<OwnedFd> {
+        let reg = files.reg(entry.id)?;
+        let fd = files.paths().open(&reg.name, reg.flags as i32).map_err(|e| cannot_open(reg, e))?;
+        set_offset(&fd, reg)?;
+        Ok(fd)
+    }
+}
+
+fn set_offset(fd: &OwnedFd, reg: &pb::RegFileEntry) -> Result<()> {
+    if reg.flags as i32 & libc::O_PATH == 0 { seek(fd, reg.pos, &reg.name) } else { Ok(()) }
+}
+
+/// Whether it is a file under /proc of a process that had ended.
+fn is_of_ended(files: &Files<'_>, reg: &pb::RegFileEntry) -> bool {
+    files.remap(reg.id).is_some_and(|r| r.remap_type() == pb::RemapType::Procfs)
 }
 
 /// Finds out how a file can be found again, or why it cannot.
@@ -130,7 +128,7 @@ pub fn reach(view: &FdView, look: &mut Look<'_>) -> Result<std::result::Result<R
     let stripped = split_deleted(&view.link).0;
     let stripped = || String::from_utf8_lossy(stripped).into_owned();
     match view.fs {
-        magic::PROC => return Ok(of_proc(view, name)),
+        magic::PROC => return Ok(of_proc(view, look, name)),
         magic::DEVPTS => return Ok(Ok(Reach::Named(stripped()))),
         magic::HUGETLB if view.stat.st_nlink == 0 => {
             return Ok(Err(view.blocker("a deleted file of huge pages", "close it (or end what uses it) and retry")));
@@ -168,25 +166,23 @@ fn process_of(name: &str) -> Option<i32> {
     rest.split('/').next()?.parse().ok()
 }
 
-/// Files of `/proc/PID` belong to a process: it has to exist when they are opened.
-fn of_proc(view: &FdView, name: &str) -> std::result::Result<Reach, Blocker> {
-    let Some(pid) = process_of(name) else { return Ok(Reach::Named(name.to_owned())) };
-    let of_thread = name.split('/').skip_while(|part| *part != "task").nth(1);
-    let what = if split_deleted(&view.link).1 || !HostPid(pid).proc_path("").exists() {
-        "a file of a process that has ended"
-    } else if of_thread.is_some_and(|tid| tid.parse() != Ok(pid)) {
-        "a file of a thread under /proc, which cannot be restored yet"
-    } else if !matches!(view.place, Place::Fd(_)) {
-        "a directory of a process under /proc, which cannot be restored yet"
-    } else {
-        return Ok(Reach::Named(name.to_owned()));
+/// Files of `/proc/PID` belong to a process, or to a thread of it: it has to exist when they are opened.
+fn of_proc(view: &FdView, look: &Look<'_>, name: &str) -> std::result::Result<Reach, Blocker> {
+    let (stripped, deleted) = split_deleted(&view.link);
+    let stripped = String::from_utf8_lossy(stripped).into_owned();
+    let Some(pid) = process_of(&stripped) else { return Ok(Reach::Named(name.to_owned())) };
+    // While somebody holds a file of a process, its name leads to it for as long as that process lives.
+    let lives = !deleted && look.stat(view, &view.link).is_ok_and(|st| st.st_ino == view.stat.st_ino);
+    let what = match view.place {
+        Place::Fd(_) | Place::Cwd if lives => return Ok(Reach::Named(stripped)),
+        Place::Fd(_) | Place::Cwd if !HostPid(pid).proc_path("").exists() => return Ok(Reach::OfEnded(stripped, pid)),
+        Place::Fd(_) | Place::Cwd if stripped.starts_with(&format!("/proc/{pid}/task/")) => {
+            "a file of a thread that has ended"
+        }
+        Place::Fd(_) | Place::Cwd => "a file of a process that has ended, and whose pid is another's now",
+        _ => "a file of a process under /proc, which can be open or the working directory, but nothing else yet",
     };
-    Err(view.blocker(what, "close it (or leave the directory) and retry"))
-}
-
-/// Whether a file can only be opened by a task of the tree: it belongs to a process that does not exist before.
-pub fn is_opened_late(image: &TreeImage, reg: &pb::RegFileEntry) -> bool {
-    process_of(&reg.name).is_some_and(|pid| image.tasks.iter().any(|t| t.pid() == pid))
+    Err(view.blocker(what, "close it (or end what uses it) and retry"))
 }
 
 /// What stands against keeping a deleted file in the images.
@@ -226,6 +222,10 @@ pub fn record(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::R
     match reach(view, table.look())?.map_err(|b| invalid!("{b}"))? {
         Reach::Named(name) => reg.name = name,
         Reach::External(key) => (reg.name, reg.ext) = (key, Some(true)),
+        Reach::OfEnded(name, pid) => {
+            reg.name = name;
+            table.remap(id, pid as u32, pb::RemapType::Procfs);
+        }
         Reach::Deleted(name) => {
             ghost::dump(view, id, table)?;
             reg.name = name;
@@ -277,11 +277,40 @@ pub fn open_file(files: &mut Files<'_>, reg: &pb::RegFileEntry, flags: i32) -> R
             files.check_unchanged(&fd, reg)?;
             Ok(fd)
         }
-        Some((pb::RemapType::Procfs, pid)) => Err(invalid!(
-            "remap-fpath.img: {} is a file of process {pid}, which had ended; such files cannot be restored yet",
-            reg.name
-        )),
+        // A directory that is to be a task's has to be of a living process until the task is there.
+        Some((pb::RemapType::Procfs, pid)) if flags & libc::O_DIRECTORY != 0 => {
+            let pid = HostPid(pid as i32);
+            if !files.stand_ins.contains_key(&pid.0) {
+                let stand_in = stand_in(reg, pid)?;
+                files.stand_ins.insert(pid.0, stand_in);
+            }
+            files.paths().open(&reg.name, flags).map_err(|e| cannot_open(reg, e))
+        }
+        Some((pb::RemapType::Procfs, pid)) if files.stand_ins.contains_key(&(pid as i32)) => {
+            files.paths().open(&reg.name, flags).map_err(|e| cannot_open(reg, e))
+        }
+        Some((pb::RemapType::Procfs, pid)) => open_of_ended(files, reg, flags, HostPid(pid as i32)),
     }
+}
+
+/// A process with the pid of one that had ended.
+fn stand_in(reg: &pb::RegFileEntry, pid: HostPid) -> Result<StandIn> {
+    StandIn::new(Some(pid)).map_err(call(format!(
+        "cannot make a process with pid {pid} for {} (files.img: file {}); the pid must be free until the restore is done",
+        reg.name, reg.id
+    )))
+}
+
+/// Opens a file under /proc of a process that had ended: another one takes its pid, and ends as soon as it is open.
+fn open_of_ended(files: &Files<'_>, reg: &pb::RegFileEntry, flags: i32, pid: HostPid) -> Result<OwnedFd> {
+    let stand_in = stand_in(reg, pid)?;
+    let fd = files.paths().open(&reg.name, flags).map_err(|e| cannot_open(reg, e))?;
+    if let Err(e) = set_offset(&fd, reg) {
+        // Nothing can be read from it any more, wherever it stands.
+        tracing::debug!("{e}");
+    }
+    drop(stand_in);
+    Ok(fd)
 }
 
 fn cannot_open(reg: &pb::RegFileEntry, e: std::io::Error) -> crate::ResourceError {

@@ -46,6 +46,8 @@ pub struct FileTable<'a> {
     memfd_ids: HashMap<File, u64>,
     /// Descriptions that cannot be shared by several tasks, since a task has to open them.
     private: HashSet<u32>,
+    /// Numbers of the namespaces of this program.
+    own_ids: pb::TaskKobjIdsEntry,
     /// The processes added so far.
     tasks: HashSet<HostPid>,
     /// Processes that have to be in the tree, and who says so.
@@ -77,11 +79,19 @@ impl<'a> FileTable<'a> {
             memfds: Vec::new(),
             memfd_ids: HashMap::new(),
             private: HashSet::new(),
+            own_ids: pb::TaskKobjIdsEntry::default(),
             tasks: HashSet::new(),
             needed: Vec::new(),
             needed_ghosts: Vec::new(),
             queued: Vec::new(),
         }
+    }
+
+    /// Tells the numbers that the images give to this program's namespaces, in which the tree is too.
+    #[must_use]
+    pub fn with_ids(mut self, own: pb::TaskKobjIdsEntry) -> Self {
+        self.own_ids = own;
+        self
     }
 
     /// The descriptor table of a frozen process, without the descriptors in `skip`. Descriptions that were seen before,
@@ -178,6 +188,22 @@ impl<'a> FileTable<'a> {
         let entry = kind.dump(view, id, self)?;
         self.entries.push(entry);
         Ok((id, kind.fd_type()))
+    }
+
+    /// Names the sockets whose rings a process has mapped; its descriptors were added, or are those of a task before it.
+    ///
+    /// # Errors
+    /// No process has the socket open.
+    pub fn name_rings<'m>(&self, pid: HostPid, rings: impl Iterator<Item = (u64, &'m mut u64)>) -> Result<()> {
+        for (start, socket) in rings {
+            let id = self.sockets.packet_id(*socket as u32).ok_or_else(|| {
+                invalid!(
+                    "cannot dump pid {pid}: it has mapped the ring of a socket at {start:#x} that it has not open; unmap it and retry"
+                )
+            })?;
+            *socket = id.into();
+        }
+        Ok(())
     }
 
     /// Writes every image of the table; memfds give their content to `shared`. Links made for files without a name stay
@@ -287,6 +313,11 @@ impl<'a> FileTable<'a> {
     /// What kinds decide by.
     pub(super) fn look(&mut self) -> &mut Look<'a> {
         &mut self.look
+    }
+
+    /// Numbers of the namespaces of this program.
+    pub(super) fn own_ids(&self) -> &pb::TaskKobjIdsEntry {
+        &self.own_ids
     }
 
     /// The contents of pipes.

@@ -471,7 +471,9 @@ fn an_epoll_names_what_it_watches_by_the_numbers_that_are_left() {
 #[test]
 fn a_handle_of_an_ended_process_is_one_again() {
     let dir = Scratch::new("pidfd");
-    let ended = host::pidfd_of_ended().unwrap();
+    let stand_in = dormouse_infect::host::stand_in::StandIn::new(None).unwrap();
+    let ended = host::pidfd_open(stand_in.pid()).unwrap();
+    drop(stand_in);
     let new = round_trip(&dir, &DumpOptions::default(), &[&ended]);
     assert_eq!(view(&new[0]).field("Pid", |v| v.parse::<i32>().ok()).unwrap(), -1);
     // Processes of the tree are another matter.

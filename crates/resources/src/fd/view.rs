@@ -300,6 +300,8 @@ impl<'a> Look<'a> {
 pub mod magic {
     /// procfs.
     pub const PROC: i64 = 0x9fa0;
+    /// nsfs, of namespace files.
+    pub const NSFS: i64 = 0x6e73_6673;
     /// devpts.
     pub const DEVPTS: i64 = 0x1cd1;
     /// hugetlbfs.

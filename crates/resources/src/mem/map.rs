@@ -9,8 +9,8 @@ pub use super::inherit::shares_memory;
 use super::inherit::{inherit_ops, inherited};
 use super::mm;
 use super::vma::{
-    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, clip, describe, flag,
-    is_mapped, is_private, prot,
+    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, VMA_SOCKET, clip, describe,
+    flag, is_mapped, is_private, prot,
 };
 pub use super::vma::{VMA_GUARD, VMA_REGULAR};
 use crate::checkpoint::{Run, TaskImage};
@@ -109,7 +109,9 @@ fn mmap_op(
         return Err(invalid!("pid {}: mapping {} is {kind}, which cannot be restored yet", t.pid(), describe(v)));
     }
     let mut flags = (v.flags & !flag::LOCKED) | flag::FIXED;
-    let (fd, what) = if v.status & VMA_ANON_SHARED != 0 {
+    let (fd, what) = if v.status & VMA_SOCKET != 0 {
+        (c.files.fd(v.shmid as u32, c.shared)?, "a packet socket's ring".to_owned())
+    } else if v.status & VMA_ANON_SHARED != 0 {
         flags &= !flag::ANONYMOUS;
         (c.shared.fd(v.shmid)?, "shared memory".to_owned())
     } else if v.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED | VMA_MEMFD) != 0 {

@@ -41,6 +41,8 @@ pub enum Kind {
     Memfd,
     /// A file with a path.
     File,
+    /// The ring of a packet socket.
+    Ring,
     /// None that can be dumped; [`blockers`] says why.
     Special,
 }
@@ -303,6 +305,7 @@ pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
         name if name.starts_with(b"/memfd:") && v.dev_major == 0 => Kind::Memfd,
         b"/secretmem (deleted)" | b"/[aio] (deleted)" => Kind::Special,
         name if name.starts_with(b"/dmabuf:") => Kind::Special,
+        name if name.starts_with(b"socket:") && v.shared => Kind::Ring,
         name if on_shm && name.starts_with(b"/SYSV") => Kind::Special,
         name if name.starts_with(b"/") && v.has_file() => Kind::File,
         _ => Kind::Special,
@@ -323,6 +326,7 @@ fn entry(v: &Vma, smap: &Smap, kind: Kind) -> pb::VmaEntry {
         Kind::HugeAnonymous if !v.shared => (vma::VMA_REGULAR | vma::VMA_ANON_PRIVATE, true),
         Kind::HugeAnonymous => (vma::VMA_REGULAR | vma::VMA_ANON_SHARED, true),
         Kind::SharedAnonymous | Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
+        Kind::Ring => (vma::VMA_REGULAR | vma::VMA_SOCKET, false),
         Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
     };
     if codes.has("ss") {

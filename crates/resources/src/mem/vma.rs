@@ -98,7 +98,6 @@ pub fn describe(v: &pb::VmaEntry) -> String {
 pub fn unsupported(v: &pb::VmaEntry) -> Option<&'static str> {
     let kinds = [
         (VMA_SYSVIPC, "System V shared memory"),
-        (VMA_SOCKET, "a packet socket's ring"),
         (VMA_AIORING, "an AIO ring"),
         (VMA_SHSTK, "a shadow stack"),
         (VMA_UPROBES, "a uprobes area"),

@@ -79,9 +79,7 @@ fn of_thread(pid: HostPid, tid: HostPid) -> Result<Vec<(String, &'static str)>> 
     if let Some(tracer) = status.tracer_pid.filter(|_| tid != pid) {
         reasons.push((format!("it is being traced by pid {tracer}"), "detach the debugger or strace and retry"));
     }
-    if let Some(why) = seccomp::unsupported(&status) {
-        reasons.push((why, "run it without seccomp (for a container: --security-opt seccomp=unconfined)"));
-    }
+    reasons.extend(seccomp::unsupported(&status));
     if status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         reasons.push(("it uses a shadow stack".into(), "run it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"));
     }

@@ -13,8 +13,7 @@ use dormouse_kernel::proc::status::Status;
 use dormouse_kernel::proc::timers::PosixTimer;
 
 use super::{
-    creds, itimer, ldt, misc, posix_timer, regs, rlimit, robust_list, rseq, sched, seccomp, sigaction, sigaltstack,
-    signal,
+    creds, itimer, ldt, misc, posix_timer, regs, rlimit, robust_list, rseq, sched, sigaction, sigaltstack, signal,
 };
 use crate::checkpoint::{TASK_ALIVE, TASK_DEAD, TASK_STOPPED};
 use crate::{Result, invalid};
@@ -168,7 +167,7 @@ impl ThreadAsk {
     ) -> Result<(pb::CoreEntry, Option<pb::ThreadExt>)> {
         let tid = view.tid;
         let sched = sched::read(tid)?;
-        if let Some(why) = seccomp::unsupported(view.status).or(sched::unsupported(&sched)) {
+        if let Some(why) = sched::unsupported(&sched) {
             return Err(invalid!("cannot dump thread {tid}: {why}"));
         }
         if view.rseq.is_some_and(|c| c.flags != 0) {

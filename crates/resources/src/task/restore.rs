@@ -66,16 +66,16 @@ pub fn signal_ops(
 pub fn thread_ops(
     b: &mut Batch,
     c: &mut RestoreCtx<'_, '_>,
+    t: &TaskImage,
     core: &pb::CoreEntry,
     ext: Option<&pb::ThreadExt>,
-    comm: Option<&str>,
     tid: i32,
 ) -> Result<()> {
-    seccomp::check(tid, core)?;
     let tc = core.thread_core.as_ref().expect("checked by load");
     let clear_tid =
         core.thread_info.as_ref().map(|i| i.clear_tid_addr).or(core.ti_aarch64.as_ref().map(|i| i.clear_tid_addr));
-    misc::thread_ops(b, c.arena, clear_tid, tc.comm.as_deref().or(comm));
+    let process_name = (tid == t.pid()).then_some(t.tc().comm.as_str());
+    misc::thread_ops(b, c.arena, clear_tid, tc.comm.as_deref().or(process_name));
     if let Some(slack) = ext.and_then(|e| e.timer_slack_ns) {
         misc::timer_slack_op(b, slack);
     }
@@ -87,6 +87,7 @@ pub fn thread_ops(
         rseq::restore_op(b, r);
     }
     sched::restore_op(b, c.arena, tid, tc)?;
+    seccomp::restore_ops(b, c.arena, c.filters, tid, core, t.tc())?;
     if let Some(k) = &tc.creds {
         creds::restore_ops(b, c.arena, tid, k, c.own)?;
     }

@@ -1,4 +1,5 @@
-//! Sockets: internet ([`inet`]), netlink ([`netlink`]), unix ([`unix`]); what they share, and what a dump or a restore keeps of all of them.
+//! Sockets: internet ([`inet`]), netlink ([`netlink`]), packet ([`packet`]), unix ([`unix`]); what they share, and what a dump or
+//! a restore keeps of all of them.
 //!
 //! The host holds a copy of each descriptor, so a socket's state is read with getsockopt(2), and from the kernel's lists
 //! where no option tells it. A restore makes every socket in the host. `SO_REUSEADDR` is on while sockets are bound, since
@@ -11,6 +12,7 @@ mod ip;
 mod lock;
 pub mod netlink;
 mod opts;
+pub mod packet;
 mod tcp;
 pub mod unix;
 
@@ -62,6 +64,9 @@ fn inode(view: &FdView) -> u32 {
 pub struct Listed {
     inet: HashMap<(u32, i32), HashMap<u32, diag::Inet>>,
     netlink: Option<HashMap<u32, diag::NetlinkSocket>>,
+    packet: Option<HashMap<u32, diag::Packet>>,
+    /// Ids of packet sockets that were dumped, by inode.
+    packet_ids: HashMap<u32, u32>,
     /// TCP connections.
     pub connections: Connections,
     /// Unix sockets.
@@ -99,6 +104,27 @@ impl Listed {
         };
         Ok(list.get(&inode).cloned())
     }
+
+    /// The id of a packet socket that was dumped.
+    pub fn packet_id(&self, inode: u32) -> Option<u32> {
+        self.packet_ids.get(&inode).copied()
+    }
+
+    /// A packet socket.
+    fn packet(&mut self, inode: u32) -> Result<Option<diag::Packet>> {
+        let list = match &mut self.packet {
+            Some(list) => list,
+            none => none.insert(packet_sockets()?),
+        };
+        Ok(list.get(&inode).cloned())
+    }
+}
+
+/// All packet sockets, by inode.
+fn packet_sockets() -> Result<HashMap<u32, diag::Packet>> {
+    let list = Netlink::sock_diag().and_then(|mut nl| diag::packet(&mut nl));
+    let list = list.map_err(call("cannot list packet sockets (sock_diag(7); needs CONFIG_PACKET_DIAG)"))?;
+    Ok(list.into_iter().map(|s| (s.inode, s)).collect())
 }
 
 /// A new socket of a restore.

@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, SFlag};
 
 use self::dump::{controlling_pty, session_on};
 use self::modes::{set_modes, set_size};
-use self::restore::is_master;
+use self::restore::{TIOCSCTTY, is_master};
 use super::files::{reopen, set_status};
 use super::{FdKind, FdView, FileTable, Files, Look, late, paths, reg};
 use crate::mem::Shared;
@@ -134,7 +134,8 @@ impl FdKind for Tty {
                 (!may && !look.options.shell_job).then(outside)
             }
             Sort::Console | Sort::Virtual | Sort::Serial => {
-                (!look.options.shell_job && session_on(view)?.is_some()).then(outside)
+                let leads = |(sid, _): (u32, u32)| sid == view.pid.0 as u32;
+                (!look.options.shell_job && session_on(view)?.is_some_and(|s| !leads(s))).then(outside)
             }
         };
         Ok(match found {
@@ -185,12 +186,19 @@ impl FdKind for Tty {
     fn task_ops(&self, b: &mut Batch, arena: &mut Arena, files: &Files<'_>, task: &TaskImage, id: u32) -> Result<()> {
         let entry = files.image().files.get(&id).and_then(|f| f.tty.as_ref());
         let t = entry.ok_or_else(|| invalid!("files.img: terminal {id} has no record"))?;
+        if files.ttys.is_led_by(t, task.pid()) {
+            // Of all that have it, the leader was dumped first, and gets here first.
+            let own = task.fds.iter().find(|f| f.id == id).map_or(0, |f| f.fd);
+            let what = format!("taking descriptor {own} for the controlling terminal of session {}", task.pid());
+            b.must(what, nr::IOCTL, &[own.into(), TIOCSCTTY, 0]);
+            return Ok(());
+        }
         if !files.ttys.is_late(t) {
             return Ok(());
         }
         let path = arena.put(b"/dev/tty\0");
         let flags = paths::again(t.flags as i32).bits() as u64;
-        late::fill(b, task, id, "/dev/tty", |b, _| {
+        late::fill(b, task, id, "/dev/tty", |b| {
             b.must("opening /dev/tty", nr::OPENAT, &[libc::AT_FDCWD as u64, path, flags, 0]);
         });
         Ok(())

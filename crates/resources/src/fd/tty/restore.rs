@@ -23,7 +23,7 @@ use crate::fd::{Files, paths};
 use crate::{RestoreOptions, Result, TaskImage, call, invalid};
 
 /// ioctl(2), ioctl_tty(2).
-const TIOCSCTTY: u64 = 0x540E;
+pub(super) const TIOCSCTTY: u64 = 0x540E;
 const TIOCSPGRP: u64 = 0x5410;
 
 /// The terminals of a restore.
@@ -104,6 +104,12 @@ impl Given {
             Ok(()) | Err(Errno::ENOTTY) => Ok(()),
             Err(e) => Err(call(format!("cannot make group {group} the foreground group of the terminal"))(e.into())),
         }
+    }
+
+    /// Whether it is a console, virtual or serial terminal that controls the session which this process leads.
+    pub fn is_led_by(&self, tty: &pb::TtyFileEntry, pid: i32) -> bool {
+        let kinds = [pb::TtyType::Console, pb::TtyType::Vt, pb::TtyType::Serial];
+        self.infos.get(&tty.tty_info_id).is_some_and(|i| kinds.contains(&i.r#type()) && i.sid as i32 == pid)
     }
 
     /// `/dev/tty` of a session whose terminal is in the tree can only be opened in that session, by a task.
