@@ -11,6 +11,7 @@ mod demo;
 mod image_cmds;
 mod log;
 mod man;
+mod namespaces;
 mod progress;
 mod run;
 mod scripts;
@@ -47,6 +48,7 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
         Command::Service(args) => serve::service(&args, &parsed.notes),
         Command::Swrk { fd } => serve::own_worker(fd),
         Command::ServiceWorker(args) => serve::worker(&args),
+        Command::NamespaceInit { root } => Ok(namespaces::rest(root)),
         Command::Demo => demo::run(),
         Command::DemoCounter { dir } => demo::count(&dir),
         Command::DemoAdder { dir } => demo::add(&dir),

@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 
 use crate::args::{Common, DumpArgs, RestoreArgs};
 use crate::log::{Log, say};
+use crate::namespaces;
 use crate::progress::{Progress, size, time};
 use crate::scripts::Scripts;
 use crate::stats;
@@ -75,7 +76,7 @@ impl Place {
         Place { path: format!("/proc/self/fd/{}", self.images.as_raw_fd()).into(), ..self }
     }
 
-    /// Writes and shows what it cost. A directory that cannot be written is no reason to fail now.
+    /// Writes and shows what a run cost. A directory that cannot be written is no reason to fail now.
     fn account(&self, stats: &pb::StatsEntry, common: &Common) {
         tracing::info!("Writing stats");
         if let Err(error) = stats::write(Path::new("."), stats) {
@@ -95,6 +96,8 @@ pub struct Run<'a> {
     pub session: Session,
     /// Told of each stage before the scripts are.
     pub notify: dormouse_rpc::Notify<'a>,
+    /// Its statistics are written and shown.
+    pub accounts: bool,
     /// For this user and with no other rights, see [`dormouse_restore::Request`].
     pub only_user: Option<u32>,
 }
@@ -106,7 +109,7 @@ impl<'a> Run<'a> {
     /// There is no randomness for its identity.
     pub fn new(place: &'a Place) -> Result<Self> {
         let session = Session::new().context("cannot draw a session id (getrandom)")?;
-        Ok(Self { place, session, notify: &|_, _| Ok(()), only_user: None })
+        Ok(Self { place, session, notify: &|_, _| Ok(()), accounts: true, only_user: None })
     }
 
     fn scripts(&self, common: &'a Common) -> Scripts<'a> {
@@ -206,6 +209,9 @@ pub fn sleep(
 /// The directories or the log are not accessible; what fails later is told here.
 pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
+    if namespaces::wanted(args) {
+        return copies(args, &place);
+    }
     let report = match wake(args, &Run::new(&place)?) {
         Ok(report) => report,
         Err(error) => {
@@ -236,11 +242,35 @@ pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
     Ok(code.into())
 }
 
+/// Restores in fresh namespaces.
+fn copies(args: &RestoreArgs, place: &Place) -> Result<ExitCode> {
+    let start = std::time::Instant::now();
+    let copies = match namespaces::wake_copies(args, &Run::new(place)?) {
+        Ok(copies) => copies,
+        Err(error) => {
+            place.log.failure(&error, Some("Restoring FAILED."));
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    if place.log.leaves_a_terminal() {
+        let pids: Vec<String> = copies.iter().map(|copy| copy.root.to_string()).collect();
+        eprintln!("restored as pid {}; {} in all", pids.join(", "), time(start.elapsed().as_micros() as u64));
+    }
+    if args.restore_detached {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let code = namespaces::wait_for(&copies);
+    Ok(if args.wait_status { code.into() } else { ExitCode::SUCCESS })
+}
+
 /// Restores, and does not wait for the end of the tree.
 ///
 /// # Errors
 /// See [`dormouse_restore::run`]; the log does not have it yet.
 pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Report, RestoreError> {
+    if args.new_mount_ns && !namespaces::wanted(args) {
+        namespaces::leave_mounts().map_err(RestoreError::Hook)?;
+    }
     for (fd, key) in &args.inherit_fd {
         tracing::info!("File {key} will be restored from inherit fd {fd}");
     }
@@ -270,7 +300,9 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
     }
     let report = outcome?;
     tracing::info!("Restore finished successfully. Tasks resumed.");
-    run.place.account(&pb::StatsEntry { dump: None, restore: Some(stats::of_restore(&report)) }, &args.common);
+    if run.accounts {
+        run.place.account(&pb::StatsEntry { dump: None, restore: Some(stats::of_restore(&report)) }, &args.common);
+    }
     Ok(report)
 }
 

@@ -21,7 +21,7 @@ use nix::sys::signal::SigSet;
 use crate::args::{self, Command, Foreign, ServiceArgs, WorkerArgs};
 use crate::log::Log;
 use crate::run::{self, Place, Run};
-use crate::{check, version};
+use crate::{check, namespaces, version};
 
 /// Where the service listens if nothing else is said; CRIU's.
 const ADDRESS: &str = "./criu_service.socket";
@@ -149,8 +149,13 @@ impl Here {
         run: impl FnOnce(&Run<'_>) -> Result<Done, Failure>,
     ) -> Result<Done, Failure> {
         let place = Place::enter(common, notes).map_err(Failure::bad_request)?.held();
-        let outcome =
-            run(&Run { place: &place, session: order.session, notify: order.notify, only_user: order.only_user });
+        let outcome = run(&Run {
+            place: &place,
+            session: order.session,
+            notify: order.notify,
+            accounts: true,
+            only_user: order.only_user,
+        });
         if let Err(failure) = &outcome {
             let last = match order.verb {
                 "restore" => "Restoring FAILED.",
@@ -180,6 +185,10 @@ impl Work for Here {
                 Ok(Done { pid: Some(done.root_pid) })
             }),
             Command::Restore(args) => self.at(&args.common, &parsed.notes, order, |run| {
+                if namespaces::wanted(args) {
+                    let copies = namespaces::wake_copies(args, run)?;
+                    return Ok(Done { pid: copies.first().map(|copy| copy.root) });
+                }
                 let outcome = run::wake(args, run);
                 let done = outcome.map_err(|e| Failure { errno: e.errno(), error: e.into() })?;
                 Ok(Done { pid: Some(done.root_pid) })

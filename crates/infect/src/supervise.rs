@@ -51,6 +51,32 @@ pub fn supervised(work: impl FnOnce() -> i32) -> io::Result<i32> {
     }
 }
 
+/// Runs `work` in a child that is killed if this process dies, and exits with the code that it gives. The child's descriptors
+/// are copies of ours. In a new pid namespace, it is process 1.
+///
+/// Must be called while this process has one thread.
+///
+/// # Errors
+/// fork(2)'s.
+pub fn fork_tied(work: impl FnOnce() -> i32) -> io::Result<Pid> {
+    let (tied, parent) = (std::os::unix::net::UnixStream::pair()?, getpid());
+    // SAFETY: one thread, so the child may run any code.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            // The parent's number tells nothing if it is in another pid namespace; that its end of the pair is open does.
+            drop(tied.0);
+            let set = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+            let looked = tied.1.set_nonblocking(true).and_then(|()| io::Read::read(&mut &tied.1, &mut [0]));
+            let gone = !matches!(looked, Err(e) if e.kind() == io::ErrorKind::WouldBlock);
+            drop(tied.1);
+            let here = getppid() == parent || getppid() == Pid::from_raw(0);
+            let code = if set.is_ok() && here && !gone { work() } else { 1 };
+            std::process::exit(code)
+        }
+        ForkResult::Parent { child } => Ok(child),
+    }
+}
+
 fn wait(child: Pid) -> io::Result<i32> {
     loop {
         match waitpid(child, None) {

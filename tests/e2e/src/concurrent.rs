@@ -5,12 +5,18 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use crate::case::Case;
+use crate::case::{Case, TOOL_LIMIT, pid_of};
 use crate::programs;
 use crate::report::{Outcome, Test};
+use crate::target::{Session, Target};
+use crate::{adversary, proc};
 
 /// Copies that are woken up at once.
 const COPIES: usize = 64;
@@ -40,7 +46,17 @@ kill -9 "$(cat "$2/pid")"
 
 /// The tests of this group.
 pub fn tests() -> Vec<Test> {
-    vec![Test::new(format!("concurrent/{COPIES}_restores_of_one_image"), restores).alone()]
+    type Body = fn(&Case<'_>) -> Result<Outcome>;
+    let tests: [(&str, Body); 7] = [
+        ("64_restores_of_one_image", restores),
+        ("64_copies_by_one_command", copies),
+        ("64_dumps_beside_64_restores", dumps_beside_restores),
+        ("64_restores_beside_an_adversary", beside_an_adversary),
+        ("copies_all_or_none", all_or_none),
+        ("copy_in_a_pid_namespace", one_copy),
+        ("end_of_a_copy_is_told", end_of_a_copy),
+    ];
+    tests.map(|(name, body)| Test::new(format!("concurrent/{name}"), body).alone()).into()
 }
 
 fn script(case: &Case<'_>, script: &str, words: &[&Path], out: &Path) -> Result<Command> {
@@ -80,4 +96,225 @@ fn restores(case: &Case<'_>) -> Result<Outcome> {
     }
     ensure!(failures.is_empty(), "{} of {COPIES} failed, the first: {}", failures.len(), failures[0]);
     Ok(Outcome::Passed(format!("{COPIES} copies in {:.2} s", started.elapsed().as_secs_f64())))
+}
+
+/// Pids here of those processes that have `pid` in the innermost of their pid namespaces, and not here.
+fn elsewhere(pid: i32) -> Vec<i32> {
+    let inside = |found: &i32| {
+        let numbers = proc::status(*found, "NSpid").unwrap_or_default();
+        let mut numbers = numbers.split_whitespace();
+        numbers.next_back() == Some(&pid.to_string()) && numbers.next().is_some()
+    };
+    proc::numbers("/proc").into_iter().filter(inside).collect()
+}
+
+/// A tree that is in the images `img` and goes on running, so that its pids are taken.
+fn sleeping<'a>(case: &'a Case<'a>, program: &str, live: bool) -> Result<Result<Target<'a>, Outcome>> {
+    let target = match Target::start(case, program, Session::Own, &[])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(Err(skip)),
+    };
+    let options = if live { vec!["--leave-running".to_owned()] } else { Vec::new() };
+    let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &options)?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    Ok(Ok(target))
+}
+
+/// Ends copies by their processes 1, and waits until everything of them is gone.
+fn end_copies(target: &Target<'_>, copies: &[i32]) -> Result<()> {
+    for copy in copies {
+        let init = proc::read(*copy).map_or(*copy, |process| process.parent);
+        kill(Pid::from_raw(init), Signal::SIGKILL).ok();
+    }
+    let end = Instant::now() + Duration::from_secs(20);
+    while target.tree.keys().any(|pid| !elsewhere(*pid).is_empty()) {
+        ensure!(Instant::now() < end, "tasks of copies are left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn copies(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = match sleeping(case, "tree", true)? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let started = Instant::now();
+    let pidfile = case.path("pid");
+    let options = ["--copies", "64", "--pidfile", pidfile.to_str().context("a path")?].map(str::to_owned);
+    let ran = case.restore(&case.args.bin, &case.path("img"), &options)?;
+    let seconds = started.elapsed().as_secs_f64();
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    let mut roots = elsewhere(target.pid);
+    ensure!(roots.len() == COPIES, "{} of {COPIES} copies run", roots.len());
+    for pid in target.tree.keys() {
+        let found = elsewhere(*pid).len();
+        ensure!(found == COPIES, "{found} copies have a pid {pid}");
+    }
+    let mut told = Vec::new();
+    for number in 1..=COPIES {
+        told.push(fs::read_to_string(case.path(&format!("pid.{number}")))?.parse::<i32>()?);
+    }
+    roots.sort_unstable();
+    told.sort_unstable();
+    ensure!(roots == told, "the pid files name {told:?}, the roots are {roots:?}");
+    target.ask()?;
+    end_copies(&target, &roots)?;
+    target.ask()?;
+    target.end();
+    Ok(Outcome::Passed(format!("{COPIES} copies in {seconds:.2} s")))
+}
+
+fn one_copy(case: &Case<'_>) -> Result<Outcome> {
+    let target = match sleeping(case, "tree", false)? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    proc::wait_free(target.ids(), Duration::from_secs(5)).ok();
+    let ran = case.restore(&case.args.bin, &case.path("img"), &["--new-pid-ns".to_owned()])?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    programs::ask(case, 1)?;
+    let roots = elsewhere(target.pid);
+    ensure!(roots.len() == 1, "its root is {roots:?}");
+    end_copies(&target, &roots)?;
+    let ran = case.restore(&case.args.bin, &case.path("img"), &["--new-mount-ns".to_owned()])?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    case.same_tree(&target.tree)?;
+    let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt"));
+    ensure!(mounts(&target.pid.to_string())? != mounts("self")?, "it is in our mount namespace");
+    target.end();
+    Ok(Outcome::PASSED)
+}
+
+/// One of 16 copies fails at a late moment: none is left.
+fn all_or_none(case: &Case<'_>) -> Result<Outcome> {
+    let target = match sleeping(case, "tree", true)? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let (script, once) = (case.path("script"), case.path("once"));
+    // rmdir succeeds for one copy alone.
+    let text = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-restore ] && rmdir ONCE 2>/dev/null && exit 1\nexit 0\n";
+    fs::write(&script, text.replace("ONCE", once.to_str().context("a path")?))?;
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    fs::create_dir(&once)?;
+    let script = script.to_str().context("a path")?;
+    let options = ["--copies", "16", "--action-script", script].map(str::to_owned);
+    let ran = case.restore(&case.args.bin, &case.path("img"), &options)?;
+    ensure!(!ran.ok() && ran.said.contains("post-restore script"), "not refused: {}", ran.errors());
+    end_copies(&target, &[]).context("of a restore that failed")?;
+    let ran = case.restore(&case.args.bin, &case.path("img"), &options)?;
+    ensure!(ran.ok(), "the same without a failure: {}", ran.errors());
+    end_copies(&target, &elsewhere(target.pid))?;
+    target.unharmed()?;
+    target.end();
+    Ok(Outcome::PASSED)
+}
+
+/// A command that waits ends with its tree, and tells how that ended.
+fn end_of_a_copy(case: &Case<'_>) -> Result<Outcome> {
+    let target = match sleeping(case, "sleep_counter", true)? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let mut command = case.command(&case.args.bin);
+    command.args(["restore", "--new-pid-ns", "--wait-status", "-o", "restore.log", "-D"]).arg(case.path("img"));
+    let child = case.start_tool(command, "restore")?;
+    let end = Instant::now() + Duration::from_secs(20);
+    let root = loop {
+        match elsewhere(target.pid)[..] {
+            [root] if proc::status(root, "TracerPid").as_deref() == Some("0") => break root,
+            _ => ensure!(Instant::now() < end, "the copy does not run"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    std::thread::sleep(Duration::from_millis(300));
+    kill(Pid::from_raw(root), Signal::SIGUSR2)?;
+    let ran = case.wait_tool(child, "restore", &case.path("img/restore.log"), TOOL_LIMIT)?;
+    let code = ran.status.and_then(|status| status.code());
+    ensure!(code == Some(128 + Signal::SIGUSR2 as i32), "its exit code: {code:?}; {}", ran.errors());
+    target.end();
+    Ok(Outcome::PASSED)
+}
+
+fn dumps_beside_restores(case: &Case<'_>) -> Result<Outcome> {
+    let target = match sleeping(case, "tree", true)? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let program = programs::find(case, "tree")?;
+    let mut others = Vec::new();
+    for number in 0..COPIES {
+        let dir = case.path(&format!("other.{number}"));
+        fs::create_dir_all(dir.join("img"))?;
+        let mut command = case.command(&program);
+        command.arg(&dir);
+        let pid = pid_of(&case.start(command)?);
+        case.await_file(&format!("other.{number}/ready"), Duration::from_secs(60))?;
+        others.push((dir, pid));
+    }
+    let started = Instant::now();
+    let mut running = Vec::new();
+    for (number, (dir, pid)) in others.iter().enumerate() {
+        let file = format!("dump.{number}");
+        let dump = case.dump_command(&case.args.bin, *pid, &dir.join("img"), &[])?;
+        running.push((file.clone(), dir.join("img/dump.log"), case.start_tool(dump, &file)?));
+        let (file, log) = (format!("restore.{number}"), dir.join("restore.log"));
+        let mut restore = case.command(&case.args.bin);
+        restore.args(["restore", "-d", "--new-pid-ns", "-o", "restore.log", "-v4", "-D"]).arg(case.path("img"));
+        restore.arg("-W").arg(dir);
+        running.push((file.clone(), log, case.start_tool(restore, &file)?));
+    }
+    for (file, log, child) in running {
+        let ran = case.wait_tool(child, &file, &log, TOOL_LIMIT)?;
+        ensure!(ran.ok(), "{file}: {}", ran.errors());
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let roots = elsewhere(target.pid);
+    ensure!(roots.len() == COPIES, "{} of {COPIES} copies run", roots.len());
+    for (dir, _) in &others {
+        ensure!(dir.join("img/inventory.img").exists(), "no checkpoint in {}", dir.display());
+    }
+    end_copies(&target, &roots)?;
+    target.unharmed()?;
+    target.end();
+    Ok(Outcome::Passed(format!("in {seconds:.2} s")))
+}
+
+fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
+    let target = match sleeping(case, "tree", true)? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    // In a network namespace of their own: the adversary spares nobody.
+    let outcome = std::thread::scope(|scope| {
+        let apart = scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).ok()?;
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let adversary = scope.spawn(|| adversary::harass(&stop));
+                let options = ["--copies", "64"].map(str::to_owned);
+                let ran = case.restore(&case.args.bin, &case.path("img"), &options);
+                stop.store(true, Ordering::Relaxed);
+                Some((adversary.join().expect("the adversary"), ran))
+            })
+        });
+        apart.join().expect("the thread with another network")
+    });
+    let Some((seen, ran)) = outcome else {
+        target.end();
+        return Ok(Outcome::needs("a network namespace of one's own"));
+    };
+    let ran = ran?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    let roots = elsewhere(target.pid);
+    ensure!(roots.len() == COPIES, "{} of {COPIES} copies run", roots.len());
+    for pid in &roots {
+        let (own, copy) = (proc::possessions(target.pid).len(), proc::possessions(*pid).len());
+        ensure!(own == copy, "a copy has {copy} mappings and descriptors, the tree {own}");
+    }
+    end_copies(&target, &roots)?;
+    target.unharmed()?;
+    target.end();
+    Ok(Outcome::Passed(seen.to_string()))
 }

@@ -3,6 +3,7 @@
 //! `dormouse-e2e --bin target/debug/dormouse` runs everything; `--group programs` only the C programs, which need no
 //! tool of the machine. Any CRIU-compatible binary can be tested: the tests themselves are validated against CRIU.
 
+mod adversary;
 mod args;
 mod caller;
 mod case;

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -24,7 +24,9 @@ use crate::target::{Session, Target};
 
 #[path = "service_crowd.rs"]
 mod crowd;
-use crowd::{a_crowd_of_one_user, handed_a_socket, in_the_background, many_callers, many_requests, worker_of_ones_own};
+use crowd::{
+    a_crowd_of_one_user, handed_a_socket, in_the_background, libcriu, many_callers, many_requests, worker_of_ones_own,
+};
 
 /// What is dumped where its kind does not matter.
 const PROGRAM: &str = "tree";
@@ -54,6 +56,7 @@ pub fn tests() -> Vec<Test> {
     ];
     let mut tests: Vec<Test> = tests.map(|(name, body)| Test::new(name, body)).into();
     tests.push(Test::new("service/worker_of_ones_own", worker_of_ones_own));
+    tests.push(Test::new("service/libcriu", libcriu));
     tests.extend(alone.map(|(name, body)| Test::new(name, body).alone()));
     tests
 }

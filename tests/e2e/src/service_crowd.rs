@@ -205,3 +205,37 @@ pub(super) fn worker_of_ones_own(case: &Case<'_>) -> Result<Outcome> {
     target.end();
     Ok(Outcome::PASSED)
 }
+
+/// A C program with Debian's libcriu, through a service and with a worker of its own.
+pub(super) fn libcriu(case: &Case<'_>) -> Result<Outcome> {
+    const NEEDS: &str = "libcriu (libcriu-dev, or the package criu)";
+    if case.args.programs.is_some() {
+        return Ok(Outcome::needs(NEEDS));
+    }
+    let (source, client) = (format!("{}/../clients/libcriu.c", env!("CARGO_MANIFEST_DIR")), case.path("client"));
+    let built = Command::new(&case.args.cc).args(["-Wall", "-o"]).arg(&client).args([&source, "-lcriu"]).output()?;
+    if !built.status.success() {
+        let said = String::from_utf8_lossy(&built.stderr).into_owned();
+        ensure!(said.contains("criu/criu.h: No such file") || said.contains("-lcriu"), "build {source}: {said}");
+        return Ok(Outcome::needs(NEEDS));
+    }
+    let service = Service::start(case)?;
+    let bin: &std::path::Path = &case.args.bin;
+    for (kind, path) in [("socket", service.socket.as_path()), ("binary", bin)] {
+        let dir = case.path(kind);
+        fs::create_dir_all(dir.join("img"))?;
+        let mut command = case.command(programs::find(case, PROGRAM)?);
+        command.arg(&dir);
+        let pid = pid_of(&case.start(command)?);
+        case.await_file(&format!("{kind}/ready"), Duration::from_secs(60))?;
+        let tree = proc::tree(pid);
+        let mut command = case.command(&client);
+        command.arg(kind).arg(path).arg(pid.to_string()).arg(dir.join("img"));
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
+        ensure!(said == "ok", "{kind}: {said}; {}", String::from_utf8_lossy(&output.stderr));
+        case.same_tree(&tree)?;
+        proc::end(&tree.keys().copied().collect::<Vec<_>>());
+    }
+    Ok(Outcome::PASSED)
+}

@@ -56,6 +56,12 @@ pub enum Command {
     /// What the service starts for each connection, its standard input
     #[command(hide = true)]
     ServiceWorker(WorkerArgs),
+    /// Process 1 of a pid namespace once the tree in it runs
+    #[command(hide = true)]
+    NamespaceInit {
+        /// The tree's root
+        root: i32,
+    },
     /// Show the whole thing: start a process that counts, dump it, restore it
     Demo,
     /// Print an image as JSON

@@ -17,6 +17,16 @@ pub struct RestoreArgs {
     /// Make the tree's root a sibling of this command, not a child; with --restore-detached
     #[arg(short = 'S', long, requires = "restore_detached")]
     pub restore_sibling: bool,
+    /// Restore in a fresh pid namespace, with a mount namespace of its own for /proc; the pids of the tree are free there
+    #[arg(long, conflicts_with_all = ["restore_sibling", "exec_cmd"])]
+    pub new_pid_ns: bool,
+    /// Restore in a fresh mount namespace
+    #[arg(long)]
+    pub new_mount_ns: bool,
+    /// Restore so many copies at once, each in its own pid and mount namespace: all of them or none. Pid files are numbered
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(conflicts_with_all = ["restore_sibling", "exec_cmd"])]
+    pub copies: Option<u32>,
     /// Leave the tree stopped
     #[arg(short = 's', long)]
     pub leave_stopped: bool,

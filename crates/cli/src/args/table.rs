@@ -172,6 +172,9 @@ pub const OURS: &[Known] = &[
     Known::new("live", Nothing, Works, Elsewhere),
     Known::new("pid", Value, Elsewhere, Elsewhere),
     Known::new("wait-status", Nothing, Elsewhere, Works),
+    Known::new("new-pid-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
+    Known::new("new-mount-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
+    Known::new("copies", Value, Refused("it is for restore only; leave it out"), Works),
     Known::new("compress", MaybeValue, Refused("images are not compressed yet; leave it out"), Elsewhere),
 ];
 
