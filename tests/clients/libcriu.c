@@ -38,13 +38,10 @@ static void options(const char *kind, const char *path, int dir)
 {
 	if (criu_init_opts())
 		exit(fail("criu_init_opts", -1));
-	if (!strcmp(kind, "socket")) {
+	if (!strcmp(kind, "socket"))
 		criu_set_service_address(path);
-		criu_set_service_comm(CRIU_COMM_SK);
-	} else {
+	else
 		criu_set_service_binary(path);
-		criu_set_service_comm(CRIU_COMM_BIN);
-	}
 	criu_set_images_dir_fd(dir);
 	criu_set_log_level(4);
 	stages[0] = 0;
@@ -70,7 +67,8 @@ int main(int argc, char **argv)
 	options(kind, path, dir);
 	criu_set_pid(4194304);
 	criu_set_log_file("none.log");
-	if ((ret = criu_dump()) != -ESRCH)
+	// The result tells who is to blame in some versions of the library, the cause in others; errno is the cause.
+	if ((ret = criu_dump()) >= 0 || errno != ESRCH)
 		return fail("a dump of no process", ret);
 
 	options(kind, path, dir);
@@ -100,7 +98,7 @@ int main(int argc, char **argv)
 
 	options(kind, path, dir);
 	criu_set_log_file("again.log");
-	if ((ret = criu_restore()) != -EEXIST)
+	if ((ret = criu_restore()) >= 0 || errno != EEXIST)
 		return fail("a restore where the pid is taken", ret);
 	puts("ok");
 	return 0;

@@ -10,6 +10,7 @@ use dormouse_pages::ProbeFeatures as _;
 use dormouse_resources::probes;
 
 use crate::args::CheckArgs;
+use crate::cleanup;
 use crate::log::say;
 use crate::run::Place;
 
@@ -235,6 +236,13 @@ const CRIUS: &[&str] = &[
 /// What was asked for is not there, or cannot be found out.
 pub fn check(args: &CheckArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
+    if args.cleanup {
+        let removed = cleanup::clean(&place.path);
+        return removed.map(|removed| {
+            say(&removed.iter().map(|what| format!("removed {what}\n")).collect::<String>());
+            ExitCode::SUCCESS
+        });
+    }
     let outcome = match (args.pid, &args.feature) {
         (Some(pid), _) => can_be_dumped(pid, args),
         (None, Some(name)) => feature(name, &place),

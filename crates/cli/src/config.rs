@@ -76,11 +76,21 @@ fn statement(line: &[u8]) -> Result<Option<OsString>> {
     if name.is_empty() {
         return Ok(None);
     }
-    if name.starts_with(b"-") || name.contains(&b'=') {
+    if name.starts_with(b"-") {
         bail!("write options without dashes and their values after a space: {}", OsStr::from_bytes(line).display());
     }
     let rest = rest.trim_ascii_start();
     let mut word = [b"--", name].concat();
+    // Not documented, but CRIU takes `name=value`, too.
+    if name.contains(&b'=') {
+        return match rest {
+            [] | [b'#', ..] => Ok(Some(OsString::from_vec(word))),
+            _ => bail!(
+                "{} follows the value; write a name, a space and the value in double quotes",
+                OsStr::from_bytes(rest).display()
+            ),
+        };
+    }
     let tail = match rest {
         [] | [b'#', ..] => return Ok(Some(OsString::from_vec(word))),
         [b'"', quoted @ ..] => {
@@ -148,6 +158,7 @@ mod tests {
             ("no-restore-sibling   # this is another comment", "--no-restore-sibling"),
             ("shell-job#comment", "--shell-job"),
             ("verbosity 4", "--verbosity=4"),
+            ("log-file=/a/b.log # there", "--log-file=/a/b.log"),
             ("work-dir\t/tmp", "--work-dir=/tmp"),
             ("work-dir    /tmp # there", "--work-dir=/tmp"),
             ("lsm-profile \"\" # more comments", "--lsm-profile="),
@@ -169,7 +180,7 @@ mod tests {
         assert!(error("work-dir \"").contains("second double quote"));
         assert!(error("work-dir \"a\\\"").contains("second double quote"));
         assert!(error("--shell-job").contains("without dashes"));
-        assert!(error("verbosity=4").contains("without dashes"));
+        assert!(error("log-file=a b").contains("follows the value"));
     }
 
     #[test]

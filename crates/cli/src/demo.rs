@@ -19,6 +19,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
+use crate::cleanup::{self, Held};
 use crate::log::say;
 use crate::progress::{size, time};
 
@@ -46,6 +47,8 @@ pub fn run() -> Result<ExitCode> {
 /// What has to be cleaned up.
 struct Demo {
     dir: PathBuf,
+    /// So that nobody takes it for what a killed demo left.
+    _held: Held,
     program: PathBuf,
     /// Root of the tree while it runs; also the number of its process group.
     root: Option<i32>,
@@ -58,7 +61,8 @@ impl Demo {
         let made = DirBuilder::new().mode(0o700).create(&dir);
         made.with_context(|| format!("cannot make {}; set TMPDIR to a writable directory", dir.display()))?;
         let program = std::env::current_exe().context("cannot find this program")?;
-        Ok(Demo { dir, program, root: None })
+        let _held = cleanup::hold(&dir)?;
+        Ok(Demo { dir, _held, program, root: None })
     }
 
     fn play(&mut self) -> Result<()> {

@@ -6,6 +6,7 @@
 
 mod args;
 mod check;
+mod cleanup;
 mod config;
 mod demo;
 mod image_cmds;

@@ -21,6 +21,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::args::{Common, DumpArgs, RestoreArgs};
+use crate::cleanup;
 use crate::log::{Log, say};
 use crate::namespaces;
 use crate::progress::{Progress, size, time};
@@ -128,6 +129,10 @@ pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
         );
     }
     let place = Place::enter(&args.common, notes)?;
+    let held = cleanup::hold(&place.path);
+    let Ok(_held) = held.inspect_err(|error| place.log.failure(error, Some("Dumping FAILED."))) else {
+        return Ok(ExitCode::FAILURE);
+    };
     let run = Run::new(&place)?;
     let code = supervised(|| put_to_sleep(args, &run).into()).context("cannot start a process for the dump")?;
     if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {

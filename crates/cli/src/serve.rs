@@ -1,6 +1,7 @@
 //! The commands `service` and `swrk`, and what a worker does for its caller.
 
 use std::cell::Cell;
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
@@ -21,7 +22,7 @@ use nix::sys::signal::SigSet;
 use crate::args::{self, Command, Foreign, ServiceArgs, WorkerArgs};
 use crate::log::Log;
 use crate::run::{self, Place, Run};
-use crate::{check, namespaces, version};
+use crate::{check, cleanup, config, namespaces, version};
 
 /// Where the service listens if nothing else is said; CRIU's.
 const ADDRESS: &str = "./criu_service.socket";
@@ -77,8 +78,9 @@ pub fn service(args: &ServiceArgs, notes: &[String]) -> Result<ExitCode> {
 /// `dormouse swrk`: a worker that the caller started itself, and that has its rights anyway.
 ///
 /// # Errors
-/// The descriptor is no connection.
+/// The descriptor is no connection, or a default configuration file is broken.
 pub fn own_worker(fd: i32) -> Result<ExitCode> {
+    config::options(&[])?;
     let channel = Channel::from_number(fd).with_context(|| {
         format!("descriptor {fd} is no connection; swrk is started by programs, on one end of a SOCK_SEQPACKET pair")
     })?;
@@ -132,6 +134,23 @@ fn fill_standard_descriptors() -> Result<()> {
     }
 }
 
+/// Some callers (runc) show nothing of an answer but its errno and the name of the log. So the log holds why options were
+/// refused, if the directory for it can be found.
+fn log_refusal(order: &Order<'_>, error: &Error) {
+    let is_about_places = |word: &&OsString| {
+        let names = ["--images-dir=", "--work-dir=", "--log-file=", "--verbosity="];
+        names.iter().any(|name| word.as_encoded_bytes().starts_with(name.as_bytes()))
+    };
+    let words: Vec<OsString> =
+        order.defaults.iter().chain(order.words.iter().filter(is_about_places)).cloned().collect();
+    let parsed = args::parse_foreign("check", &Foreign { words: &words, ..Foreign::default() });
+    if let Ok(Command::Check(args)) = parsed.map(|parsed| parsed.command)
+        && let Ok(place) = Place::enter(&args.common, &[])
+    {
+        place.log.failure(error, None);
+    }
+}
+
 /// This process does the work.
 #[derive(Default)]
 struct Here {
@@ -177,9 +196,11 @@ impl Work for Here {
             defaults: &order.defaults,
             log_to_stderr: order.log_to_stderr,
         };
-        let parsed = args::parse_foreign(order.verb, &foreign).map_err(Failure::bad_request)?;
+        let parsed = args::parse_foreign(order.verb, &foreign);
+        let parsed = parsed.inspect_err(|error| log_refusal(order, error)).map_err(Failure::bad_request)?;
         match &parsed.command {
             Command::Dump(args) => self.at(&args.common, &parsed.notes, order, |run| {
+                let _held = cleanup::hold(&run.place.path)?;
                 let outcome = run::sleep(args, run, &Cell::new(false));
                 let done = outcome.map_err(|e| Failure { errno: e.errno(), error: e.into() })?;
                 Ok(Done { pid: Some(done.root_pid) })

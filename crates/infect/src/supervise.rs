@@ -59,21 +59,23 @@ pub fn supervised(work: impl FnOnce() -> i32) -> io::Result<i32> {
 /// # Errors
 /// fork(2)'s.
 pub fn fork_tied(work: impl FnOnce() -> i32) -> io::Result<Pid> {
-    let (tied, parent) = (std::os::unix::net::UnixStream::pair()?, getpid());
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     // SAFETY: one thread, so the child may run any code.
     match unsafe { fork() }? {
         ForkResult::Child => {
-            // The parent's number tells nothing if it is in another pid namespace; that its end of the pair is open does.
-            drop(tied.0);
+            drop(ours);
             let set = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-            let looked = tied.1.set_nonblocking(true).and_then(|()| io::Read::read(&mut &tied.1, &mut [0]));
-            let gone = !matches!(looked, Err(e) if e.kind() == io::ErrorKind::WouldBlock);
-            drop(tied.1);
-            let here = getppid() == parent || getppid() == Pid::from_raw(0);
-            let code = if set.is_ok() && here && !gone { work() } else { 1 };
+            // The parent's number tells nothing if it is in another pid namespace; that it still listens does.
+            let here = io::Write::write(&mut &theirs, &[1]).is_ok();
+            drop(theirs);
+            let code = if set.is_ok() && here { work() } else { 1 };
             std::process::exit(code)
         }
-        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Parent { child } => {
+            drop(theirs);
+            let _ = io::Read::read(&mut &ours, &mut [0]);
+            Ok(child)
+        }
     }
 }
 

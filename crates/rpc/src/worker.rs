@@ -26,8 +26,8 @@ use crate::{Done, Failure, Order, Work, options};
 /// The log's name if the request gives none; CRIU's.
 const LOG: &str = "criu.log";
 
-/// The longest message about an error, in bytes: go-criu reads 8192 bytes of an answer, others a little more.
-const MAX_MESSAGE: usize = 4096;
+/// The longest message about an error, in bytes: some clients read no more than 1024 bytes of an answer.
+const MAX_MESSAGE: usize = 800;
 
 /// Stages at which the caller is told the root task's pid, as in CRIU.
 const WITH_PID: &[&str] = &["setup-namespaces", "post-restore"];

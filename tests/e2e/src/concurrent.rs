@@ -47,7 +47,7 @@ kill -9 "$(cat "$2/pid")"
 /// The tests of this group.
 pub fn tests() -> Vec<Test> {
     type Body = fn(&Case<'_>) -> Result<Outcome>;
-    let tests: [(&str, Body); 7] = [
+    let tests: [(&str, Body); 8] = [
         ("64_restores_of_one_image", restores),
         ("64_copies_by_one_command", copies),
         ("64_dumps_beside_64_restores", dumps_beside_restores),
@@ -55,6 +55,7 @@ pub fn tests() -> Vec<Test> {
         ("copies_all_or_none", all_or_none),
         ("copy_in_a_pid_namespace", one_copy),
         ("end_of_a_copy_is_told", end_of_a_copy),
+        ("cleanup_after_a_killed_dump", cleanup),
     ];
     tests.map(|(name, body)| Test::new(format!("concurrent/{name}"), body).alone()).into()
 }
@@ -317,4 +318,42 @@ fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
     target.unharmed()?;
     target.end();
     Ok(Outcome::Passed(seen.to_string()))
+}
+
+/// A dump that is killed together with what it supervises leaves links and images, which `check --cleanup` removes.
+fn cleanup(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = match Target::start(case, "file_link_remap", Session::Own, &[])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let (script, images) = (case.path("script"), case.path("img"));
+    let text = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\n\
+                kill -9 $(cut -d' ' -f4 /proc/$PPID/stat) $PPID\nsleep 1\n";
+    fs::write(&script, text)?;
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let words = ["--link-remap", "--leave-running", "--action-script", script.to_str().context("a path")?];
+    let options = words.map(str::to_owned);
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options)?;
+    ensure!(!ran.ok(), "a dump succeeded that was killed");
+    target.unharmed()?;
+    let links = || -> Result<usize> {
+        let names = fs::read_dir(case.path("dir"))?.flatten().map(|entry| entry.file_name());
+        Ok(names.filter(|name| name.to_string_lossy().starts_with("link_remap.")).count())
+    };
+    ensure!(links()? == 1, "{} links are left", links()?);
+    let clean = || -> Result<String> {
+        let output = case.command(&case.args.bin).args(["check", "--cleanup", "-D"]).arg(&images).output()?;
+        ensure!(output.status.success(), "check --cleanup: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let said = clean()?;
+    ensure!(said.contains("link_remap.") && said.contains("never finished"), "it says {said}");
+    target.ask()?;
+    ensure!(links()? == 0 && !images.join("pstree.img").exists(), "something is left");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options[..2])?;
+    ensure!(ran.ok(), "the next dump: {}", ran.errors());
+    ensure!(clean()?.is_empty() && images.join("inventory.img").exists(), "a finished checkpoint was touched");
+    target.unharmed()?;
+    target.end();
+    Ok(Outcome::PASSED)
 }

@@ -152,6 +152,7 @@ fn dumps_and_restores(case: &Case<'_>) -> Result<Outcome> {
     let live = pb::CriuOpts { pid: Some(target.pid), leave_running: Some(true), ..opts(&images) };
     service.client()?.dump(live, &mut |_, _| false).context("dump without notifications")?;
     target.ask()?;
+    target.look();
     let told = pb::CriuOpts { pid: Some(target.pid), notify_scripts: Some(true), ..opts(&images) };
     service.client()?.dump(told, &mut |stage, _| {
         stages.push(stage.script().to_owned());
@@ -211,6 +212,10 @@ fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
     bad(pb::CriuOpts { images_dir_fd: -1, ..live.clone() }, "images_dir")?;
     bad(pb::CriuOpts { images_dir_fd: 999_999, ..live.clone() }, "images directory")?;
     bad(pb::CriuOpts { rst_sibling: Some(true), ..live.clone() }, "rst_sibling")?;
+    let hidden = pb::CriuOpts { tls: Some(true), log_file: Some("no.log".into()), ..live.clone() };
+    bad(hidden, "--tls")?;
+    let log = fs::read_to_string(case.path("img/no.log"))?;
+    ensure!(log.contains("--tls"), "the log does not tell why options were refused: {log}");
     bad(pb::CriuOpts { pidfd_store_sk: Some(0), ..live.clone() }, "pidfd_store_sk")?;
     bad(pb::CriuOpts { config_file: Some("/nonexistent".into()), ..live.clone() }, "/nonexistent")?;
     let refused = |stage: &str| {

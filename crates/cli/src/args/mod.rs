@@ -138,6 +138,9 @@ pub struct CheckArgs {
     /// Only this feature; exit with 0 if it can be used
     #[arg(long, value_name = "NAME", conflicts_with = "pid")]
     pub feature: Option<String>,
+    /// Remove what killed runs left behind: in the images directory, if no dump was finished there, and of demos
+    #[arg(long, conflicts_with_all = ["pid", "feature"])]
+    pub cleanup: bool,
     /// Also what only some trees need
     #[arg(long)]
     pub extra: bool,

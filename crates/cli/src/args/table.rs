@@ -171,6 +171,7 @@ pub const CRIU: &[Known] = &[
 pub const OURS: &[Known] = &[
     Known::new("live", Nothing, Works, Elsewhere),
     Known::new("pid", Value, Elsewhere, Elsewhere),
+    Known::new("cleanup", Nothing, Elsewhere, Elsewhere),
     Known::new("wait-status", Nothing, Elsewhere, Works),
     Known::new("new-pid-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
     Known::new("new-mount-ns", Nothing, Refused("it is for restore only; leave it out"), Works),

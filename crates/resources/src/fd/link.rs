@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use dormouse_images::pb;
+use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_kernel::Session;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
@@ -41,6 +41,18 @@ impl Drop for LinkGuard {
             }
         }
     }
+}
+
+/// The temporary links that the images of a directory name, also of a checkpoint that was not finished; what cannot be read
+/// names none.
+pub fn links_in(dir: &ImageDir) -> Vec<PathBuf> {
+    let files = dir.read_all::<pb::FileEntry>(ImageKind::Files, 0).unwrap_or_default();
+    let names = files.into_iter().filter_map(|file| file.reg).map(|reg| PathBuf::from(reg.name));
+    let is_link = |path: &PathBuf| {
+        let last = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        path.is_absolute() && last.starts_with("link_remap.")
+    };
+    names.filter(is_link).collect()
 }
 
 /// Keeps the file of a view for file `id`, which was called `name`.

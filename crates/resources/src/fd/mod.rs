@@ -43,7 +43,7 @@ use crate::mem::Shared;
 use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage, invalid};
 
 pub use files::Files;
-pub use link::LinkGuard;
+pub use link::{LinkGuard, links_in};
 pub use members::Members;
 pub use owner::When;
 pub use sock::{Connections, Cut, network_lock};
