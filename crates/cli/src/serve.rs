@@ -106,8 +106,10 @@ pub fn worker(args: &WorkerArgs) -> Result<ExitCode> {
     let peer = match taken {
         Ok(peer) => peer,
         Err(error) => {
+            // A caller that is turned away reads nothing before it has sent its request.
+            let request = channel.receive::<pb::CriuReq>().ok().flatten();
             let answer = pb::CriuResp {
-                r#type: pb::CriuReqType::Empty.into(),
+                r#type: request.map_or(pb::CriuReqType::Empty.into(), |request| request.r#type),
                 success: false,
                 cr_errno: Some(nix::errno::Errno::EPERM as i32),
                 cr_errmsg: Some(format!("{error:#}")),

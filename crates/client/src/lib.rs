@@ -119,7 +119,11 @@ impl Client {
     /// The connection failed; see [`ClientError`].
     pub fn call(&mut self, request: &pb::CriuReq, on_notify: OnNotify<'_>) -> Result<pb::CriuResp, ClientError> {
         let channel = self.channel.as_ref().ok_or(ClientError::Closed)?;
-        channel.send(request, None).map_err(ClientError::Send)?;
+        match channel.send(request, None) {
+            // Turned away before it was read: the reason can still be received.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            sent => sent.map_err(ClientError::Send)?,
+        }
         loop {
             let (answer, fd) = channel.receive_with_fd::<pb::CriuResp>()?.ok_or(ClientError::Closed)?;
             if answer.r#type() != Kind::Notify {

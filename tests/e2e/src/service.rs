@@ -25,7 +25,8 @@ use crate::target::{Session, Target};
 #[path = "service_crowd.rs"]
 mod crowd;
 use crowd::{
-    a_crowd_of_one_user, handed_a_socket, in_the_background, libcriu, many_callers, many_requests, worker_of_ones_own,
+    a_crowd_of_one_user, handed_a_socket, in_the_background, libcriu, many_callers, many_requests, program_replaced,
+    users_service, worker_of_ones_own,
 };
 
 /// What is dumped where its kind does not matter.
@@ -57,6 +58,8 @@ pub fn tests() -> Vec<Test> {
     let mut tests: Vec<Test> = tests.map(|(name, body)| Test::new(name, body)).into();
     tests.push(Test::new("service/worker_of_ones_own", worker_of_ones_own));
     tests.push(Test::new("service/libcriu", libcriu));
+    tests.push(Test::new("service/program_replaced", program_replaced));
+    tests.push(Test::new("service/users_service", users_service));
     tests.extend(alone.map(|(name, body)| Test::new(name, body).alone()));
     tests
 }

@@ -120,11 +120,17 @@ pub(super) fn a_crowd_of_one_user(case: &Case<'_>) -> Result<Outcome> {
 }
 
 pub(super) fn in_the_background(case: &Case<'_>) -> Result<Outcome> {
-    let mut command = case.command(&case.args.bin);
-    command.args(["service", "-d", "--pidfile", "pid", "--address", "socket", "-o", "service.log", "-v3", "-W"]);
-    command.arg(&case.dir);
+    let mut command = case.command("sh");
+    command.args(["-c", "exec 7>status; exec \"$0\" service --status-fd 7 \"$@\""]).arg(&case.args.bin);
+    command.args(["-d", "--pidfile", "pid", "--address", "socket", "-o", "service.log", "-v3", "-W"]).arg(&case.dir);
+    command.current_dir(&case.dir);
     let started = case.start_tool(command, "service")?.wait()?;
     ensure!(started.success(), "{}", case.tail("service.out"));
+    let end = Instant::now() + Duration::from_secs(10);
+    while fs::read(case.path("status"))? != [0] {
+        ensure!(Instant::now() < end, "the descriptor of --status-fd was not written to");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let pid: i32 = case.await_file("pid", Duration::from_secs(10))?.parse()?;
     let socket = case.path("socket");
     Client::connect(&socket)?.version()?;
@@ -237,5 +243,44 @@ pub(super) fn libcriu(case: &Case<'_>) -> Result<Outcome> {
         case.same_tree(&tree)?;
         proc::end(&tree.keys().copied().collect::<Vec<_>>());
     }
+    Ok(Outcome::PASSED)
+}
+
+/// A program that was replaced or removed on disk goes on serving as what it was.
+pub(super) fn program_replaced(case: &Case<'_>) -> Result<Outcome> {
+    let (copy, socket) = (case.path("copy"), case.path("socket"));
+    fs::copy(&case.args.bin, &copy)?;
+    let mut command = case.command(&copy);
+    command.args(["service", "--address"]).arg(&socket);
+    let service = Service { child: case.start_tool(command, "service")?, socket };
+    service.wait(case)?;
+    fs::remove_file(&copy)?;
+    fs::write(&copy, "another program")?;
+    service.answers()?;
+    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let images = images(case, "img")?;
+    let live = pb::CriuOpts { pid: Some(target.pid), leave_running: Some(true), ..opts(&images) };
+    service.client()?.dump(live, &mut |_, _| true)?;
+    target.unharmed()?;
+    target.end();
+    Ok(Outcome::PASSED)
+}
+
+/// A service of an ordinary user serves that user alone.
+pub(super) fn users_service(case: &Case<'_>) -> Result<Outcome> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok(Outcome::needs("root, to serve other users"));
+    }
+    let socket = users_dir(case, "own")?.join("socket");
+    let mut command = case.command(&case.args.bin);
+    command.args(["service", "--no-default-config", "--address"]).arg(&socket).uid(USER).gid(USER);
+    let service = Service { child: case.start_tool(command, "service")?, socket };
+    service.wait(case)?;
+    let outcome = service.client()?.version();
+    let (errno, message) = failure(outcome)?;
+    ensure!(errno == Errno::EPERM as i32 && message.contains("serves nobody else"), "{errno} {message}");
     Ok(Outcome::PASSED)
 }

@@ -40,7 +40,7 @@ pub fn limit_capabilities(keep: u64, bounding: u64) -> io::Result<()> {
     let (permitted, _) = capabilities()?;
     set_capabilities(permitted, permitted, 0)?;
     if permitted & CAP_SETPCAP != 0 {
-        for cap in (0..64).filter(|cap| bounding >> cap & 1 == 0) {
+        for cap in (0..64u64).filter(|cap| bounding >> cap & 1 == 0) {
             // SAFETY: takes numbers only.
             if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) } != 0 {
                 // Above the last one that the kernel has.
