@@ -136,7 +136,7 @@ fn end_copies(target: &Target<'_>, copies: &[i32]) -> Result<()> {
 }
 
 fn copies(case: &Case<'_>) -> Result<Outcome> {
-    let mut target = match sleeping(case, "tree", true)? {
+    let target = match sleeping(case, "tree", true)? {
         Ok(target) => target,
         Err(skip) => return Ok(skip),
     };
@@ -159,9 +159,9 @@ fn copies(case: &Case<'_>) -> Result<Outcome> {
     roots.sort_unstable();
     told.sort_unstable();
     ensure!(roots == told, "the pid files name {told:?}, the roots are {roots:?}");
-    target.ask()?;
     end_copies(&target, &roots)?;
-    target.ask()?;
+    // Asking is left to the test above: all copies would answer in one directory here.
+    target.unharmed()?;
     target.end();
     Ok(Outcome::Passed(format!("{COPIES} copies in {seconds:.2} s")))
 }
@@ -178,6 +178,7 @@ fn one_copy(case: &Case<'_>) -> Result<Outcome> {
     let roots = elsewhere(target.pid);
     ensure!(roots.len() == 1, "its root is {roots:?}");
     end_copies(&target, &roots)?;
+    target.forget_answers()?;
     let ran = case.restore(&case.args.bin, &case.path("img"), &["--new-mount-ns".to_owned()])?;
     ensure!(ran.ok(), "restore: {}", ran.errors());
     case.same_tree(&target.tree)?;

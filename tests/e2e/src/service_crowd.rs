@@ -228,12 +228,12 @@ pub(super) fn libcriu(case: &Case<'_>) -> Result<Outcome> {
     let service = Service::start(case)?;
     let bin: &std::path::Path = &case.args.bin;
     for (kind, path) in [("socket", service.socket.as_path()), ("binary", bin)] {
-        let dir = case.path(kind);
+        let dir = case.path(&format!("by.{kind}"));
         fs::create_dir_all(dir.join("img"))?;
         let mut command = case.command(programs::find(case, PROGRAM)?);
         command.arg(&dir);
         let pid = pid_of(&case.start(command)?);
-        case.await_file(&format!("{kind}/ready"), Duration::from_secs(60))?;
+        case.await_file(&format!("by.{kind}/ready"), Duration::from_secs(60))?;
         let tree = proc::tree(pid);
         let mut command = case.command(&client);
         command.arg(kind).arg(path).arg(pid.to_string()).arg(dir.join("img"));
