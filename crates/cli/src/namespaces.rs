@@ -177,8 +177,9 @@ fn be_init(args: &RestoreArgs, run: &Run<'_>, number: u32, socket: &UnixStream) 
         Ok(report) => {
             tracing::info!("copy {number}: pid {} in its namespace", report.root_pid);
             let told = [&[RUNS][..], &report.root_pid.to_ne_bytes()].concat();
-            if socket.write_all(&told).is_ok() {
-                let _ = nix::sys::prctl::set_pdeathsig(None);
+            // Before it is told, for the command may end as soon as it knows.
+            let untied = nix::sys::prctl::set_pdeathsig(None);
+            if untied.is_ok() && socket.write_all(&told).is_ok() {
                 rest_as_a_small_program(args.restore_detached, report.root_pid)
             } else {
                 // Nobody knows of this tree; it ends with us.

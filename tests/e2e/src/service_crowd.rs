@@ -230,14 +230,18 @@ pub(super) fn libcriu(case: &Case<'_>) -> Result<Outcome> {
     for (kind, path) in [("socket", service.socket.as_path()), ("binary", bin)] {
         let dir = case.path(&format!("by.{kind}"));
         fs::create_dir_all(dir.join("img"))?;
-        let mut command = case.command(programs::find(case, PROGRAM)?);
+        // One process, which is reaped here when it has been dumped.
+        let mut command = case.command(programs::find(case, "sleep_counter")?);
         command.arg(&dir);
-        let pid = pid_of(&case.start(command)?);
+        let mut target = case.start(command)?;
+        let pid = pid_of(&target);
         case.await_file(&format!("by.{kind}/ready"), Duration::from_secs(60))?;
         let tree = proc::tree(pid);
         let mut command = case.command(&client);
         command.arg(kind).arg(path).arg(pid.to_string()).arg(dir.join("img"));
-        let output = command.output()?;
+        let client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        target.wait()?;
+        let output = client.wait_with_output()?;
         let said = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
         ensure!(said == "ok", "{kind}: {said}; {}", String::from_utf8_lossy(&output.stderr));
         case.same_tree(&tree)?;

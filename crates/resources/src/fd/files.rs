@@ -508,11 +508,6 @@ fn normal(r: &pb::RemapFilePathEntry) -> pb::RemapFilePathEntry {
     r
 }
 
-/// Whether only a task can open it, once all processes exist.
-fn is_late(image: &TreeImage, e: &pb::FileEntry) -> bool {
-    e.reg.as_ref().is_some_and(|r| reg::is_opened_late(image, r)) || pidfd::is_made_late(e)
-}
-
 /// Checks all records against each other.
 fn check(image: &TreeImage) -> Result<()> {
     for (id, e) in &image.files {

@@ -79,7 +79,8 @@ impl FdKind for Pidfd {
 
     fn open(&self, files: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
         let p = record(files.image(), entry.id)?;
-        if !files.ended.contains_key(&p.ino) {
+        let known = files.ended.contains_key(&p.ino);
+        if !known {
             // Whether two of them are of the same process can be told, so all of one are made of one.
             let stand_in = StandIn::new(None).map_err(call("cannot make a process that ends"))?;
             let same = files.image().files.values().filter_map(|f| f.pidfd.as_ref());

@@ -1,5 +1,6 @@
 //! Regular files, directories, symbolic links and the memory devices (/dev/null, /dev/zero, …): opened again by name.
 
+use std::collections::hash_map::Entry;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::pb;
@@ -280,14 +281,13 @@ pub fn open_file(files: &mut Files<'_>, reg: &pb::RegFileEntry, flags: i32) -> R
         // A directory that is to be a task's has to be of a living process until the task is there.
         Some((pb::RemapType::Procfs, pid)) if flags & libc::O_DIRECTORY != 0 => {
             let pid = HostPid(pid as i32);
-            if !files.stand_ins.contains_key(&pid.0) {
-                let stand_in = stand_in(reg, pid)?;
-                files.stand_ins.insert(pid.0, stand_in);
+            if let Entry::Vacant(place) = files.stand_ins.entry(pid.0) {
+                place.insert(stand_in(reg, pid)?);
             }
-            files.paths().open(&reg.name, flags).map_err(|e| cannot_open(reg, e))
+            open_while_it_lives(files, reg, flags)
         }
         Some((pb::RemapType::Procfs, pid)) if files.stand_ins.contains_key(&(pid as i32)) => {
-            files.paths().open(&reg.name, flags).map_err(|e| cannot_open(reg, e))
+            open_while_it_lives(files, reg, flags)
         }
         Some((pb::RemapType::Procfs, pid)) => open_of_ended(files, reg, flags, HostPid(pid as i32)),
     }
@@ -304,12 +304,18 @@ fn stand_in(reg: &pb::RegFileEntry, pid: HostPid) -> Result<StandIn> {
 /// Opens a file under /proc of a process that had ended: another one takes its pid, and ends as soon as it is open.
 fn open_of_ended(files: &Files<'_>, reg: &pb::RegFileEntry, flags: i32, pid: HostPid) -> Result<OwnedFd> {
     let stand_in = stand_in(reg, pid)?;
+    let fd = open_while_it_lives(files, reg, flags)?;
+    drop(stand_in);
+    Ok(fd)
+}
+
+/// Opens a file under /proc of a process that stands in for one that had ended, at its offset.
+fn open_while_it_lives(files: &Files<'_>, reg: &pb::RegFileEntry, flags: i32) -> Result<OwnedFd> {
     let fd = files.paths().open(&reg.name, flags).map_err(|e| cannot_open(reg, e))?;
     if let Err(e) = set_offset(&fd, reg) {
         // Nothing can be read from it any more, wherever it stands.
         tracing::debug!("{e}");
     }
-    drop(stand_in);
     Ok(fd)
 }
 

@@ -85,7 +85,7 @@ fn at_most_one_kind_claims_a_descriptor() {
     nix::pty::unlockpt(&master).unwrap();
     let slave = PathBuf::from(nix::pty::ptsname_r(&master).unwrap());
     let memfd = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    let samples: [(OwnedFd, Option<&str>); 23] = [
+    let samples: [(OwnedFd, Option<&str>); 24] = [
         (at(&dir.path("file"), OFlag::O_RDWR | OFlag::O_CREAT), Some("file")),
         (at(&dir.0, OFlag::O_RDONLY), Some("file")),
         (at(Path::new("/dev/zero"), OFlag::O_RDONLY), Some("file")),
@@ -102,6 +102,7 @@ fn at_most_one_kind_claims_a_descriptor() {
         (host::timerfd(libc::CLOCK_MONOTONIC).unwrap(), Some("timerfd")),
         (host::epoll().unwrap(), Some("epoll")),
         (host::pidfd_open(HostPid::current()).unwrap(), Some("pidfd")),
+        (at(Path::new("/proc/self/ns/uts"), OFlag::O_RDONLY), Some("namespace file")),
         (dormouse_infect::host::notify::inotify().unwrap(), Some("inotify")),
         (dormouse_infect::host::notify::fanotify(0, 0).unwrap(), Some("fanotify")),
         (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), Some("internet socket")),
@@ -530,6 +531,6 @@ fn damaged_records_are_named_before_anything_is_opened() {
     assert!(failure(1, entry.clone()).contains("file 1 holds the record of file 2"));
     assert!(failure(1, pb::FileEntry { reg: None, ..entry.clone() }).contains("no record of its kind"));
     assert!(failure(1, pb::FileEntry { r#type: 4711, ..entry.clone() }).contains("type 4711"));
-    let socket = pb::FileEntry { r#type: pb::FdTypes::Packetsk as i32, ..entry };
-    assert!(failure(1, socket).contains("(PACKETSK), which cannot be restored yet"));
+    let tun = pb::FileEntry { r#type: pb::FdTypes::Tunf as i32, ..entry };
+    assert!(failure(1, tun).contains("(TUNF), which cannot be restored yet"));
 }

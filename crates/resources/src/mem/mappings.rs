@@ -305,7 +305,7 @@ pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
         name if name.starts_with(b"/memfd:") && v.dev_major == 0 => Kind::Memfd,
         b"/secretmem (deleted)" | b"/[aio] (deleted)" => Kind::Special,
         name if name.starts_with(b"/dmabuf:") => Kind::Special,
-        name if name.starts_with(b"socket:") && v.shared => Kind::Ring,
+        name if name.starts_with(b"socket:") => Kind::Ring,
         name if on_shm && name.starts_with(b"/SYSV") => Kind::Special,
         name if name.starts_with(b"/") && v.has_file() => Kind::File,
         _ => Kind::Special,

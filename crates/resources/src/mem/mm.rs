@@ -79,8 +79,8 @@ impl MmDraft {
 
     /// The rings of sockets that are mapped: start, and the inode that the socket's number is to take the place of.
     pub fn rings<'a>(&'a mut self, mappings: &'a Mappings) -> impl Iterator<Item = (u64, &'a mut u64)> {
-        let lines = mappings.lines().zip(&mut self.mapped);
-        lines.filter(|((_, kind), _)| **kind == Kind::Ring).map(|((map, _), (_, number))| (map.start, number))
+        let lines = mappings.lines().iter().zip(&mut self.mapped);
+        lines.filter(|((_, kind), _)| *kind == Kind::Ring).map(|((map, _), (_, number))| (map.start, number))
     }
 
     /// The whole record.
@@ -185,7 +185,8 @@ fn mapped(
     let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
     let mut all = Vec::with_capacity(mappings.len());
     for (map, kind) in mappings.lines() {
-        let fdflags = (map.has_file() && !matches!(kind, Kind::Special | Kind::Ring)).then(|| dir.access(map)).transpose()?;
+        let fdflags =
+            (map.has_file() && !matches!(kind, Kind::Special | Kind::Ring)).then(|| dir.access(map)).transpose()?;
         let number = match kind {
             Kind::File | Kind::SharedAnonymous | Kind::Memfd => {
                 let key = (map.dev_major, map.dev_minor, map.inode);
@@ -200,7 +201,13 @@ fn mapped(
                 id.into()
             }
             // The socket is a descriptor of some task: its number is told when all of those are known.
-            Kind::Ring => map.inode,
+            Kind::Ring => {
+                if !map.shared && map.write {
+                    let at = map.start;
+                    tracing::warn!("pid {pid}: what it wrote itself into the ring at {at:#x} is lost: it maps it privately");
+                }
+                map.inode
+            }
             Kind::HugeAnonymous if map.shared => shared.add_mapping(pid, map)?,
             Kind::HugeAnonymous
             | Kind::Anonymous { .. }

@@ -142,8 +142,8 @@ impl FilterTable {
 /// Whether any thread of a checkpoint is confined.
 pub fn is_used(image: &TreeImage) -> bool {
     image.tasks.iter().any(|t| {
-        let cores = std::iter::once(&t.core).chain(t.threads.iter().map(|(_, core)| core));
-        cores.into_iter().any(|core| mode(core, t.core.tc.as_ref()).0 != 0)
+        let mut cores = std::iter::once(&t.core).chain(t.threads.iter().map(|(_, core)| core));
+        cores.any(|core| mode(core, t.core.tc.as_ref()).0 != 0)
     })
 }
 

@@ -205,10 +205,10 @@ fn open_old(s: &pb::PacketSockEntry, protocol: u16, what: &str) -> Result<OwnedF
     if s.ifindex != 0 {
         let name = sock::interface_name(s.ifindex)
             .map_err(call(format!("cannot bind {what}: there is no interface {}", s.ifindex)))?;
-        // struct sockaddr_pkt: the name has 14 bytes and its end.
+        // struct sockaddr, which it has to be: the name has 14 bytes, its end among them.
         let mut bytes = (libc::AF_PACKET as u16).to_ne_bytes().to_vec();
         bytes.extend_from_slice(&name[..name.len().min(13)]);
-        bytes.resize(18, 0);
+        bytes.resize(size_of::<libc::sockaddr>(), 0);
         sock::bind(&fd, &bytes).map_err(call(format!("cannot bind {what} to interface {}", s.ifindex)))?;
     }
     set_status(&fd, s.flags as i32, what)?;
