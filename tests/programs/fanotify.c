@@ -28,15 +28,21 @@ static int count(const char *text, const char *what)
 	return n;
 }
 
+// The next event of the watched file; 0 if there is none. Anybody may write to the mount that is watched as well.
 static uint64_t next(void)
 {
 	struct fanotify_event_metadata event;
-	ssize_t n = read(fan, &event, sizeof event);
-	if (n <= 0)
-		return 0;
-	if (event.fd >= 0)
-		close(event.fd);
-	return event.mask;
+	struct stat watched, seen;
+	MUST(!stat(file, &watched));
+	while (read(fan, &event, sizeof event) > 0) {
+		int ours = event.fd >= 0 && !fstat(event.fd, &seen) && seen.st_dev == watched.st_dev &&
+			   seen.st_ino == watched.st_ino;
+		if (event.fd >= 0)
+			close(event.fd);
+		if (ours)
+			return event.mask;
+	}
+	return 0;
 }
 
 static void setup(void)

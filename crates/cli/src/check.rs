@@ -184,7 +184,7 @@ const ROWS: &[Row] = &[
         names: &["network_lock_nftables"],
         need: Need::Sometimes,
         purpose: "TCP connections (else --network-lock skip)",
-        next: "install nft; run with CAP_NET_ADMIN",
+        next: "run with CAP_NET_ADMIN, on a kernel with CONFIG_NF_TABLES_INET",
     },
     Row {
         names: &["openat2"],
