@@ -11,12 +11,7 @@ static void read_info(char *text, size_t size)
 {
 	char name[64];
 	snprintf(name, sizeof name, "/proc/self/fdinfo/%d", fan);
-	int fd = open(name, O_RDONLY | O_CLOEXEC);
-	MUST(fd >= 0);
-	ssize_t n = read(fd, text, size - 1);
-	MUST(n > 0);
-	text[n] = 0;
-	close(fd);
+	test_read(name, text, size);
 }
 
 // How often a mark like this is in the list.

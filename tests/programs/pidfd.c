@@ -19,12 +19,7 @@ static void check(void)
 	SAME("poll of a living process", poll(&p, 1, 0), 0);
 	SAME("a signal by it", syscall(SYS_pidfd_send_signal, alive, 0, NULL, 0), 0);
 	snprintf(name, sizeof name, "/proc/self/fdinfo/%d", alive);
-	int fd = open(name, O_RDONLY | O_CLOEXEC);
-	MUST(fd >= 0);
-	ssize_t n = read(fd, text, sizeof text - 1);
-	close(fd);
-	MUST(n > 0);
-	text[n] = 0;
+	test_read(name, text, sizeof text);
 	char *pid = strstr(text, "\nPid:");
 	SAME("pid of the process", pid ? atoi(pid + 5) : -1, child);
 }

@@ -30,12 +30,7 @@ static int seccomp_mode(pid_t pid)
 {
 	char path[64], text[4096];
 	snprintf(path, sizeof path, "/proc/%d/status", pid);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	MUST(fd >= 0);
-	ssize_t n = read(fd, text, sizeof text - 1);
-	close(fd);
-	MUST(n > 0);
-	text[n] = 0;
+	test_read(path, text, sizeof text);
 	char *at = strstr(text, "\nSeccomp:");
 	return at ? atoi(at + 9) : -1;
 }

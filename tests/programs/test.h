@@ -144,6 +144,17 @@ __attribute__((unused)) static const char *test_path(const char *name)
 	return path;
 }
 
+// What a file of /proc says, as text.
+__attribute__((unused)) static void test_read(const char *path, char *text, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	MUST(fd >= 0);
+	ssize_t n = read(fd, text, size - 1);
+	close(fd);
+	MUST(n > 0);
+	text[n] = 0;
+}
+
 // The state letter of /proc/PID/stat, or 0.
 __attribute__((unused)) static char test_state(pid_t pid)
 {

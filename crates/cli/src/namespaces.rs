@@ -13,17 +13,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, Error, Result, bail};
-use dormouse_infect::supervise::fork_tied;
+use dormouse_infect::supervise::{self, fork_tied};
 use dormouse_kernel::{HostPid, Session};
-use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::args::RestoreArgs;
-use crate::run::{Run, wake, write_pid};
+use crate::run::{Run, wait, wake, write_pid};
 
 /// A copy is there, and waits for the word to go on.
 const READY: u8 = b'r';
@@ -225,29 +224,14 @@ fn rest_as_a_small_program(detached: bool, root: i32) -> Error {
 
 /// `dormouse namespace-init`: reaps until no process is left; the exit code of the root, 128 + signal if it was killed.
 pub fn rest(root: i32) -> ExitCode {
-    let mut code = 0;
-    loop {
-        match waitpid(None, None) {
-            Ok(WaitStatus::Exited(pid, status)) if pid.as_raw() == root => code = status as u8,
-            Ok(WaitStatus::Signaled(pid, signal, _)) if pid.as_raw() == root => code = 128 + signal as u8,
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(_) => return code.into(),
-        }
-    }
+    wait(root).into()
 }
 
 /// Waits for the end of all copies; the code of the first that did not end with 0.
 pub fn wait_for(copies: &[Copy]) -> u8 {
     let mut code = 0;
     for copy in copies {
-        let ended = loop {
-            match waitpid(Pid::from_raw(copy.init), None) {
-                Ok(WaitStatus::Exited(_, status)) => break status as u8,
-                Ok(WaitStatus::Signaled(_, signal, _)) => break 128 + signal as u8,
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(_) => break 0,
-            }
-        };
+        let ended = supervise::wait(Pid::from_raw(copy.init)).map_or(0, |code| code as u8);
         code = if code == 0 { ended } else { code };
     }
     code

@@ -312,7 +312,7 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
 }
 
 /// Waits for the end of all children, as CRIU does; the exit code of the root, 128 + signal if it was killed.
-fn wait(root: i32) -> u8 {
+pub fn wait(root: i32) -> u8 {
     let mut code = 0;
     loop {
         match waitpid(Pid::from_raw(-1), None) {

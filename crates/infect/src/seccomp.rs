@@ -13,10 +13,10 @@ const PTRACE_SECCOMP_GET_FILTER: i32 = 0x420c;
 const PTRACE_SECCOMP_GET_METADATA: i32 = 0x420d;
 
 /// Instructions that a filter has at most (`BPF_MAXINSNS`).
-const MAX: usize = 4096;
+pub const MAX_INSTRUCTIONS: usize = 4096;
 
-/// `struct sock_filter`.
-const INSTRUCTION: usize = 8;
+/// Bytes of an instruction (`struct sock_filter`).
+pub const INSTRUCTION: usize = 8;
 
 /// A filter as the thread has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl Tracee {
         let mut filters = Vec::new();
         loop {
             let index = filters.len();
-            let mut program = vec![0u8; MAX * INSTRUCTION];
+            let mut program = vec![0u8; MAX_INSTRUCTIONS * INSTRUCTION];
             let (tid, at) = (self.tid().0, program.as_mut_ptr());
             // SAFETY: the kernel writes at most BPF_MAXINSNS instructions, for which there is room.
             let n = unsafe { libc::ptrace(PTRACE_SECCOMP_GET_FILTER as _, tid, index as *mut u8, at) };

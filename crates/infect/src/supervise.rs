@@ -79,7 +79,11 @@ pub fn fork_tied(work: impl FnOnce() -> i32) -> io::Result<Pid> {
     }
 }
 
-fn wait(child: Pid) -> io::Result<i32> {
+/// Waits for the end of a child; its exit code, 128 + signal if it was killed.
+///
+/// # Errors
+/// waitpid(2)'s; `ECHILD` if there is no such child.
+pub fn wait(child: Pid) -> io::Result<i32> {
     loop {
         match waitpid(child, None) {
             Ok(WaitStatus::Exited(_, code)) => return Ok(code),

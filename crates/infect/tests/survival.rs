@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use dormouse_infect::InfectError;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::freeze::Tree;
-use dormouse_infect::parasite::Parasite;
+use dormouse_infect::parasite::{Parasite, Visit};
 use dormouse_kernel::HostPid;
 use dormouse_sys::nr;
 
@@ -156,8 +156,9 @@ fn visit(pid: HostPid) -> Result<(), InfectError> {
     for (thread, state) in others.iter_mut().zip(&states[1..]) {
         let mut batch = Batch::new();
         let op = batch.must("gettid", nr::GETTID, &[]);
-        parasite.run_in(thread, state, &mut batch)?;
-        assert_eq!(batch.ret(op), i64::from(thread.tid().0));
+        let tid = thread.tid();
+        parasite.run_side_by_side(&mut [Visit { thread, state, batch: &mut batch }])?;
+        assert_eq!(batch.ret(op), i64::from(tid.0));
     }
     parasite.cure()?;
     tree.thaw();

@@ -49,7 +49,8 @@ impl Dumped {
             let mut parasite = Parasite::infect(leader, state).expect("infect");
             let mappings = Mappings::read(zoo.pid, parasite.own_range()).expect("mappings");
             let stats = mem::dump_pages(&mut parasite, &mappings, &images, &ids).expect("pages");
-            let mm = mem::mm_entry(&mut parasite, &mappings, &mut files, &mut shared).expect("mm");
+            let draft = mem::MmDraft::take(&mut parasite, &mappings, &mut files, &mut shared).expect("mm");
+            let mm = draft.finish(&mappings).expect("mm");
             parasite.cure().expect("cure");
             (mm, stats, stack)
         };

@@ -9,7 +9,7 @@ use crate::case::{Case, TOOL_LIMIT};
 use crate::proc;
 use crate::report::{Outcome, Test};
 use crate::rng::Rng;
-use crate::target::{Session, Target, refused};
+use crate::target::{Session, Target, ready, refused};
 
 /// The program whose processes and threads notice when memory is not of one instant.
 const INSTANT: &str = "instant";
@@ -17,16 +17,6 @@ const INSTANT: &str = "instant";
 const INSTANTS: usize = 20;
 /// Dumps that are killed.
 const KILLED: usize = 25;
-
-/// The value of a step, unless that finds the machine unfit for the test.
-macro_rules! ready {
-    ($step:expr) => {
-        match $step? {
-            Ok(value) => value,
-            Err(outcome) => return Ok(outcome),
-        }
-    };
-}
 
 /// The tests of this group.
 pub fn tests() -> Vec<Test> {

@@ -13,21 +13,11 @@ use crate::case::{Case, Ran, TOOL_LIMIT, pid_of};
 use crate::gifts::{self, GIFTS, Gift};
 use crate::proc;
 use crate::report::{Outcome, Test};
-use crate::target::{Session, Target, nothing_left, refused, word};
+use crate::target::{Session, Target, nothing_left, ready, refused, word};
 use crate::tmpfs::Tmpfs;
 
 /// The program that is left alone, or not.
 const PROGRAM: &str = "sleep_counter";
-
-/// The value of a step, unless that finds the machine unfit for the test.
-macro_rules! ready {
-    ($step:expr) => {
-        match $step? {
-            Ok(value) => value,
-            Err(outcome) => return Ok(outcome),
-        }
-    };
-}
 
 /// All tests of the group.
 pub fn tests() -> Vec<Test> {

@@ -17,6 +17,17 @@ use crate::report::Outcome;
 /// How long a target may take to be itself again after the tool is gone.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// The value of a step, unless that finds the machine unfit for the test.
+macro_rules! ready {
+    ($step:expr) => {
+        match $step? {
+            Ok(value) => value,
+            Err(outcome) => return Ok(outcome),
+        }
+    };
+}
+pub(crate) use ready;
+
 /// A running tree and what it owned before the tool came.
 pub struct Target<'a> {
     case: &'a Case<'a>,

@@ -38,7 +38,7 @@ pub fn become_user(uid: u32, gid: u32, groups: &[u32], keep: u64, bounding: u64)
 /// capset(2)'s; there should be none.
 pub fn limit_capabilities(keep: u64, bounding: u64) -> io::Result<()> {
     let (permitted, _) = capabilities()?;
-    set_capabilities(permitted, permitted, 0)?;
+    set_capabilities(permitted)?;
     if permitted & CAP_SETPCAP != 0 {
         for cap in (0..64u64).filter(|cap| bounding >> cap & 1 == 0) {
             // SAFETY: takes numbers only.
@@ -48,7 +48,7 @@ pub fn limit_capabilities(keep: u64, bounding: u64) -> io::Result<()> {
             }
         }
     }
-    set_capabilities(permitted & keep, permitted & keep, 0)
+    set_capabilities(permitted & keep)
 }
 
 /// struct __user_cap_header_struct of version 3.
@@ -79,14 +79,10 @@ fn capabilities() -> io::Result<(u64, u64)> {
     Ok((whole(data[0].permitted, data[1].permitted), whole(data[0].effective, data[1].effective)))
 }
 
-/// Sets the capabilities of this thread; those that are no longer inheritable are no longer ambient either.
-fn set_capabilities(permitted: u64, effective: u64, inheritable: u64) -> io::Result<()> {
+/// Makes these the permitted and effective capabilities of this thread, and none inheritable, so none ambient either.
+fn set_capabilities(set: u64) -> io::Result<()> {
     let header = Header { version: VERSION_3, pid: 0 };
-    let half = |shift: u32| Data {
-        effective: (effective >> shift) as u32,
-        permitted: (permitted >> shift) as u32,
-        inheritable: (inheritable >> shift) as u32,
-    };
+    let half = |shift: u32| Data { effective: (set >> shift) as u32, permitted: (set >> shift) as u32, inheritable: 0 };
     let data = [half(0), half(32)];
     // SAFETY: the kernel reads the header and two data structures.
     Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })?;
@@ -161,7 +157,7 @@ mod tests {
             let left = permitted & CAP_CHECKPOINT_RESTORE;
             assert_eq!(capabilities().unwrap(), (left, left));
             if permitted & !left != 0 {
-                assert!(set_capabilities(permitted, permitted, 0).is_err());
+                assert!(set_capabilities(permitted).is_err());
             }
         })
         .join()

@@ -6,6 +6,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -15,7 +16,13 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 /// # Errors
 /// No memfd can be made (memfd_create(2), Linux 3.17).
 pub fn shared_memory_device() -> io::Result<(u32, u32)> {
-    device_of(&memfd_create(c"dormouse", MFdFlags::MFD_CLOEXEC)?)
+    // One number for as long as the kernel runs.
+    static DEVICE: OnceLock<(u32, u32)> = OnceLock::new();
+    if let Some(device) = DEVICE.get() {
+        return Ok(*device);
+    }
+    let device = device_of(&memfd_create(c"dormouse", MFdFlags::MFD_CLOEXEC)?)?;
+    Ok(*DEVICE.get_or_init(|| device))
 }
 
 /// Major and minor number of the file system that a descriptor's file lies on.

@@ -26,14 +26,6 @@ pub struct Visit<'v> {
 }
 
 impl Parasite<'_> {
-    /// Runs a list in another stopped thread of the process and puts the thread back as it was.
-    ///
-    /// # Errors
-    /// As [`Parasite::run`].
-    pub fn run_in(&mut self, thread: &mut Tracee, state: &State, batch: &mut Batch) -> Result<(), InfectError> {
-        self.run_side_by_side(&mut [Visit { thread, state, batch }])
-    }
-
     /// Runs lists in other stopped threads of the process, [`VISITORS`] at a time, and puts all of them back as they were.
     ///
     /// # Errors

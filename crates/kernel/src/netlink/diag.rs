@@ -106,6 +106,22 @@ pub struct Packet {
     pub tx_ring: Option<PacketRing>,
 }
 
+/// Everything of the kernel's list that `request` asks for: `each` makes a record of a message, whose fixed part is `fixed`
+/// bytes long, and the attributes behind it.
+pub(super) fn list<T>(
+    nl: &mut Netlink,
+    request: &[u8],
+    fixed: usize,
+    each: impl Fn(&[u8], &[(u16, &[u8])]) -> T,
+) -> io::Result<Vec<T>> {
+    let mut found = Vec::new();
+    nl.dump(SOCK_DIAG_BY_FAMILY, request, |m| {
+        let Some(rest) = m.body.get(fixed..) else { return };
+        found.push(each(&m.body, &attributes(rest)));
+    })?;
+    Ok(found)
+}
+
 /// All internet sockets of a family (`AF_INET`, `AF_INET6`) and protocol.
 ///
 /// # Errors
@@ -115,20 +131,14 @@ pub fn inet(nl: &mut Netlink, family: u8, protocol: u8) -> io::Result<Vec<Inet>>
     let mut request = vec![family, protocol, 0, 0];
     request.extend_from_slice(&u32::MAX.to_ne_bytes());
     request.extend_from_slice(&[0; 48]);
-    let mut found = Vec::new();
-    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
-        // struct inet_diag_msg: 72 bytes.
-        let Some(rest) = m.body.get(72..) else { return };
-        let shutdown = attribute(&attributes(rest), INET_DIAG_SHUTDOWN).and_then(|v| v.first().copied());
-        found.push(Inet {
-            inode: word(&m.body, 68).unwrap_or(0),
-            state: m.body[1],
-            received: word(&m.body, 56).unwrap_or(0),
-            unsent: word(&m.body, 60).unwrap_or(0),
-            shutdown: shutdown.unwrap_or(0),
-        });
-    })?;
-    Ok(found)
+    // struct inet_diag_msg: 72 bytes.
+    list(nl, &request, 72, |body, found| Inet {
+        inode: word(body, 68).unwrap_or(0),
+        state: body[1],
+        received: word(body, 56).unwrap_or(0),
+        unsent: word(body, 60).unwrap_or(0),
+        shutdown: attribute(found, INET_DIAG_SHUTDOWN).and_then(|v| v.first().copied()).unwrap_or(0),
+    })
 }
 
 /// All netlink sockets that are bound.
@@ -143,24 +153,21 @@ pub fn netlink(nl: &mut Netlink) -> io::Result<Vec<NetlinkSocket>> {
     request.extend_from_slice(&0u32.to_ne_bytes());
     request.extend_from_slice(&SHOW_GROUPS.to_ne_bytes());
     request.extend_from_slice(&[0; 8]);
-    let mut found = Vec::new();
-    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
-        // struct netlink_diag_msg: 28 bytes.
-        let Some(rest) = m.body.get(28..) else { return };
-        let at = |at| word(&m.body, at).unwrap_or(0);
-        let groups = attribute(&attributes(rest), NETLINK_DIAG_GROUPS).unwrap_or_default();
+    // struct netlink_diag_msg: 28 bytes.
+    list(nl, &request, 28, |body, found| {
+        let at = |at| word(body, at).unwrap_or(0);
+        let groups = attribute(found, NETLINK_DIAG_GROUPS).unwrap_or_default();
         let groups = groups.chunks_exact(4).filter_map(|w| word(w, 0)).collect();
-        found.push(NetlinkSocket {
+        NetlinkSocket {
             inode: at(16),
-            protocol: m.body[2],
-            state: m.body[3],
+            protocol: body[2],
+            state: body[3],
             port: at(4),
             peer_port: at(8),
             peer_group: at(12),
             groups,
-        });
-    })?;
-    Ok(found)
+        }
+    })
 }
 
 /// All packet sockets.
@@ -174,13 +181,8 @@ pub fn packet(nl: &mut Netlink) -> io::Result<Vec<Packet>> {
     request.extend_from_slice(&0u32.to_ne_bytes());
     request.extend_from_slice(&SHOW.to_ne_bytes());
     request.extend_from_slice(&[0; 8]);
-    let mut found = Vec::new();
-    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
-        // struct packet_diag_msg: 16 bytes.
-        let Some(rest) = m.body.get(16..) else { return };
-        found.push(one_packet(&m.body, &attributes(rest)));
-    })?;
-    Ok(found)
+    // struct packet_diag_msg: 16 bytes.
+    list(nl, &request, 16, one_packet)
 }
 
 fn one_packet(body: &[u8], found: &[(u16, &[u8])]) -> Packet {

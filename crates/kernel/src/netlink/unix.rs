@@ -2,9 +2,8 @@
 
 use std::io;
 
-use super::{Netlink, attribute, attributes, word};
+use super::{Netlink, attribute, diag, word};
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const AF_UNIX: u8 = 1;
 
 /// A unix socket.
@@ -44,13 +43,8 @@ pub fn list(nl: &mut Netlink) -> io::Result<Vec<UnixSocket>> {
     request.extend_from_slice(&[0; 4]);
     request.extend_from_slice(&SHOW.to_ne_bytes());
     request.extend_from_slice(&[0; 8]);
-    let mut found = Vec::new();
-    nl.dump(SOCK_DIAG_BY_FAMILY, &request, |m| {
-        // struct unix_diag_msg: 16 bytes.
-        let Some(rest) = m.body.get(16..) else { return };
-        found.push(one(&m.body, &attributes(rest)));
-    })?;
-    Ok(found)
+    // struct unix_diag_msg: 16 bytes.
+    diag::list(nl, &request, 16, one)
 }
 
 fn one(body: &[u8], found: &[(u16, &[u8])]) -> UnixSocket {

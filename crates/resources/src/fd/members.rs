@@ -31,8 +31,7 @@ impl Members {
     /// Looks at all descriptors of the tree. Processes that end meanwhile have none.
     pub fn of(root: HostPid) -> Self {
         let mut found = Self { root: Some(root), ..Self::default() };
-        let mut todo = vec![root];
-        while let Some(pid) = todo.pop() {
+        for pid in tree::descendants(root) {
             for fd in proc::fds(pid).unwrap_or_default().into_iter().map(TargetFd) {
                 let Ok(link) = proc::fd_link(pid, fd) else { continue };
                 found.sockets.extend(socket(&link));
@@ -40,7 +39,6 @@ impl Members {
                     found.ptys.extend(pty(pid, fd));
                 }
             }
-            todo.extend(tree::children(pid).unwrap_or_default());
         }
         found
     }

@@ -1,7 +1,6 @@
 //! Memfds: files of shared memory without a name; several descriptions of one share its content, each has its offset.
 
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
 
 use dormouse_images::pb;
 use dormouse_kernel::proc::split_deleted;
@@ -28,11 +27,9 @@ pub fn is_shared_memory(view: &FdView) -> bool {
     if view.fs == magic::HUGETLB {
         return view.stat.st_nlink == 0 && view.link.starts_with(b"/memfd:");
     }
-    // One number for as long as the kernel runs.
-    static DEVICE: OnceLock<Option<(u32, u32)>> = OnceLock::new();
-    let device = DEVICE.get_or_init(|| dormouse_infect::host::mem::shared_memory_device().ok());
+    let device = dormouse_infect::host::mem::shared_memory_device().ok();
     let here = (major(view.stat.st_dev) as u32, minor(view.stat.st_dev) as u32);
-    view.file_type() == SFlag::S_IFREG && *device == Some(here)
+    view.file_type() == SFlag::S_IFREG && device == Some(here)
 }
 
 /// The name given to memfd_create(2), or that of a shared mapping's file.

@@ -93,7 +93,8 @@ impl Mappings {
     /// # Errors
     /// As of [`Mappings::read`].
     pub fn lines_of(pid: HostPid, own: Range<u64>) -> Result<Self> {
-        let vmas = lines(pid, &own)?;
+        let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
+        let vmas = others(pid, &own)?.into_iter().map(|v| classify(v, shm)).collect();
         Ok(Self {
             pid,
             source: pid,
@@ -112,10 +113,8 @@ impl Mappings {
     /// # Errors
     /// The copy is gone.
     pub fn are_those_of(&mut self, copy: HostPid) -> Result<bool> {
-        let same = lines(copy, &self.own)?
-            .iter()
-            .map(|(v, _)| (v.start, v.end))
-            .eq(self.vmas.iter().map(|(v, _)| (v.start, v.end)));
+        let theirs = others(copy, &self.own)?;
+        let same = theirs.iter().map(|v| (v.start, v.end)).eq(self.vmas.iter().map(|(v, _)| (v.start, v.end)));
         if same {
             self.source = copy;
         }
@@ -276,11 +275,9 @@ fn read_smaps(pid: HostPid) -> Result<JoinHandle<Smaps>> {
     reader.spawn(move || smaps::read(pid)).map_err(call("cannot start a thread"))
 }
 
-/// The lines of maps but the parasite's, and what they map.
-fn lines(pid: HostPid, own: &Range<u64>) -> Result<Vec<(Vma, Kind)>> {
-    let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
-    let others = |v: &Vma| v.start < own.start || v.start >= own.end;
-    Ok(maps::read_maps(pid)?.into_iter().filter(others).map(|v| classify(v, shm)).collect())
+/// The lines of maps but the parasite's.
+fn others(pid: HostPid, own: &Range<u64>) -> Result<Vec<Vma>> {
+    Ok(maps::read_maps(pid)?.into_iter().filter(|v| v.start < own.start || v.start >= own.end).collect())
 }
 
 /// Guard pages may be in memory and, since Linux 6.15, in mappings of files.

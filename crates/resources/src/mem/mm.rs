@@ -41,20 +41,7 @@ impl Asked {
     }
 }
 
-/// The record of a stopped process's address space.
-///
-/// # Errors
-/// A mapping is of a kind that cannot be dumped, a mapped file cannot be added, or the process is gone.
-pub fn mm_entry(
-    parasite: &mut Parasite<'_>,
-    mappings: &Mappings,
-    files: &mut FileTable<'_>,
-    shared: &mut SharedDump<'_>,
-) -> Result<pb::MmEntry> {
-    MmDraft::take(parasite, mappings, files, shared)?.finish(mappings)
-}
-
-/// A record without what takes long to find out, the flags of the mappings.
+/// The record of a stopped process's address space, without what takes long to find out, the flags of the mappings.
 #[derive(Debug)]
 pub struct MmDraft {
     mm: pb::MmEntry,

@@ -1,7 +1,7 @@
 //! The address space: mappings, pages, shared objects, the vDSO.
 //!
 //! Dump: [`blockers`] before anything is touched, then for each stopped process [`Mappings`], [`dump_pages`] and
-//! [`mm_entry`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
+//! [`MmDraft`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
 
 mod blockers;
 mod chunks;
@@ -25,7 +25,7 @@ pub use blockers::blockers;
 pub use fill::HostFill;
 pub use map_files::MapFiles;
 pub use mappings::{Kind, Mapping, Mappings};
-pub use mm::{MmDraft, mm_entry};
+pub use mm::MmDraft;
 pub use pages::{PageIds, PageStats, dump_pages};
 pub use shared::{Shared, SharedDump};
 pub use smaps::has_wiped;

@@ -8,7 +8,7 @@
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::ptrace::Tracee;
-use dormouse_infect::seccomp::Filter;
+use dormouse_infect::seccomp::{Filter, INSTRUCTION, MAX_INSTRUCTIONS};
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::{CapSet, HostPid};
 use dormouse_sys::nr;
@@ -19,9 +19,6 @@ use crate::{Result, TreeImage, invalid};
 const PR_SET_SECCOMP: u64 = 22;
 const SECCOMP_SET_MODE_FILTER: u64 = 1;
 const FLAG_TSYNC: u32 = 1;
-/// Bytes of an instruction (`struct sock_filter`), and how many a filter has at most.
-const INSTRUCTION: usize = 8;
-const MAX: usize = 4096;
 
 /// How a thread is confined.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -173,7 +170,10 @@ impl Filters {
         let entries: Vec<pb::SeccompEntry> = optional(image.dir.read_all(ImageKind::Seccomp, 0))?;
         let list: Vec<pb::SeccompFilter> = entries.into_iter().flat_map(|e| e.seccomp_filters).collect();
         for (i, f) in list.iter().enumerate() {
-            if f.filter.is_empty() || f.filter.len() % INSTRUCTION != 0 || f.filter.len() > MAX * INSTRUCTION {
+            if f.filter.is_empty()
+                || f.filter.len() % INSTRUCTION != 0
+                || f.filter.len() > MAX_INSTRUCTIONS * INSTRUCTION
+            {
                 return Err(invalid!("seccomp.img: filter {i} has {} bytes, which is no program", f.filter.len()));
             }
         }
