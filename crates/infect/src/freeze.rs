@@ -1,6 +1,6 @@
 //! Stopping a whole tree: every thread of every process, until a full pass finds nothing new.
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::{BTreeMap, HashSet, btree_map::Entry};
 use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
@@ -78,11 +78,20 @@ impl Tree {
         let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
         let mut order = Vec::new();
         let mut seccomp = Seccomp::Suspended;
+        // A wave asks all that runs of the tree to stop, as it is found, and only then waits: all stop side by side, and a
+        // tree that keeps the processors busy is not waited for once for each of its threads. What was born meanwhile is
+        // the next wave's. A wave that finds nothing new looked at a tree that stood still.
         loop {
             let mut grown = false;
+            let mut seized = Vec::new();
             let mut todo = vec![(root, HostPid(0))];
+            // One whose parent ends in the middle of a wave is found twice.
+            let mut seen = HashSet::new();
             while let Some((pid, parent)) = todo.pop() {
                 cancel::check()?;
+                if !seen.insert(pid) {
+                    continue;
+                }
                 let task = match tasks.entry(pid) {
                     Entry::Occupied(known) => known.into_mut(),
                     Entry::Vacant(new) => {
@@ -95,10 +104,22 @@ impl Tree {
                 if task.zombie {
                     continue;
                 }
-                grown |= seize_threads(task, &mut seccomp)?;
+                seize_threads(task, &mut seccomp, &mut seized)?;
                 let mut children = tree::children(pid).unwrap_or_default();
                 children.sort();
                 todo.extend(children.into_iter().rev().map(|c| (c, pid)));
+            }
+            for (pid, mut thread) in seized {
+                match thread.wait_first() {
+                    Ok(()) => {
+                        let task = tasks.get_mut(&pid).expect("its threads were seized");
+                        task.stopped = task.stopped.or(thread.group_stop);
+                        task.threads.push(thread);
+                        grown = true;
+                    }
+                    Err(InfectError::Gone(_)) => thread.forget(),
+                    Err(e) => return Err(e),
+                }
             }
             // Processes that ended and were reaped by their parents meanwhile are no longer part of the tree.
             if !grown {
@@ -107,7 +128,8 @@ impl Tree {
         }
         let mut this = Self { tasks: Vec::new() };
         for pid in order {
-            let task = tasks.remove(&pid).expect("every pid was inserted once");
+            let mut task = tasks.remove(&pid).expect("every pid was inserted once");
+            task.threads.sort_by_key(|t| (t.tid() != pid, t.tid()));
             if task.zombie || !task.threads.is_empty() {
                 this.tasks.push(task);
             }
@@ -192,47 +214,28 @@ impl Seccomp {
     }
 }
 
-fn seize_threads(task: &mut Task, seccomp: &mut Seccomp) -> Result<bool, InfectError> {
-    let mut grown = false;
-    loop {
-        let Ok(mut tids) = tree::threads(task.pid) else { return Ok(grown) };
-        let known: std::collections::HashSet<HostPid> = task.threads.iter().map(Tracee::tid).collect();
-        tids.retain(|t| !known.contains(t));
-        if tids.is_empty() {
-            break;
-        }
-        // All are asked first and waited for afterwards, so that they stop side by side.
-        let mut seized = Vec::new();
-        let before = task.threads.len();
-        for tid in tids {
-            match seccomp.seize(task.pid, tid) {
-                Ok(t) => seized.push(t),
-                Err(InfectError::Gone(_)) => {}
-                Err(e) => {
-                    if stat::read_thread(task.pid, tid).is_ok_and(|s| !matches!(s.state, b'Z' | b'X')) {
-                        return Err(e);
-                    }
-                    if tid == task.pid {
-                        task.zombie = stat::read(task.pid).is_ok_and(|s| s.state == b'Z');
-                    }
+/// Asks the threads of a process that are not stopped yet to stop; `seized` gets them, with the process.
+fn seize_threads(
+    task: &mut Task,
+    seccomp: &mut Seccomp,
+    seized: &mut Vec<(HostPid, Tracee)>,
+) -> Result<(), InfectError> {
+    let Ok(mut tids) = tree::threads(task.pid) else { return Ok(()) };
+    let known: HashSet<HostPid> = task.threads.iter().map(Tracee::tid).collect();
+    tids.retain(|t| !known.contains(t));
+    for tid in tids {
+        match seccomp.seize(task.pid, tid) {
+            Ok(t) => seized.push((task.pid, t)),
+            Err(InfectError::Gone(_)) => {}
+            Err(e) => {
+                if stat::read_thread(task.pid, tid).is_ok_and(|s| !matches!(s.state, b'Z' | b'X')) {
+                    return Err(e);
+                }
+                if tid == task.pid {
+                    task.zombie = stat::read(task.pid).is_ok_and(|s| s.state == b'Z');
                 }
             }
-        }
-        for mut t in seized {
-            match t.wait_first() {
-                Ok(()) => {
-                    task.stopped = task.stopped.or(t.group_stop);
-                    task.threads.push(t);
-                    grown = true;
-                }
-                Err(InfectError::Gone(_)) => t.forget(),
-                Err(e) => return Err(e),
-            }
-        }
-        if task.threads.len() == before {
-            break;
         }
     }
-    task.threads.sort_by_key(|t| (t.tid() != task.pid, t.tid()));
-    Ok(grown)
+    Ok(())
 }

@@ -57,6 +57,11 @@ pub fn tests() -> Vec<Test> {
         .collect()
 }
 
+/// The names and texts of all of them.
+pub fn all() -> &'static [(&'static str, &'static str)] {
+    SOURCES
+}
+
 /// Where the program `name` is, built first when there are no prebuilt ones.
 pub fn find(case: &Case<'_>, name: &str) -> Result<PathBuf> {
     if let Some(dir) = &case.args.programs {
