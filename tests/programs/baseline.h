@@ -250,15 +250,18 @@ static void baseline_tasks(struct baseline_text *b)
 static void baseline_collect(struct baseline_text *b)
 {
 	static const char *const status[] = { "Name:", "Umask:", "Tgid:", "Pid:", "TracerPid:", "Uid:", "Gid:", "Groups:",
-		"NStgid:", "NSpid:", "NSpgid:", "NSsid:", "VmLck:", "VmPin:", "Threads:", "SigPnd:", "ShdPnd:",
+		"NStgid:", "NSpid:", "NSpgid:", "NSsid:", "VmLck:", "VmPin:", "Threads:",
 		"SigBlk:", "SigIgn:", "SigCgt:", "CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:", "NoNewPrivs:",
 		"Seccomp:", "THP_enabled:", NULL };
+	static const char *const pending[] = { "SigPnd:", "ShdPnd:", NULL };
 	b->len = 0;
 	b->text[0] = 0;
 	if (test_loose == LOOSE_ALL)
 		return;
 	if (!(test_loose & LOOSE_STATUS)) {
 		baseline_file(b, "/proc/self/status", status);
+		if (!(test_loose & LOOSE_PENDING))
+			baseline_file(b, "/proc/self/status", pending);
 		baseline_stat(b);
 		baseline_file(b, "/proc/self/limits", NULL);
 		baseline_file(b, "/proc/self/oom_score_adj", NULL);

@@ -61,7 +61,7 @@ static void setup(void)
 {
 	pthread_t t;
 	sigset_t held;
-	test_loose = LOOSE_STATUS; // a timer's signal is pending, or not yet
+	test_loose = LOOSE_PENDING; // a timer's signal is pending, or not yet
 	sigemptyset(&held);
 	sigaddset(&held, SIGRTMIN + 3);
 	MUST(!pthread_sigmask(SIG_BLOCK, &held, NULL));
