@@ -6,6 +6,8 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use dormouse_images::{ImageDir, ImageKind};
@@ -18,18 +20,26 @@ use nix::fcntl::{Flock, FlockArg};
 #[derive(Debug)]
 pub struct Held(#[expect(dead_code, reason = "held, not used")] Option<Flock<File>>);
 
+/// How long a run that ends may still hold a directory: a caller that gave up may ask again before it has.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Locks a directory for the one run that writes there. Where the file system has no locks, there is none.
 ///
 /// # Errors
-/// Another run holds it.
+/// Another run holds it, and does not end within [`PATIENCE`].
 pub fn hold(dir: &Path) -> Result<Held> {
-    let open = File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?;
-    match Flock::lock(open, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Held(Some(lock))),
-        Err((_, Errno::EWOULDBLOCK)) => {
-            bail!("another run writes to {}; wait for its end, or name another directory", dir.display())
+    let mut open = File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?;
+    let start = Instant::now();
+    loop {
+        match Flock::lock(open, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Held(Some(lock))),
+            Err((file, Errno::EWOULDBLOCK)) if start.elapsed() < PATIENCE => open = file,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                bail!("another run writes to {}; wait for its end, or name another directory", dir.display())
+            }
+            Err(_) => return Ok(Held(None)),
         }
-        Err(_) => Ok(Held(None)),
+        sleep(Duration::from_millis(5));
     }
 }
 

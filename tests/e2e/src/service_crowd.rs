@@ -240,8 +240,12 @@ pub(super) fn libcriu(case: &Case<'_>) -> Result<Outcome> {
         let mut command = case.command(&client);
         command.arg(kind).arg(path).arg(pid.to_string()).arg(dir.join("img"));
         let client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        target.wait()?;
+        let reaper = std::thread::spawn(move || target.wait());
         let output = client.wait_with_output()?;
+        if !output.status.success() {
+            proc::end(&[pid]);
+        }
+        reaper.join().expect("it does not panic")?;
         let said = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
         ensure!(said == "ok", "{kind}: {said}; {}", String::from_utf8_lossy(&output.stderr));
         case.same_tree(&tree)?;
