@@ -3,8 +3,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 #include "test.h"
 #include "unix.h"
+#include <sys/epoll.h>
 
-static int pairs[3][2], kept[2], loop[2];
+static int pairs[3][2], kept[2], loop[2], polled[2];
 
 static void queue_up(void)
 {
@@ -25,6 +26,12 @@ static void queue_up(void)
 		close(deepest), close(hidden[0]), close(hidden[1]), close(nested[0]), close(nested[1]);
 		MUST(send(via, "after", 5, 0) == 5);
 	}
+	// An epoll that waits in the socket that it watches, beside the one that it is sent over.
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = 0x123456789abcdef };
+	int epoll = epoll_create1(0);
+	MUST(epoll >= 0 && !epoll_ctl(epoll, EPOLL_CTL_ADD, polled[0], &event));
+	unix_send_fds(polled[1], "epoll", &epoll, 1);
+	close(epoll);
 	unix_send_fds(loop[0], "myself", &loop[1], 1);
 	unix_send_fds(loop[1], "the other", &loop[1], 1);
 	close(loop[1]);
@@ -38,7 +45,7 @@ static void setup(void)
 	MUST(!pipe(kept));
 	for (int t = 0; t < 3; t++)
 		MUST(!socketpair(AF_UNIX, unix_types[t], 0, pairs[t]));
-	MUST(!socketpair(AF_UNIX, SOCK_DGRAM, 0, loop));
+	MUST(!socketpair(AF_UNIX, SOCK_DGRAM, 0, loop) && !socketpair(AF_UNIX, SOCK_DGRAM, 0, polled));
 	queue_up();
 }
 
@@ -83,6 +90,16 @@ static void check(void)
 		close(one[0]), close(two[0]), close(three[0]);
 		unix_receives(what, via, "after");
 	}
+	int epolls[16];
+	struct epoll_event event;
+	SAME("descriptors with the epoll", unix_receive_fds("epoll", polled[0], "epoll", epolls), 1);
+	SAME("events of an empty socket", epoll_wait(epolls[0], &event, 1, 0), 0);
+	MUST(send(polled[1], "x", 1, 0) == 1);
+	SAME("events", epoll_wait(epolls[0], &event, 1, 0), 1);
+	SAME("data of the event", event.data.u64, 0x123456789abcdef);
+	unix_receives("the watched socket", polled[0], "x");
+	MUST(!epoll_ctl(epolls[0], EPOLL_CTL_DEL, polled[0], NULL));
+	close(epolls[0]);
 	// The other end is nowhere but in itself and in this one's peer.
 	int fds[16], again[16];
 	SAME("descriptors in the end here", unix_receive_fds("loop", loop[0], "the other", fds), 1);

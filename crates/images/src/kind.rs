@@ -268,6 +268,8 @@ kinds! {
     DormousePackets: "DORMOUSE_PACKETS", "dormouse-packets", One, ".img", 0x444d5041, "pipe_packets", Plain;
     /// What images of CRIU have no place for of pseudoterminals; only dormouse writes and reads it.
     DormouseTerminals: "DORMOUSE_TERMINALS", "dormouse-terminals", One, ".img", 0x444d5454, "tty_ext", Plain;
+    /// What images of CRIU have no place for of unix sockets; only dormouse writes and reads it.
+    DormouseUnix: "DORMOUSE_UNIX", "dormouse-unix", One, ".img", 0x444d5558, "unix_ext", Plain;
 }
 
 impl ImageKind {

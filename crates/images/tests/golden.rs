@@ -177,6 +177,13 @@ fn write_sidecars(dir: &ImageDir) -> Result<(), ImageError> {
     w.record(&pb::TtyExt { index: 3, slave_closed: Some(true), reads: vec![] })?;
     w.record(&pb::TtyExt { index: 4, slave_closed: None, reads: vec![4, 0, 2] })?;
     w.finish()?;
+    let mut w = dir.writer(ImageKind::DormouseUnix, 0)?;
+    let who = pb::UnixCredentials { pid: 7, uid: 1000, gid: 100 };
+    let packets = vec![pb::UnixPacket { from: Some(b"\0from".to_vec()), sender: Some(who) }, pb::UnixPacket::default()];
+    w.record(&pb::UnixExt { id: 3, peer: Some(who), packets, ..Default::default() })?;
+    w.record(&pb::UnixExt { id: 4, waiting: vec![9, 8], ..Default::default() })?;
+    w.record(&pb::UnixExt { id: 5, gone_peer: Some(vec![]), peek_offset: Some(0), ..Default::default() })?;
+    w.finish()?;
     let mut w = dir.writer(ImageKind::Stats, ImageKind::STATS_DUMP)?;
     w.record(&pb::StatsEntry {
         dump: Some(pb::DumpStatsEntry { frozen_time: 1500, pages_written: 2, ..Default::default() }),

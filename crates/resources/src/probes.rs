@@ -7,9 +7,9 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 
 use dormouse_infect::InfectError;
-use dormouse_infect::host::fd as host;
 use dormouse_infect::host::sock::{self, Opt};
 use dormouse_infect::host::stand_in::StandIn;
+use dormouse_infect::host::{epoll, fd as host};
 use dormouse_infect::ptrace::Tracee;
 use dormouse_kernel::netlink::{Netlink, diag};
 use dormouse_kernel::{HostPid, Session, Support, TargetFd};
@@ -73,8 +73,9 @@ fn fdinfo_lock() -> io::Result<bool> {
 /// It watches nothing: a kernel that looks says so.
 fn kcmp_epoll() -> io::Result<bool> {
     let (read, _write) = nix::unistd::pipe()?;
-    let (watched, epoll) = (TargetFd(read.as_raw_fd()), host::epoll()?);
-    match host::epoll_watches(HostPid::current(), watched, TargetFd(epoll.as_raw_fd()), watched.0 as u32, 0) {
+    let (watched, new) = (TargetFd(read.as_raw_fd()), epoll::new()?);
+    let own = |fd| (HostPid::current(), fd);
+    match epoll::watches(own(watched), own(TargetFd(new.as_raw_fd())), watched.0 as u32, 0) {
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(true),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(false),
         other => other,

@@ -139,21 +139,6 @@ pub fn set_lease(fd: impl AsFd, kind: u32) -> io::Result<()> {
     result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_SETLEASE, kind) }.into()).map(drop)
 }
 
-/// Whether the file behind descriptor `fd` of a process is the one that its epoll descriptor `epoll` watches under the
-/// number `watched`; `nth` counts from 0 among those watched under one number, in the order of fdinfo (kcmp(2) with
-/// `KCMP_EPOLL_TFD`, Linux 4.13).
-///
-/// # Errors
-/// `EBADF` or `ENOENT` if there is no such descriptor or watch, `EPERM` without ptrace access.
-pub fn epoll_watches(pid: HostPid, fd: TargetFd, epoll: TargetFd, watched: u32, nth: u32) -> io::Result<bool> {
-    const KCMP_EPOLL_TFD: libc::c_int = 7;
-    // struct kcmp_epoll_slot
-    let slot = [epoll.0 as u32, watched, nth];
-    // SAFETY: the kernel reads three words from `slot`.
-    let r = unsafe { libc::syscall(libc::SYS_kcmp, pid.0, pid.0, KCMP_EPOLL_TFD, fd.0 as u64, slot.as_ptr()) };
-    result(r).map(|r| r == 0)
-}
-
 /// A new eventfd (eventfd2(2), Linux 2.6.27).
 ///
 /// # Errors
@@ -200,15 +185,6 @@ pub fn arm_timerfd(fd: impl AsFd, flags: i32, first: (i64, i64), interval: (i64,
 pub fn set_timerfd_ticks(fd: impl AsFd, mut ticks: u64) -> io::Result<()> {
     // SAFETY: the kernel reads eight bytes.
     unsafe { ioctl(fd, 0x4008_5400, &mut ticks) }
-}
-
-/// A new epoll that watches nothing (epoll_create1(2), Linux 2.6.27).
-///
-/// # Errors
-/// As [`eventfd`].
-pub fn epoll() -> io::Result<OwnedFd> {
-    // SAFETY: takes a number only; the new descriptor is ours.
-    owned(unsafe { libc::epoll_create1(0) }.into())
 }
 
 /// Copies up to `len` bytes from a pipe to another one without taking them out (tee(2)); does not wait. The copy keeps

@@ -3,10 +3,12 @@
 //! The unsafe code of the crates above ends here: one file a subject, each function a thin, documented call.
 
 pub mod creds;
+pub mod epoll;
 pub mod fd;
 pub mod mem;
 pub mod notify;
 pub mod process;
+pub mod proxy;
 pub mod sock;
 pub mod stand_in;
 pub mod task;

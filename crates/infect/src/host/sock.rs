@@ -230,6 +230,20 @@ pub fn name(fd: impl AsFd) -> io::Result<Vec<u8>> {
     Ok(buffer)
 }
 
+/// The address of a socket's peer, as the kernel writes it (getpeername(2)).
+///
+/// # Errors
+/// `ENOTCONN` if it has none.
+pub fn peer_name(fd: impl AsFd) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0u8; size_of::<libc::sockaddr_storage>()];
+    let mut len = buffer.len() as libc::socklen_t;
+    let at = buffer.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `len` bytes to `buffer`.
+    result(unsafe { libc::getpeername(fd.as_fd().as_raw_fd(), at, &mut len) }.into())?;
+    buffer.truncate(len as usize);
+    Ok(buffer)
+}
+
 /// Gives a socket an address, a `struct sockaddr_*` (bind(2)).
 ///
 /// # Errors

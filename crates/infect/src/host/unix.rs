@@ -188,6 +188,22 @@ pub fn send(
     credentials: Option<Credentials>,
     to: Option<&[u8]>,
 ) -> io::Result<usize> {
+    let fd = fd.as_fd().as_raw_fd();
+    let n = with_message(bytes, rights, credentials, to, |header, flags| {
+        // SAFETY: the kernel only reads what the header points to, all of it buffers that outlive the call.
+        unsafe { libc::sendmsg(fd, header, flags) }
+    });
+    result(n as libc::c_long).map(|n| n as usize)
+}
+
+/// Calls `f` with a message header that names all of this, and with flags for sendmsg(2): not to wait, nor to signal.
+pub(super) fn with_message<R>(
+    bytes: &[u8],
+    rights: &[BorrowedFd<'_>],
+    credentials: Option<Credentials>,
+    to: Option<&[u8]>,
+    f: impl FnOnce(&libc::msghdr, c_int) -> R,
+) -> R {
     let mut control = Vec::new();
     if let Some(c) = credentials {
         let data = [c.pid.to_ne_bytes(), c.uid.to_ne_bytes(), c.gid.to_ne_bytes()].concat();
@@ -210,10 +226,7 @@ pub fn send(
         header.msg_control = control.as_mut_ptr().cast();
         header.msg_controllen = size_of_val(control.as_slice()) as _;
     }
-    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: the kernel only reads what the header points to, all of it buffers that outlive the call.
-    let n = unsafe { libc::sendmsg(fd.as_fd().as_raw_fd(), &header, flags) };
-    result(n as libc::c_long).map(|n| n as usize)
+    f(&header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
 }
 
 /// Adds a control message: a `struct cmsghdr`, its data, and padding to whole words.

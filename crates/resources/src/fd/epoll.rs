@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
-use dormouse_infect::host::fd as host;
-use dormouse_kernel::{TargetFd, proc};
+use dormouse_infect::host::epoll as host;
+use dormouse_kernel::{HostPid, TargetFd, proc};
 use dormouse_sys::nr;
 
 use super::files::set_status;
@@ -79,10 +79,72 @@ fn watches(view: &FdView) -> Result<std::result::Result<Vec<pb::EventpollTfdEntr
 
 /// Whether descriptor `n` of the process is the file that was added under the number `added`.
 fn is_watched(view: &FdView, epoll: TargetFd, n: i32, added: u32, nth: u32) -> Result<bool> {
-    match host::epoll_watches(view.pid, TargetFd(n), epoll, added, nth) {
+    is_watched_by((view.pid, TargetFd(n)), view, epoll, added, nth)
+}
+
+fn is_watched_by(file: (HostPid, TargetFd), view: &FdView, epoll: TargetFd, added: u32, nth: u32) -> Result<bool> {
+    match host::watches(file, (view.pid, epoll), added, nth) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EBADF | libc::ENOENT)) => Ok(false),
         other => other.map_err(call(format!("cannot find out what {} watches (kcmp)", view.subject()))),
     }
+}
+
+/// What an epoll that waits in a socket watches, with the numbers that one task has for it: the first of those that have
+/// all these numbers, so that the restore finds it.
+fn queued_watches(view: &FdView, tasks: &[HostPid]) -> Result<Vec<pb::EventpollTfdEntry>> {
+    let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
+    let mut all = Vec::new();
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    for text in view.info.all("tfd") {
+        let parsed = std::str::from_utf8(text).ok().and_then(watch);
+        let watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
+        let count = counts.entry(watch.tfd).or_default();
+        all.push((watch, std::mem::replace(count, *count + 1)));
+    }
+    let mut tables: Vec<Vec<i32>> = Vec::new();
+    for pid in tasks {
+        let table = proc::fds(*pid)?;
+        let mut found = Vec::new();
+        for (watch, nth) in &all {
+            let own = table.iter().copied().filter(|n| *n as u32 == watch.tfd);
+            for n in own.chain(table.iter().copied()) {
+                if is_watched_by((*pid, TargetFd(n)), view, epoll, watch.tfd, *nth)? {
+                    found.push(pb::EventpollTfdEntry { tfd: n as u32, ..*watch });
+                    break;
+                }
+            }
+        }
+        if found.len() == all.len() && !tables.iter().any(|t| has_all(&found, |n| t.contains(&(n as i32)))) {
+            return Ok(found);
+        }
+        tables.push(table);
+    }
+    Err(invalid!("it is an epoll that watches what no process of the tree has open; close it and retry"))
+}
+
+fn has_all(watches: &[pb::EventpollTfdEntry], has: impl Fn(u32) -> bool) -> bool {
+    watches.iter().all(|w| has(w.tfd))
+}
+
+/// Lets an epoll that waits in a socket watch what the first task with all its numbers has under them.
+///
+/// # Errors
+/// No task has them; epoll_ctl(2)'s.
+pub fn watch_queued(files: &Files<'_>, id: u32) -> Result<()> {
+    let Some(entry) = files.image().files.get(&id).and_then(|f| f.epfd.as_ref()) else { return Ok(()) };
+    let has = |t: &&TaskImage| has_all(&entry.tfd, |n| t.fds.iter().any(|f| f.fd == n));
+    let task = files.image().tasks.iter().find(has);
+    let task = task.ok_or_else(|| invalid!("files.img: epoll {id} watches what no task has; the image is damaged"))?;
+    let opened = |id: u32| files.opened(id).ok_or_else(|| invalid!("files.img: file {id} is not open"));
+    for t in &entry.tfd {
+        let file = task.fds.iter().find(|f| f.fd == t.tfd).expect("it has all of them").id;
+        host::add(opened(id)?, opened(file)?, t.tfd, t.events, t.data).map_err(call(format!(
+            "epoll {id}: cannot watch descriptor {} of pid {}",
+            t.tfd,
+            task.pid()
+        )))?;
+    }
+    Ok(())
 }
 
 impl FdKind for Epoll {
@@ -98,12 +160,19 @@ impl FdKind for Epoll {
         view.is_anonymous("[eventpoll]")
     }
 
-    fn blocker(&self, view: &FdView, _: &mut Look<'_>) -> Result<Option<Blocker>> {
+    fn blocker(&self, view: &FdView, look: &mut Look<'_>) -> Result<Option<Blocker>> {
+        if look.is_queued() {
+            return Ok(None);
+        }
         Ok(watches(view)?.err())
     }
 
-    fn dump(&self, view: &FdView, id: u32, _: &mut FileTable<'_>) -> Result<pb::FileEntry> {
-        let mut tfd = watches(view)?.map_err(|b| invalid!("{b}"))?;
+    fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {
+        let mut tfd = if table.look().is_queued() {
+            queued_watches(view, table.task_order())?
+        } else {
+            watches(view)?.map_err(|b| invalid!("{b}"))?
+        };
         for t in &mut tfd {
             t.id = id;
         }
@@ -122,7 +191,7 @@ impl FdKind for Epoll {
     fn open(&self, _: &mut Files<'_>, entry: &pb::FileEntry, _: &Shared) -> Result<OwnedFd> {
         let e = entry.epfd.as_ref().ok_or_else(|| invalid!("files.img: epoll {} has no record", entry.id))?;
         let what = format!("epoll {}", e.id);
-        let fd = host::epoll().map_err(call(format!("cannot make {what}")))?;
+        let fd = host::new().map_err(call(format!("cannot make {what}")))?;
         set_status(&fd, e.flags as i32, &what)?;
         Ok(fd)
     }

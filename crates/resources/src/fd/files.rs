@@ -23,7 +23,7 @@ use super::paths::{Paths, again};
 use super::pipe::Pipes;
 use super::sock::{Opened, settle_unix};
 use super::tty::Given;
-use super::{FdKind, kind_of_type, reg};
+use super::{FdKind, epoll, kind_of_type, reg};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
 use crate::{RestoreOptions, Result, TaskImage, call, invalid};
@@ -90,6 +90,8 @@ pub struct Files<'a> {
     pub(super) stand_ins: HashMap<i32, StandIn>,
     /// Handles of processes that had ended, by the old inode number and the id of their record.
     pub(super) ended: HashMap<u32, HashMap<u32, OwnedFd>>,
+    /// Descriptions that wait in sockets, and that no task has.
+    queued: Vec<u32>,
     pub(super) ghosts: HashMap<u32, Made>,
     pub(super) pipes: Pipes,
     pub(super) fifos: Fifos,
@@ -123,6 +125,7 @@ impl<'a> Files<'a> {
             late: Late::default(),
             stand_ins: HashMap::new(),
             ended: HashMap::new(),
+            queued: Vec::new(),
             ghosts: HashMap::new(),
             pipes: Pipes::load(image)?,
             fifos: Fifos::load(image)?,
@@ -238,6 +241,9 @@ impl<'a> Files<'a> {
                 "files.img: file {id} waits in a socket, and is a {} that refers to a process, which cannot be restored yet",
                 kind.name()
             ));
+        }
+        if !self.open.contains_key(&id) {
+            self.queued.push(id);
         }
         self.fd(id, shared).map(drop)
     }
@@ -409,6 +415,7 @@ impl<'a> Files<'a> {
     /// setsockopt(2)'s; a unix socket cannot be filled or connected, or what it holds not be opened.
     pub fn settle_sockets(&mut self, shared: &Shared) -> Result<()> {
         settle_unix(self, shared)?;
+        self.queued.iter().try_for_each(|id| epoll::watch_queued(self, *id))?;
         self.sockets.settle()
     }
 

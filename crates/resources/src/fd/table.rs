@@ -50,6 +50,8 @@ pub struct FileTable<'a> {
     own_ids: pb::TaskKobjIdsEntry,
     /// The processes added so far.
     tasks: HashSet<HostPid>,
+    /// The same, in their order.
+    task_order: Vec<HostPid>,
     /// Processes that have to be in the tree, and who says so.
     needed: Vec<(HostPid, String)>,
     /// Deleted files that some process has to have open, and who says so.
@@ -81,6 +83,7 @@ impl<'a> FileTable<'a> {
             private: HashSet::new(),
             own_ids: pb::TaskKobjIdsEntry::default(),
             tasks: HashSet::new(),
+            task_order: Vec::new(),
             needed: Vec::new(),
             needed_ghosts: Vec::new(),
             queued: Vec::new(),
@@ -101,7 +104,9 @@ impl<'a> FileTable<'a> {
     /// A descriptor cannot be dumped, the process is gone, or an image could not be written.
     pub fn add_task(&mut self, pid: HostPid, skip: &[TargetFd]) -> Result<Vec<pb::FdinfoEntry>> {
         let process = Process::open(pid)?;
-        self.tasks.insert(pid);
+        if self.tasks.insert(pid) {
+            self.task_order.push(pid);
+        }
         let mut table = Vec::new();
         for fd in proc::fds(pid)?.into_iter().map(TargetFd).filter(|fd| !skip.contains(fd)) {
             let info = fdinfo::read(pid, fd)?;
@@ -287,9 +292,13 @@ impl<'a> FileTable<'a> {
                     return Err(invalid!("it holds a lock, which nobody could take again; release it and retry"));
                 }
                 let view = process.descriptor(n, info)?;
-                let (id, fd_type) = self.add(&view)?;
-                self.ids.insert(slot, id, fd_type);
+                // It stays open: what is found later is compared with it, and sockets are looked into.
                 self.queued.push(fd);
+                self.look.set_queued(true);
+                let added = self.add(&view);
+                self.look.set_queued(false);
+                let (id, fd_type) = added?;
+                self.ids.insert(slot, id, fd_type);
                 id
             }
         };
@@ -340,6 +349,11 @@ impl<'a> FileTable<'a> {
         &mut self.sockets
     }
 
+    /// The processes that were added, in their order.
+    pub(super) fn task_order(&self) -> &[HostPid] {
+        &self.task_order
+    }
+
     /// An id that nothing has yet.
     pub(super) fn fresh_id(&mut self) -> u32 {
         self.ids.fresh()
@@ -363,6 +377,28 @@ impl<'a> FileTable<'a> {
     /// Keeps a record.
     pub(super) fn push(&mut self, entry: pb::FileEntry) {
         self.entries.push(entry);
+    }
+
+    /// Puts the records of unix sockets behind all others, and each behind that of its peer, unless that has it for its own
+    /// peer: CRIU finds peers in this order only.
+    pub(super) fn order_unix_sockets(&mut self) {
+        let (mut rest, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.entries).into_iter().partition(|e| e.usk.is_some());
+        self.entries = others;
+        let mut placed: HashSet<u32> = HashSet::from([0]);
+        let peers: HashMap<u32, u32> = rest.iter().filter_map(|e| e.usk.as_ref()).map(|s| (s.ino, s.peer)).collect();
+        while !rest.is_empty() {
+            let ready = |s: &pb::UnixSkEntry| placed.contains(&s.peer) || peers.get(&s.peer) == Some(&s.ino);
+            let (now, later): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut rest).into_iter().partition(|e| e.usk.as_ref().is_some_and(ready));
+            if now.is_empty() {
+                self.entries.extend(later);
+                return;
+            }
+            placed.extend(now.iter().filter_map(|e| e.usk.as_ref()).map(|s| s.ino));
+            self.entries.extend(now);
+            rest = later;
+        }
     }
 
     /// Keeps a record of type `REG` for a description of another kind that is opened by name; its id.

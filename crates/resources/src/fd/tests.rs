@@ -100,7 +100,7 @@ fn at_most_one_kind_claims_a_descriptor() {
         (host::eventfd(0, false).unwrap(), Some("eventfd")),
         (host::signalfd(1).unwrap(), Some("signalfd")),
         (host::timerfd(libc::CLOCK_MONOTONIC).unwrap(), Some("timerfd")),
-        (host::epoll().unwrap(), Some("epoll")),
+        (dormouse_infect::host::epoll::new().unwrap(), Some("epoll")),
         (host::pidfd_open(HostPid::current()).unwrap(), Some("pidfd")),
         (at(Path::new("/proc/self/ns/uts"), OFlag::O_RDONLY), Some("namespace file")),
         (dormouse_infect::host::notify::inotify().unwrap(), Some("inotify")),

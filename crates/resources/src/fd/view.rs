@@ -218,13 +218,15 @@ pub struct Look<'a> {
     members: Option<&'a Members>,
     /// The kernel's list of unix sockets, once it was asked for.
     unix: Option<UnixSockets>,
+    /// What is looked at waits in a socket, and only we have a copy of it.
+    queued: bool,
 }
 
 impl<'a> Look<'a> {
     /// Nothing is looked at yet.
     pub fn new(options: &'a DumpOptions) -> Self {
         let own_ns = ns_inode(HostPid::current(), NsKind::Mnt).ok().flatten().unwrap_or(0);
-        Self { options, own_ns, mounts: HashMap::new(), own_mounts: None, members: None, unix: None }
+        Self { options, own_ns, mounts: HashMap::new(), own_mounts: None, members: None, unix: None, queued: false }
     }
 
     /// Tells what is in the tree. Without it, all that is referred to is taken to be.
@@ -237,6 +239,16 @@ impl<'a> Look<'a> {
     /// A process outside of the tree that has the socket of this inode, if none of the tree has it.
     pub fn holder_outside(&self, inode: u32) -> Option<HostPid> {
         self.members.filter(|m| !m.has_socket(inode))?.holder_outside(inode)
+    }
+
+    /// Whether what is looked at waits in a socket: no process need have it.
+    pub fn is_queued(&self) -> bool {
+        self.queued
+    }
+
+    /// What is looked at next waits in a socket, or does not.
+    pub fn set_queued(&mut self, queued: bool) {
+        self.queued = queued;
     }
 
     /// The kernel's list of unix sockets, as it was when first asked for.

@@ -207,6 +207,18 @@ impl Drop for Removed<'_> {
     }
 }
 
+/// Gives a socket that is soon closed the name of one that is no longer there. Without it, others see one without a name.
+pub fn stranger(fd: &OwnedFd, s: &pb::UnixSkEntry) {
+    let bound = match s.name.first() {
+        None => Ok(()),
+        Some(0) => abstract_name(fd, s),
+        Some(_) => gone_name(fd, s).map(drop),
+    };
+    if let Err(e) = bound {
+        tracing::warn!("{} is taken for one without a name: {e}", label(s));
+    }
+}
+
 /// Owner and mode of a socket's file.
 fn settle_file(node: &OwnedFd, s: &pb::UnixSkEntry) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;

@@ -1,17 +1,19 @@
 //! The dump's side: a record of each socket, then what all of them hold, then ends outside of the tree.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt::Display;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageKind, ImageWriter, pb};
+use dormouse_infect::host::fd as host;
+use dormouse_infect::host::sock::{self, Opt};
 use dormouse_kernel::netlink::Netlink;
 use dormouse_kernel::netlink::unix::{UnixSocket, list};
+use dormouse_kernel::{HostPid, TargetFd};
 
 use super::{CLOSE, ESTABLISHED, EXTERNAL, LISTEN, kind_name, name, queue, shown};
 use crate::fd::sock::{inode, namespace_blocker, opts};
-use crate::fd::view::keep;
-use crate::fd::{FdView, FileTable, Look};
+use crate::fd::{FdView, FileTable, Look, Place};
 use crate::{Blocker, Result, call, invalid};
 
 /// What the kernel lists.
@@ -51,6 +53,8 @@ pub struct Seen {
     dumped: HashSet<u32>,
     /// Who refers to whom.
     peers: Vec<ToPeer>,
+    /// What the images of CRIU have no place for, by file id.
+    ext: BTreeMap<u32, pb::UnixExt>,
     /// Connections that wait at a listening socket.
     waiting: Vec<(u32, String)>,
 }
@@ -58,10 +62,18 @@ pub struct Seen {
 /// A socket to look into.
 struct Noted {
     id: u32,
-    fd: OwnedFd,
+    at: (HostPid, TargetFd),
     kind: u32,
     ends: bool,
     what: String,
+}
+
+impl Noted {
+    /// Our own copy of the descriptor. All of them at once may be more than we may have open.
+    fn copy(&self) -> Result<OwnedFd> {
+        let copied = host::pidfd_open(self.at.0).and_then(|process| host::pidfd_getfd(&process, self.at.1));
+        copied.map_err(call(format!("cannot take a copy of {} (pidfd_getfd)", self.what)))
+    }
 }
 
 /// A socket and its peer.
@@ -199,8 +211,11 @@ pub fn entry(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::Un
     if state != LISTEN && (state == ESTABLISHED || s.kind as i32 != libc::SOCK_SEQPACKET) {
         // Only of these does a look at an empty one find an end.
         let ends = s.kind as i32 == libc::SOCK_SEQPACKET && s.shutdown & 1 != 0;
-        let fd = keep(&view.own, &what)?;
-        seen.todo.push_back(Noted { id, fd, kind: s.kind.into(), ends, what: what.clone() });
+        let Place::Fd(fd) = view.place else { return Err(invalid!("{what}: no descriptor")) };
+        seen.todo.push_back(Noted { id, at: (view.pid, fd), kind: s.kind.into(), ends, what: what.clone() });
+    }
+    if let Some(ext) = ext(&view.own, id, &s, waits_at.is_some(), &what)? {
+        seen.ext.insert(id, ext);
     }
     let shutdown = i32::from(s.shutdown & 3);
     Ok(pb::UnixSkEntry {
@@ -223,6 +238,27 @@ pub fn entry(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::Un
     })
 }
 
+/// The name of the peer, also of one that was closed; empty if it has none.
+fn peer_name(fd: &OwnedFd) -> std::io::Result<Vec<u8>> {
+    Ok(sock::peer_name(fd)?.get(2..).unwrap_or_default().to_vec())
+}
+
+/// What of a socket the images of CRIU have no place for.
+fn ext(fd: &OwnedFd, id: u32, s: &UnixSocket, waits: bool, what: &str) -> Result<Option<pb::UnixExt>> {
+    let peer = sock::get_exact::<12>(fd, Opt::SO_PEERCRED).map_err(opts::unread(what, Opt::SO_PEERCRED))?;
+    let word = |at: usize| u32::from_ne_bytes(peer[at..at + 4].try_into().expect("four bytes"));
+    let peer = pb::UnixCredentials { pid: word(0), uid: word(4), gid: word(8) };
+    // Of one whose peer is not known in our PID namespace there is nothing to tell; nor is there of one without peer.
+    let peer = Some(peer).filter(|p| p.pid != 0);
+    let gone = s.peer == Some(0) && u32::from(s.state) == ESTABLISHED && !waits;
+    let gone_peer = gone.then(|| peer_name(fd).map_err(call(format!("cannot read the name of the peer of {what}"))));
+    let offset = opts::int(fd, Opt::SO_PEEK_OFF, what)?;
+    let waiting = if s.waiting.len() > 1 { s.waiting.clone() } else { Vec::new() };
+    let peek_offset = Some(offset).filter(|o| *o as i32 >= 0);
+    let ext = pb::UnixExt { id, peer, gone_peer: gone_peer.transpose()?, waiting, peek_offset, packets: Vec::new() };
+    Ok(Some(ext).filter(|e| *e != pb::UnixExt { id, ..Default::default() }))
+}
+
 /// Looks into all sockets of the table and those that come to light by it, and settles who is outside of the tree. To be
 /// called when all descriptors of the tree are known.
 ///
@@ -231,7 +267,9 @@ pub fn entry(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::Un
 pub fn save(table: &mut FileTable<'_>) -> Result<()> {
     let mut writer: Option<ImageWriter> = None;
     while let Some(next) = table.sockets().unix.todo.pop_front() {
-        for piece in queue::peek(&next.fd, next.kind, next.ends, &next.what)? {
+        let mut packets = Vec::new();
+        for piece in queue::peek(&next.copy()?, next.kind, next.ends, &next.what)? {
+            packets.push(piece.packet);
             let mut rights = Vec::new();
             for fd in piece.rights {
                 let queued = |e| invalid!("{}: a descriptor that waits in it cannot be dumped: {e}", next.what);
@@ -245,9 +283,17 @@ pub fn save(table: &mut FileTable<'_>) -> Result<()> {
             writer.record(&pb::SkPacketEntry { id_for: next.id, length: piece.bytes.len() as u32, scm })?;
             writer.payload(&piece.bytes)?;
         }
+        if packets.iter().any(|p| *p != pb::UnixPacket::default()) {
+            let new = pb::UnixExt { id: next.id, ..Default::default() };
+            table.sockets().unix.ext.entry(next.id).or_insert(new).packets = packets;
+        }
     }
     if let Some(writer) = writer {
         writer.finish()?;
+    }
+    let ext: Vec<pb::UnixExt> = std::mem::take(&mut table.sockets().unix.ext).into_values().collect();
+    if !ext.is_empty() {
+        table.images().write_all(ImageKind::DormouseUnix, 0, &ext)?;
     }
     externals(table)
 }
@@ -286,5 +332,6 @@ fn externals(table: &mut FileTable<'_>) -> Result<()> {
             table.push(pb::FileEntry { r#type: pb::FdTypes::Unixsk as i32, id, usk: Some(usk), ..Default::default() });
         }
     }
+    table.order_unix_sockets();
     if refused.is_empty() { Ok(()) } else { Err(invalid!("{}", refused.join("\n  "))) }
 }

@@ -5,14 +5,17 @@
 //! that is there for this alone.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use dormouse_images::pb;
+use dormouse_infect::host::proxy;
 use dormouse_infect::host::sock::{self, Opt};
-use dormouse_infect::host::unix;
+use dormouse_infect::host::unix::{self, Credentials};
 
 use super::super::{make, small};
-use super::{ESTABLISHED, EXTERNAL, LISTEN, address, bare, bind, is_datagram, is_path, key, label};
+use super::{
+    ESTABLISHED, EXTERNAL, LISTEN, address, as_another, bare, bind, holder, is_datagram, is_path, key, label, maker,
+};
 use crate::fd::Files;
 use crate::{Result, call, invalid};
 
@@ -78,9 +81,10 @@ impl<'a> Sockets<'a> {
         }
     }
 
-    /// How many wait at a listening socket.
-    fn waiting(&self, l: &Socket) -> usize {
-        self.all.iter().filter(|s| s.peer == l.ino && s.state == ESTABLISHED && !is_datagram(s)).count()
+    /// Those that wait at a listening socket.
+    fn waiting(&self, l: &Socket) -> Vec<&'a Socket> {
+        let waits = |s: &&Socket| s.peer == l.ino && s.state == ESTABLISHED && !is_datagram(s);
+        self.all.iter().copied().filter(waits).collect()
     }
 }
 
@@ -104,8 +108,8 @@ pub fn all(files: &mut Files<'_>) -> Result<()> {
             own_name(files, s, &fd)?;
             if s.state == LISTEN {
                 // Not even what was listened with by now may be enough for those that wait already.
-                let backlog = small(s.backlog, &label(s))?.max(sockets.waiting(s) as i32);
-                listen(&fd, backlog, s)?;
+                let backlog = small(s.backlog, &label(s))?.max(sockets.waiting(s).len() as i32);
+                listen(files, &fd, backlog, s)?;
             }
             files.sockets.unix.made.insert(s.id, fd);
         }
@@ -134,11 +138,14 @@ pub fn all(files: &mut Files<'_>) -> Result<()> {
             }
         }
     }
-    for s in sockets.all.iter().filter(|s| !is_datagram(s) && s.state == ESTABLISHED) {
-        if let Some(l) = sockets.peer(s).filter(|p| p.state == LISTEN && !files.sockets.unix.made.contains_key(&s.id)) {
+    for l in sockets.all.iter().filter(|l| l.state == LISTEN) {
+        let mut waiting = sockets.waiting(l);
+        let order = files.sockets.unix.ext.get(&l.id).map_or(&[][..], |e| &e.waiting);
+        waiting.sort_by_key(|s| order.iter().position(|ino| *ino == s.ino));
+        for s in waiting {
             let fd = new(s)?;
             own_name(files, s, &fd)?;
-            connect(files, &fd, s, l)?;
+            connect(files, &fd, s, l, holder(files, s.id))?;
             files.sockets.unix.made.insert(s.id, fd);
         }
     }
@@ -150,16 +157,21 @@ fn new(s: &Socket) -> Result<OwnedFd> {
     make(libc::AF_UNIX as u32, s.r#type as i32 | libc::SOCK_NONBLOCK, 0, &label(s))
 }
 
-fn pair(s: &Socket) -> Result<(OwnedFd, OwnedFd)> {
-    unix::pair(s.r#type as i32 | libc::SOCK_NONBLOCK).map_err(call(format!("cannot make {}", label(s))))
+/// Two connected sockets of this type, made by whoever made this one.
+fn pair(files: &Files<'_>, s: &Socket) -> Result<(OwnedFd, OwnedFd)> {
+    let kind = s.r#type as i32 | libc::SOCK_NONBLOCK;
+    as_another(maker(files, s, None), s, |who| proxy::pair(who, kind), || unix::pair(kind))
+        .map_err(call(format!("cannot make {}", label(s))))
 }
 
 /// Lets a socket take connections.
 ///
 /// # Errors
 /// listen(2)'s.
-pub fn listen(fd: &impl std::os::fd::AsFd, backlog: i32, s: &Socket) -> Result<()> {
-    sock::listen(fd, backlog).map_err(call(format!("cannot listen on {}", label(s))))
+pub fn listen(files: &Files<'_>, fd: &impl AsFd, backlog: i32, s: &Socket) -> Result<()> {
+    let who = maker(files, s, None);
+    as_another(who, s, |who| proxy::listen(who, fd, backlog), || sock::listen(fd, backlog))
+        .map_err(call(format!("cannot listen on {}", label(s))))
 }
 
 /// Binds a socket to the name that it has itself.
@@ -189,14 +201,20 @@ pub fn reach(files: &Files<'_>, s: &Socket) -> Result<Vec<u8>> {
     }
 }
 
-fn connect(files: &Files<'_>, fd: &OwnedFd, s: &Socket, to: &Socket) -> Result<()> {
-    sock::connect(fd, &reach(files, to)?).map_err(call(format!("cannot connect {} to {}", label(s), label(to))))
+/// Connects a socket to another, as the one that is to be told to it.
+fn connect(files: &Files<'_>, fd: &OwnedFd, s: &Socket, to: &Socket, who: Option<Credentials>) -> Result<()> {
+    let at = reach(files, to)?;
+    as_another(who, s, |who| proxy::connect(who, fd, &at), || sock::connect(fd, &at)).map_err(call(format!(
+        "cannot connect {} to {}",
+        label(s),
+        label(to)
+    )))
 }
 
 fn datagram(files: &mut Files<'_>, sockets: &Sockets<'_>, s: &Socket) -> Result<()> {
     let other = sockets.mutual(s).filter(|p| sockets.is_pair(s, p)).or_else(|| sockets.left(s));
     if let Some(p) = other {
-        let (a, b) = pair(s)?;
+        let (a, b) = pair(files, s)?;
         for (fd, s) in [(a, s), (b, p)] {
             own_name(files, s, &fd)?;
             files.sockets.unix.made.insert(s.id, fd);
@@ -209,9 +227,12 @@ fn datagram(files: &mut Files<'_>, sockets: &Sockets<'_>, s: &Socket) -> Result<
     }
     // Whoever has a name is established as soon as another is connected to it.
     let holds = files.sockets.unix.packets.contains_key(&s.id);
-    let fd = if s.peer == 0 && s.name.is_empty() && (s.state == ESTABLISHED || holds) {
-        let (fd, end) = pair(s)?;
-        if s.state != ESTABLISHED {
+    let gone = gone_peer(files, s);
+    let fd = if s.peer == 0 && (gone.is_some() || s.name.is_empty() && (s.state == ESTABLISHED || holds)) {
+        let (fd, end) = pair(files, s)?;
+        if let Some(p) = &gone {
+            bind::stranger(&end, p);
+        } else if s.state != ESTABLISHED {
             // It has a peer no more, but the peer can still send to it.
             sock::connect(&fd, &(libc::AF_UNSPEC as u16).to_ne_bytes())
                 .map_err(call(format!("cannot disconnect {}", label(s))))?;
@@ -229,37 +250,62 @@ fn datagram(files: &mut Files<'_>, sockets: &Sockets<'_>, s: &Socket) -> Result<
 /// Two connected sockets.
 fn connection<'a>(files: &mut Files<'_>, sockets: &Sockets<'a>, a: &'a Socket, b: &'a Socket) -> Result<()> {
     let Some((accepted, client)) = sockets.accepted(a, b) else {
-        let (x, y) = pair(a)?;
+        let (x, y) = pair(files, a)?;
         files.sockets.unix.made.extend([(a.id, x), (b.id, y)]);
         return Ok(());
     };
     let fd = new(client)?;
     own_name(files, client, &fd)?;
-    let other = accept(files, sockets, accepted, &fd)?;
+    let other = accept(files, sockets, accepted, &fd, maker(files, client, Some(accepted)))?;
     files.sockets.unix.made.extend([(accepted.id, other), (client.id, fd)]);
     Ok(())
 }
 
+/// The peer that a socket had before it was closed, as far as it is known.
+fn gone_peer(files: &Files<'_>, s: &Socket) -> Option<Socket> {
+    let name = files.sockets.unix.ext.get(&s.id)?.gone_peer.clone()?;
+    Some(Socket { name, r#type: s.r#type, ..Socket::default() })
+}
+
 /// A connection whose peer is gone.
 fn ended(files: &mut Files<'_>, sockets: &Sockets<'_>, s: &Socket) -> Result<()> {
-    let (fd, end) = if s.name.is_empty() {
-        pair(s)?
-    } else {
-        let end = new(s)?;
-        (accept(files, sockets, s, &end)?, end)
+    let gone = gone_peer(files, s).filter(|p| !p.name.is_empty());
+    let (fd, end) = match gone {
+        None if s.name.is_empty() => pair(files, s)?,
+        Some(p) if s.name.is_empty() || sockets.listener(&p).is_some() => {
+            // The peer was the accepted one.
+            let fd = new(s)?;
+            own_name(files, s, &fd)?;
+            let end = accept(files, sockets, &p, &fd, maker(files, s, None))?;
+            (fd, end)
+        }
+        gone => {
+            let end = new(s)?;
+            if let Some(p) = gone {
+                bind::stranger(&end, &p);
+            }
+            (accept(files, sockets, s, &end, None)?, end)
+        }
     };
     files.sockets.unix.made.insert(s.id, fd);
     files.sockets.unix.ends.insert(s.id, end);
     Ok(())
 }
 
-/// Connects `client` to the listener of `s`, and accepts that connection.
-fn accept(files: &Files<'_>, sockets: &Sockets<'_>, s: &Socket, client: &OwnedFd) -> Result<OwnedFd> {
+/// Connects `client` to the listener of `s`, and accepts that connection. `by` is who listened, which the client is told.
+fn accept(
+    files: &Files<'_>,
+    sockets: &Sockets<'_>,
+    s: &Socket,
+    client: &OwnedFd,
+    by: Option<Credentials>,
+) -> Result<OwnedFd> {
     let fail = || call(format!("cannot make {} by a connection", label(s)));
+    let who = maker(files, s, sockets.peer(s));
     if let Some(l) = sockets.listener(s) {
         let fd = files.sockets.unix.made.get(&l.id).ok_or_else(|| invalid!("{}: its listener is missing", label(s)))?;
-        connect(files, client, s, l)?;
-        return accept_ours(fd, s);
+        connect(files, client, s, l, who)?;
+        return accept_ours(fd, s, who);
     }
     let temporary = new(s)?;
     let node = if is_path(s) {
@@ -268,20 +314,21 @@ fn accept(files: &Files<'_>, sockets: &Sockets<'_>, s: &Socket, client: &OwnedFd
         bind::abstract_name(&temporary, s)?;
         None
     };
-    listen(&temporary, 1, s)?;
+    as_another(by, s, |who| proxy::listen(who, &temporary, 1), || sock::listen(&temporary, 1)).map_err(fail())?;
     let at = node.as_ref().map(|n| format!("/proc/self/fd/{}", n.as_raw_fd()));
     let at = at.as_ref().map_or_else(|| address(bare(s)), |path| address(path.as_bytes()));
-    sock::connect(client, &at).map_err(fail())?;
-    accept_ours(&temporary, s)
+    as_another(who, s, |who| proxy::connect(who, client, &at), || sock::connect(client, &at)).map_err(fail())?;
+    accept_ours(&temporary, s, who)
 }
 
-/// The connection that this process has made, even if others come between.
-fn accept_ours(listener: &OwnedFd, s: &Socket) -> Result<OwnedFd> {
+/// The connection that we have made, even if others come between.
+fn accept_ours(listener: &OwnedFd, s: &Socket, who: Option<Credentials>) -> Result<OwnedFd> {
     let fail = |e| call(format!("cannot accept the connection of {}", label(s)))(e);
+    let ours = [std::process::id().to_ne_bytes(), who.map_or(0, |w| w.pid).to_ne_bytes()];
     for _ in 0..STRANGERS {
         let fd = unix::accept(listener).map_err(fail)?;
-        let who = sock::get_exact::<12>(&fd, Opt::SO_PEERCRED).map_err(fail)?;
-        if who[..4] == std::process::id().to_ne_bytes() {
+        let by = sock::get_exact::<12>(&fd, Opt::SO_PEERCRED).map_err(fail)?;
+        if ours.iter().any(|pid| by[..4] == *pid) {
             return Ok(fd);
         }
         tracing::warn!("{}: a connection of another process came between and is closed", label(s));

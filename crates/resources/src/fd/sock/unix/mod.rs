@@ -16,9 +16,11 @@ mod queue;
 mod settle;
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageKind, pb};
+use dormouse_infect::host::unix::Credentials;
 
 use super::super::{FdKind, FdView, FileTable, Files, Look};
 use super::family;
@@ -96,6 +98,8 @@ struct Packet {
     bytes: Vec<u8>,
     /// Files of the image.
     rights: Vec<u32>,
+    /// Who sent it.
+    from: pb::UnixPacket,
 }
 
 /// The unix sockets of a restore.
@@ -109,6 +113,8 @@ pub struct State {
     nodes: HashMap<u32, OwnedFd>,
     /// What each holds.
     packets: HashMap<u32, Vec<Packet>>,
+    /// What the images of CRIU have no place for, by file id.
+    ext: HashMap<u32, pb::UnixExt>,
     /// Names that were made, and are removed again if the restore fails.
     names: bind::Names,
 }
@@ -132,14 +138,28 @@ impl State {
             if let Some(id) = rights.iter().find(|id| !image.files.contains_key(id)) {
                 return Err(invalid!("{what} comes with file {id}, which is missing in files.img; dump again"));
             }
-            packets.entry(p.id_for).or_default().push(Packet { bytes, rights });
+            packets.entry(p.id_for).or_default().push(Packet { bytes, rights, from: pb::UnixPacket::default() });
         }
         for s in image.files.values().filter_map(|f| f.usk.as_ref()) {
             check(image, s)?;
         }
+        let mut ext = HashMap::new();
+        for mut e in optional(image.dir.read_all::<pb::UnixExt>(ImageKind::DormouseUnix, 0))? {
+            let held = packets.get_mut(&e.id).map_or(&mut [][..], Vec::as_mut_slice);
+            let known = image.files.get(&e.id).is_some_and(|f| f.usk.is_some());
+            if !known || !e.packets.is_empty() && e.packets.len() != held.len() {
+                let file = ImageKind::DormouseUnix.file_name(0);
+                return Err(invalid!(
+                    "{file}: the record of file {} is none of a socket that holds as much; dump again",
+                    e.id
+                ));
+            }
+            held.iter_mut().zip(std::mem::take(&mut e.packets)).for_each(|(packet, from)| packet.from = from);
+            ext.insert(e.id, e);
+        }
         let names = bind::Names::default();
         let (made, ends, nodes) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Ok(Self { all_made: false, made, ends, nodes, packets, names })
+        Ok(Self { all_made: false, made, ends, nodes, packets, ext, names })
     }
 
     /// The restore has succeeded: the names stay.
@@ -152,6 +172,38 @@ impl State {
         let packets = self.packets.get(&id).map_or(&[][..], Vec::as_slice);
         packets.iter().flat_map(|p| p.rights.iter().copied()).collect()
     }
+}
+
+/// Credentials as the kernel takes them.
+fn credentials(c: &pb::UnixCredentials) -> Credentials {
+    Credentials { pid: c.pid as i32, uid: c.uid, gid: c.gid }
+}
+
+/// Whom `SO_PEERCRED` of a socket is to tell: as the images say, or else, as CRIU has it, who has its peer.
+fn maker(files: &Files<'_>, s: &pb::UnixSkEntry, peer: Option<&pb::UnixSkEntry>) -> Option<Credentials> {
+    let known = files.sockets.unix.ext.get(&s.id).and_then(|e| e.peer.as_ref());
+    known.map(credentials).or_else(|| holder(files, peer.unwrap_or(s).id))
+}
+
+/// The first task that has a file, as others see it.
+fn holder(files: &Files<'_>, id: u32) -> Option<Credentials> {
+    let task = files.image().tasks.iter().find(|t| t.fds.iter().any(|f| f.id == id))?;
+    let creds = task.core.thread_core.as_ref()?.creds.as_ref()?;
+    Some(Credentials { pid: task.pid(), uid: creds.euid, gid: creds.egid })
+}
+
+/// Does something as somebody else, so that the kernel tells who it was; or, where that cannot be, as this program.
+fn as_another<T>(
+    who: Option<Credentials>,
+    s: &pb::UnixSkEntry,
+    proxy: impl FnOnce(Credentials) -> io::Result<T>,
+    own: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    let Some(who) = who else { return own() };
+    proxy(who).or_else(|e| {
+        tracing::info!("{}: it cannot be that pid {} of user {} has made it: {e}", label(s), who.pid, who.uid);
+        own()
+    })
 }
 
 /// Longest name (`sun_path`).
@@ -179,9 +231,13 @@ fn check(image: &TreeImage, s: &pb::UnixSkEntry) -> Result<()> {
 
 /// The name of a socket's file or its abstract name, without the NUL that ends a path; empty if it has none.
 fn bare(s: &pb::UnixSkEntry) -> &[u8] {
-    match s.name.first() {
-        Some(0) | None => &s.name,
-        _ => s.name.split(|b| *b == 0).next().unwrap_or_default(),
+    bare_name(&s.name)
+}
+
+fn bare_name(name: &[u8]) -> &[u8] {
+    match name.first() {
+        Some(0) | None => name,
+        _ => name.split(|b| *b == 0).next().unwrap_or_default(),
     }
 }
 

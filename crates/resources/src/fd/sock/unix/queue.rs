@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
+use dormouse_images::pb;
 use dormouse_infect::host::sock::{self, Opt, Queue};
 use dormouse_infect::host::unix::{self, Message};
 
@@ -20,6 +21,8 @@ pub struct Piece {
     pub bytes: Vec<u8>,
     /// Our own copies of the descriptors that come with the first of them.
     pub rights: Vec<OwnedFd>,
+    /// Who sent it.
+    pub packet: pb::UnixPacket,
 }
 
 /// The offset from which a socket is looked at, put back when dropped.
@@ -86,9 +89,20 @@ pub fn peek(fd: &OwnedFd, kind: u32, ends: bool, what: &str) -> Result<Vec<Piece
         complete(&message, len, what)?;
         at += len;
         offset.set(at).map_err(cannot())?;
-        pieces.push(Piece { bytes, rights: message.rights });
+        let packet = packet(&message, true);
+        pieces.push(Piece { bytes, rights: message.rights, packet });
     }
     Ok(pieces)
+}
+
+/// The sender of a message. A stream tells its peer's name with each, which is no news.
+fn packet(message: &Message, named: bool) -> pb::UnixPacket {
+    let name = message.from.get(2..).filter(|name| named && !name.is_empty());
+    let sender = message.credentials.filter(|c| c.pid != 0);
+    pb::UnixPacket {
+        from: name.map(<[u8]>::to_vec),
+        sender: sender.map(|c| pb::UnixCredentials { pid: c.pid as u32, uid: c.uid, gid: c.gid }),
+    }
 }
 
 fn complete(message: &Message, len: usize, what: &str) -> Result<()> {
@@ -112,7 +126,7 @@ fn stream(fd: &OwnedFd, what: &str) -> Result<Vec<Piece>> {
     let message = unix::peek(fd, &mut bytes).map_err(cannot())?;
     if message.len == len && message.rights.is_empty() {
         complete(&message, len, what)?;
-        return Ok(vec![Piece { bytes, rights: Vec::new() }]);
+        return Ok(vec![Piece { bytes, rights: Vec::new(), packet: packet(&message, false) }]);
     }
     drop(message);
     let offset = Offset::new(fd).map_err(cannot())?;
@@ -130,11 +144,12 @@ fn stream(fd: &OwnedFd, what: &str) -> Result<Vec<Piece>> {
         } else {
             before_rights(fd, &offset, at, message.len).map_err(cannot())?
         };
+        let packet = packet(&message, false);
         if plain > 0 {
-            pieces.push(Piece { bytes: bytes[..plain].to_vec(), rights: Vec::new() });
+            pieces.push(Piece { bytes: bytes[..plain].to_vec(), rights: Vec::new(), packet: packet.clone() });
         }
         if plain < message.len {
-            pieces.push(Piece { bytes: bytes[plain..message.len].to_vec(), rights: message.rights });
+            pieces.push(Piece { bytes: bytes[plain..message.len].to_vec(), rights: message.rights, packet });
         }
         at += message.len;
     }

@@ -1,19 +1,21 @@
 //! What unix sockets get when everything is open: what they hold, the peers of datagram sockets, options, shutdown.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use dormouse_images::pb;
 use dormouse_infect::host::sock::{self, Opt};
-use dormouse_infect::host::unix;
+use dormouse_infect::host::{proxy, unix};
 
 use super::super::{make as socket, opts, small};
 use super::make::{Sockets, listen, reach};
-use super::{EXTERNAL, LISTEN, Packet, address, bare, is_datagram, label};
+use super::{EXTERNAL, LISTEN, Packet, address, as_another, bare, bare_name, bind, credentials, is_datagram, label};
 use crate::fd::Files;
 use crate::fd::files::set_status;
+use crate::fd::view::keep;
 use crate::mem::Shared;
-use crate::{Result, call, invalid};
+use crate::{ResourceError, Result, call, invalid};
 
 type Socket = pb::UnixSkEntry;
 
@@ -70,40 +72,100 @@ fn fill(files: &Files<'_>, sockets: &Sockets<'_>, s: &Socket, packets: &HashMap<
         (None, Some(p)) => files.opened(p.id).or_else(|| unix.made.get(&p.id).map(AsFd::as_fd)),
         (None, None) => None,
     };
-    if let Some(sender) = sender {
-        return send(files, sender, None, s, packets);
-    }
-    let temporary: OwnedFd = socket(libc::AF_UNIX as u32, s.r#type as i32, 0, &label(s))?;
-    send(files, temporary.as_fd(), Some(reach(files, s)?), s, packets)
+    let mut senders = Senders { files, sockets, s, end: sender, peer: None, named: HashMap::new() };
+    packets.iter().try_for_each(|p| senders.send(p))
 }
 
-fn send(files: &Files<'_>, fd: BorrowedFd<'_>, to: Option<Vec<u8>>, s: &Socket, packets: &[Packet]) -> Result<()> {
-    // As much as the kernel allows, whatever the sender is to have in the end.
-    let most = i32::MAX / 2;
-    if sock::set_int(fd, Opt::SO_SNDBUFFORCE, most).is_err() {
-        sock::set_int(fd, Opt::SO_SNDBUF, most).map_err(call(format!("cannot enlarge SO_SNDBUF for {}", label(s))))?;
+/// What sends packets to a socket.
+struct Senders<'f, 'a> {
+    files: &'f Files<'a>,
+    sockets: &'f Sockets<'a>,
+    s: &'f Socket,
+    /// The other end.
+    end: Option<BorrowedFd<'f>>,
+    /// The peer, once the socket is connected to it.
+    peer: Option<BorrowedFd<'f>>,
+    /// Those that are there for this alone, by their names.
+    named: HashMap<Vec<u8>, OwnedFd>,
+}
+
+impl Senders<'_, '_> {
+    /// Puts one packet back.
+    fn send(&mut self, p: &Packet) -> Result<()> {
+        let name = p.from.from.as_deref().map(bare_name);
+        if let Some(end) = self.end {
+            // Whoever has a peer takes from nobody else.
+            return send(self.files, end, None, self.s, p).map_err(self.failed(p));
+        }
+        let to = reach(self.files, self.s)?;
+        if let Some(peer) = self.peer {
+            return send(self.files, peer, Some(&to), self.s, p).map_err(self.failed(p));
+        }
+        let same = |o: &&&Socket| is_datagram(o) && name.is_some_and(|n| n == bare(o));
+        if let Some(fd) = self.sockets.all.iter().find(same).and_then(|o| self.files.opened(o.id)) {
+            return self.send_from(fd, &to, p);
+        }
+        let key = name.unwrap_or_default().to_vec();
+        if !self.named.contains_key(&key) {
+            let fd = self.stranger(&key)?;
+            self.named.insert(key.clone(), fd);
+        }
+        let fd = keep(&self.named[&key], &label(self.s))?;
+        self.send_from(fd.as_fd(), &to, p)
     }
-    for p in packets {
-        let opened = |id: &u32| files.opened(*id).ok_or_else(|| invalid!("{}: file {id} in it is not open", label(s)));
-        let rights = p.rights.iter().map(opened).collect::<Result<Vec<_>>>()?;
-        let (mut rest, mut rights) = (&p.bytes[..], &rights[..]);
-        loop {
-            let n = unix::send(fd, rest, rights, None, to.as_deref()).map_err(|e| {
-                let step = if e.raw_os_error() == Some(libc::EAGAIN) {
-                    " (see net.core.wmem_max and net.unix.max_dgram_qlen, or grant CAP_NET_ADMIN)"
-                } else {
-                    ""
-                };
-                call(format!("cannot put {} bytes back into {}{step}", p.bytes.len(), label(s)))(e)
-            })?;
-            // A stream may take it in pieces; the first takes the descriptors along.
-            (rest, rights) = (&rest[n.min(rest.len())..], &[]);
-            if rest.is_empty() {
-                break;
-            }
+
+    /// Sends as one of many. What is too much for that was sent by the peer, for which there is no limit.
+    fn send_from(&mut self, fd: BorrowedFd<'_>, to: &[u8], p: &Packet) -> Result<()> {
+        let sent = send(self.files, fd, Some(to), self.s, p);
+        let is_full = matches!(&sent, Err(e) if e.raw_os_error() == Some(libc::EAGAIN));
+        let peer = self.sockets.peer(self.s).filter(|_| is_full).and_then(|o| self.files.opened(o.id));
+        let Some(peer) = peer else { return sent.map_err(self.failed(p)) };
+        connect(self.files, self.sockets, self.s)?;
+        self.peer = Some(peer);
+        send(self.files, peer, Some(to), self.s, p).map_err(self.failed(p))
+    }
+
+    fn failed(&self, p: &Packet) -> impl FnOnce(io::Error) -> ResourceError + use<> {
+        let what = format!("cannot put {} bytes back into {}", p.bytes.len(), label(self.s));
+        move |e| {
+            let full = e.raw_os_error() == Some(libc::EAGAIN);
+            let step =
+                if full { " (see net.core.wmem_max and net.unix.max_dgram_qlen, or grant CAP_NET_ADMIN)" } else { "" };
+            call(format!("{what}{step}"))(e)
         }
     }
-    Ok(())
+
+    /// A socket that is no longer there, or outside of the tree, by its name.
+    fn stranger(&self, name: &[u8]) -> Result<OwnedFd> {
+        let fd = socket(libc::AF_UNIX as u32, self.s.r#type as i32, 0, &label(self.s))?;
+        bind::stranger(&fd, &Socket { name: name.to_vec(), r#type: self.s.r#type, ..Socket::default() });
+        Ok(fd)
+    }
+}
+
+fn send(files: &Files<'_>, fd: BorrowedFd<'_>, to: Option<&[u8]>, s: &Socket, p: &Packet) -> io::Result<()> {
+    // As much as the kernel allows, whatever the sender is to have in the end.
+    let most = i32::MAX / 2;
+    sock::set_int(fd, Opt::SO_SNDBUFFORCE, most).or_else(|_| sock::set_int(fd, Opt::SO_SNDBUF, most))?;
+    let who = p.from.sender.as_ref().map(credentials);
+    let opened = |id: &u32| files.opened(*id).ok_or_else(|| io::Error::other(format!("file {id} in it is not open")));
+    let rights = p.rights.iter().map(opened).collect::<io::Result<Vec<_>>>()?;
+    let (mut rest, mut rights) = (&p.bytes[..], &rights[..]);
+    loop {
+        // A pid that is taken cannot be ours, but can be told.
+        let told = || {
+            unix::send(fd, rest, rights, who, to).or_else(|e| match e.raw_os_error() {
+                Some(libc::EPERM | libc::ESRCH) if who.is_some() => unix::send(fd, rest, rights, None, to),
+                _ => Err(e),
+            })
+        };
+        let n = as_another(who, s, |who| proxy::send(who, fd, rest, rights, to), told)?;
+        // A stream may take it in pieces; the first takes the descriptors along.
+        (rest, rights) = (&rest[n.min(rest.len())..], &[]);
+        if rest.is_empty() {
+            return Ok(());
+        }
+    }
 }
 
 /// Datagram sockets, each before the one that it is connected to: whoever has a peer takes connections from nobody else.
@@ -155,7 +217,7 @@ fn set_up(files: &Files<'_>, s: &Socket) -> Result<()> {
     let what = label(s);
     let fd: OwnedFd = fd.try_clone_to_owned().map_err(call(format!("cannot copy the descriptor of {what}")))?;
     if s.state == LISTEN {
-        listen(&fd, small(s.backlog, &what)?, s)?;
+        listen(files, &fd, small(s.backlog, &what)?, s)?;
     }
     opts::restore(&fd, &s.opts, &what)?;
     let how = match s.shutdown() {
@@ -166,6 +228,9 @@ fn set_up(files: &Files<'_>, s: &Socket) -> Result<()> {
     };
     if let Some(how) = how {
         sock::shutdown(&fd, how).map_err(call(format!("cannot shut down {what}")))?;
+    }
+    if let Some(offset) = files.sockets.unix.ext.get(&s.id).and_then(|e| e.peek_offset) {
+        opts::set(&fd, Opt::SO_PEEK_OFF, offset, &what)?;
     }
     set_status(&fd, s.flags as i32, &what)
 }
