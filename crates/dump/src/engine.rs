@@ -9,6 +9,7 @@ use dormouse_infect::freeze::{self, Tree};
 use dormouse_infect::host::process;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
+use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::{Connections, FileTable, LinkGuard, network_lock};
 use dormouse_resources::mem::{PageIds, SharedDump};
 use dormouse_resources::task as kinds;
@@ -87,6 +88,7 @@ fn save(
         files: FileTable::new(images, &request.options).with_ids(own_ids),
         shared: SharedDump::new(images, page_ids),
         filters: FilterTable::default(),
+        cgroups: CgroupDump::new(&request.options.cgroups)?,
         page_ids,
         live: request.live,
         wiped,
@@ -138,6 +140,7 @@ fn save(
     }
     inventory::write_clocks(images)?;
     savings.filters.finish(images)?;
+    savings.cgroups.finish(images)?;
     Ok(Frozen { report: savings.report, links, connections, later })
 }
 

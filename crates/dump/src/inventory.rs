@@ -3,7 +3,7 @@
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::DumpOptions;
-use dormouse_resources::task::OWN_CG_SET;
+use dormouse_resources::cgroup::OWN_CG_SET;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::DumpError;

@@ -12,6 +12,7 @@ use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
 use dormouse_kernel::proc::{stat, status, timers};
 use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::FileTable;
 use dormouse_resources::mem::{self, Mappings, MmDraft, PageIds, SharedDump};
 use dormouse_resources::task::seccomp::{self, FilterTable};
@@ -30,6 +31,8 @@ pub struct Savings<'a> {
     pub shared: SharedDump<'a>,
     /// Seccomp filters.
     pub filters: FilterTable,
+    /// Control groups.
+    pub cgroups: CgroupDump<'a>,
     /// Numbers of pages images.
     pub page_ids: &'a PageIds,
     /// Processes are to leave copies, whose memory is written later.
@@ -92,6 +95,12 @@ pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> 
     let cured = parasite.cure();
     let mut saved = saved?;
     cured?;
+    for (tid, core) in &mut saved.cores {
+        let set = savings.cgroups.set_of(pid, *tid)?;
+        if let Some(thread) = &mut core.thread_core {
+            thread.cg_set = Some(set);
+        }
+    }
     savings.filters.add(saved.cores.iter_mut().map(|(_, core)| core).zip(&confinements));
     Ok(saved)
 }

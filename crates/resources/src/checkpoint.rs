@@ -28,6 +28,10 @@ pub struct TreeImage {
     pub remaps: HashMap<u32, pb::RemapFilePathEntry>,
     /// What the image format has no place for, by thread id: from the sidecar, if there is one.
     pub ext: HashMap<u32, pb::ThreadExt>,
+    /// The set of control groups that the dumping program was in.
+    pub root_cg_set: Option<u32>,
+    /// Control groups, if any task was in other ones.
+    pub cgroups: Option<pb::CgroupEntry>,
 }
 
 /// One process of a checkpoint.
@@ -110,6 +114,7 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
     }
     let sidecar = optional(dir.read_all::<pb::ThreadExt>(ImageKind::DormouseThreads, 0))?;
     let ext = sidecar.into_iter().map(|t| (t.tid, t)).collect();
+    let cgroups = optional(dir.read_all::<pb::CgroupEntry>(ImageKind::Cgroup, 0))?.pop();
     let tree: Vec<pb::PstreeEntry> = dir.read_all(ImageKind::Pstree, 0)?;
     check_tree(&tree)?;
     let mut tasks = Vec::with_capacity(tree.len());
@@ -117,7 +122,8 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
         tasks.push(load_task(&dir, &path, entry)?);
     }
     check_shared(&tasks)?;
-    Ok(TreeImage { dir, path, tasks, files, remaps, ext })
+    let root_cg_set = inventory.root_cg_set;
+    Ok(TreeImage { dir, path, tasks, files, remaps, ext, root_cg_set, cgroups })
 }
 
 /// What tasks share must be what they can share when one is forked by the other.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::cgroup::CgroupOptions;
+
 /// Options of a dump that kinds look at.
 #[derive(Clone, Debug)]
 pub struct DumpOptions {
@@ -35,6 +37,8 @@ pub struct DumpOptions {
     pub network_lock_skip: bool,
     /// Never leave the target running, so nothing of its needs restoring (all is killed after the dump).
     pub final_dump: bool,
+    /// Control groups.
+    pub cgroups: CgroupOptions,
 }
 
 impl Default for DumpOptions {
@@ -56,6 +60,7 @@ impl Default for DumpOptions {
             skip_in_flight: false,
             network_lock_skip: false,
             final_dump: false,
+            cgroups: CgroupOptions::default(),
         }
     }
 }
@@ -79,4 +84,6 @@ pub struct RestoreOptions {
     pub tcp_close: bool,
     /// Do not compare the mode bits of files (`--skip-file-rwx-check`).
     pub skip_file_rwx_check: bool,
+    /// Control groups.
+    pub cgroups: CgroupOptions,
 }

@@ -12,6 +12,7 @@ use dormouse_infect::ptrace::Tracee;
 use dormouse_infect::{InfectError, arch};
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
+use dormouse_resources::cgroup::Groups;
 use dormouse_resources::checkpoint::TASK_STOPPED;
 use dormouse_resources::fd::Files;
 use dormouse_resources::task::LoginUid;
@@ -37,10 +38,10 @@ pub fn execute(
     request: &Request<'_>,
     image: &TreeImage,
     plan: &Plan,
-    files: Files<'_>,
+    kept: (Files<'_>, Groups),
 ) -> Result<Report, RestoreError> {
     // Its threads exist before the first task does: later they could take numbers that tasks need.
-    std::thread::scope(|scope| execute_with(&Fills::start(plan, scope), request, image, plan, files))
+    std::thread::scope(|scope| execute_with(&Fills::start(plan, scope), request, image, plan, kept))
 }
 
 fn execute_with(
@@ -48,7 +49,7 @@ fn execute_with(
     request: &Request<'_>,
     image: &TreeImage,
     plan: &Plan,
-    mut files: Files<'_>,
+    (mut files, mut groups): (Files<'_>, Groups),
 ) -> Result<Report, RestoreError> {
     let start = Instant::now();
     let subreaper = process::Subreaper::new().map_err(crate::call("cannot become a child subreaper"))?;
@@ -60,11 +61,12 @@ fn execute_with(
     files.forked();
     let watch = Watch::new(plan);
     let mut tracees = Vec::new();
-    let done = run_stages(request, image, &watch, (&mut files, fills), root, &mut tracees);
+    let done = run_stages(request, image, &watch, (&mut files, &mut groups, fills), root, &mut tracees);
     match done {
         Ok(forking_us) => {
             drop(subreaper);
             files.keep();
+            groups.keep();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
             let pages =
                 image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();
@@ -90,7 +92,7 @@ fn run_stages(
     request: &Request<'_>,
     image: &TreeImage,
     watch: &Watch<'_>,
-    (files, fills): (&mut Files<'_>, &Fills<'_, '_>),
+    (files, groups, fills): (&mut Files<'_>, &mut Groups, &Fills<'_, '_>),
     root: HostPid,
     tracees: &mut Vec<Tracee>,
 ) -> Result<u64, RestoreError> {
@@ -123,6 +125,7 @@ fn run_stages(
     watch.until(|c| c.parked() == parking.len())?;
     let parked_us = start.elapsed().as_micros() as u64;
     tracing::debug!("{} threads parked after {parked_us} us", parking.len());
+    groups.set_properties()?;
     (request.hooks)("post-restore", Some(root.0)).map_err(RestoreError::Hook)?;
     stop_all(tracees)?;
     for (l, tracee) in parking.iter().zip(tracees.iter_mut()) {

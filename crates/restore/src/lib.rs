@@ -127,9 +127,9 @@ pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
         task::creds::ordinary(&image, uid)?;
     }
     (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
-    let (plan, files) = plan::plan(request, &image)?;
+    let (plan, files, groups) = plan::plan(request, &image)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
-    let mut report = handover::execute(request, &image, &plan, files)?;
+    let mut report = handover::execute(request, &image, &plan, (files, groups))?;
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
 }

@@ -13,6 +13,7 @@ use dormouse_blobs::RESTORER;
 use dormouse_infect::arena::{Arena, Batch, OpId};
 use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
+use dormouse_resources::cgroup::{Groups, set_of};
 use dormouse_resources::fd::{Files, When};
 use dormouse_resources::mem::{HostFill, Shared, Vdso, layout, map};
 use dormouse_resources::task::seccomp::Filters;
@@ -85,7 +86,7 @@ pub struct Plan {
 }
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
-pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan, Files<'a>), RestoreError> {
+pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan, Files<'a>, Groups), RestoreError> {
     let options: &'a RestoreOptions = &request.options;
     let (mut own, ignored) = own_settings()?;
     let vdso = Vdso::find()?;
@@ -98,6 +99,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
     let base = descriptors.start + FREE as RawFd;
     let shared = Shared::make(image, base)?;
     let mut files = Files::new(options, image, base)?;
+    let mut groups = Groups::make(&options.cgroups, image, base)?;
     let size = arena_size(image, &forest);
     let park_len = (vdso.len() + 4095) & !4095;
     let hole = layout::find_hole(image, size as u64 + park_len)?;
@@ -115,6 +117,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         filters: &filters,
         shared: &shared,
         files: &mut files,
+        groups: &mut groups,
         arena: &mut arena,
         forest: &forest,
         hole: hole.clone(),
@@ -130,7 +133,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
     writer.files.set_leases()?;
     check_descriptors(&descriptors)?;
     let (lists, births, fills) = (writer.lists, writer.births, writer.fills);
-    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills }, files))
+    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills }, files, groups))
 }
 
 /// What this process has itself, and the signals that it ignores.
@@ -152,7 +155,7 @@ fn descriptor_range(image: &TreeImage, own: &mut Own) -> Result<Range<RawFd>, Re
     numbers.sort_unstable();
     numbers.dedup();
     let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1).min(i32::MAX as u64);
-    let need = 64 + FREE + 2 * (image.files.len() + image.tasks.len()) as u64;
+    let need = 64 + FREE + (2 * (image.files.len() + image.tasks.len()) + Groups::descriptors(image)) as u64;
     let last = numbers.last().map_or(0, |n| n + 1);
     let holes = numbers.windows(2).map(|w| w[0] + 1..w[1]).filter(|h| h.start >= LOWEST_OWN_FD);
     let above = last..hard.max(last);
@@ -253,6 +256,7 @@ struct Writer<'w, 'f> {
     filters: &'w Filters,
     shared: &'w Shared,
     files: &'w mut Files<'f>,
+    groups: &'w mut Groups,
     arena: &'w mut Arena,
     forest: &'w Forest,
     hole: Range<u64>,
@@ -339,6 +343,12 @@ impl<'f> Writer<'_, 'f> {
         }
     }
 
+    /// The set of control groups of a process; helpers and zombies stay where they are forked.
+    fn group_set(&self, node: usize) -> Option<u32> {
+        let n = &self.forest.nodes[node];
+        n.task.and_then(|t| set_of(&self.image.tasks[t].core)).or_else(|| n.forker.and_then(|f| self.group_set(f)))
+    }
+
     fn birth(&mut self, b: &mut Batch, by: usize, of: usize, kind: OpKind) {
         let what =
             format!("clone3 of {} {}", if kind == OpKind::Thread { "thread" } else { "pid" }, self.lists[of].tid);
@@ -384,6 +394,8 @@ impl<'f> Writer<'_, 'f> {
             Some(f) => f.pid,
         };
         b.push("dying with the parent", OpKind::Guard, Policy::Must, 0, [parent as u64, 0, 0, 0, 0, 0]);
+        let sets = (node.forker.and_then(|f| self.group_set(f)), self.group_set(i));
+        self.groups.enter_ops(b, self.arena, sets, false)?;
         self.forks(b, i, |n| n.before_setsid);
         let node = &self.forest.nodes[i];
         if node.setsid {
@@ -503,6 +515,8 @@ impl<'f> Writer<'_, 'f> {
         let task = &self.image.tasks[t];
         let (tid, core) = &task.threads[k];
         let mut b = Batch::new();
+        // After the stage the process closes what the restore had open.
+        self.groups.enter_ops(&mut b, self.arena, (set_of(&task.core), set_of(core)), true)?;
         barrier(&mut b, STAGE_GUARDED);
         let ext = self.image.ext.get(&(*tid as u32));
         task::thread_ops(&mut b, &mut self.ctx(false), task, core, ext, *tid)?;

@@ -22,7 +22,8 @@ pub struct Options {
     /// More words for the restore.
     pub restore: Vec<String>,
     /// More words for the harness: `tty` runs the program as a job on a terminal, `hugepages` reserves some for it, `alone`
-    /// runs it beside no other (numbers of pseudo terminals are the machine's).
+    /// runs it beside no other (numbers of pseudo terminals are the machine's), `cgroups` has it remove its control groups
+    /// before each restore and at the end.
     pub harness: Vec<String>,
 }
 
@@ -115,6 +116,7 @@ pub fn run_with(case: &Case<'_>, name: &str, text: &str, rounds: &[(&Path, &Path
     if wants("tty") {
         return tty::run(case, &program, &options);
     }
+    let groups = wants("cgroups").then(|| Groups::of(case, &program));
     let mut command = case.command(&program);
     command.arg(&case.dir);
     let child = case.start(command)?;
@@ -125,6 +127,7 @@ pub fn run_with(case: &Case<'_>, name: &str, text: &str, rounds: &[(&Path, &Path
         let images = case.path(&format!("img.{round}"));
         let tree = case.put_to_sleep(dump, pid_of(&child), &images, &options.dump);
         let tree = tree.with_context(|| format!("round {round}"))?;
+        groups.as_ref().map_or(Ok(()), Groups::remove).with_context(|| format!("round {round}"))?;
         case.wake_up(restore, &images, &options.restore, &tree).with_context(|| format!("round {round}"))?;
         ask(case, round)?;
     }
@@ -160,6 +163,45 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         Self::add(-Self::COUNT);
+    }
+}
+
+/// The control groups of a test; they go with this, after the processes.
+pub struct Groups<'a> {
+    case: &'a Case<'a>,
+    program: &'a Path,
+}
+
+impl<'a> Groups<'a> {
+    /// Those that `program` makes for its test.
+    pub fn of(case: &'a Case<'a>, program: &'a Path) -> Self {
+        Self { case, program }
+    }
+
+    /// Removes them; no process is in them any more.
+    pub fn remove(&self) -> Result<()> {
+        ensure!(self.run("--remove")?, "the control groups cannot be removed");
+        Ok(())
+    }
+
+    /// Are there none?
+    pub fn are_gone(&self) -> Result<bool> {
+        self.run("--gone")
+    }
+
+    fn run(&self, what: &str) -> Result<bool> {
+        let mut command = self.case.command(self.program);
+        let status = command.arg(&self.case.dir).arg(what).status().context("look for the control groups")?;
+        Ok(status.success())
+    }
+}
+
+impl Drop for Groups<'_> {
+    fn drop(&mut self) {
+        self.case.end_everything();
+        if self.case.path("group").exists() {
+            self.remove().unwrap_or_else(|e| eprintln!("{}: {e:#}", self.case.name()));
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
@@ -39,6 +40,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("refuse/restore_program_missing", restore_program_missing),
         Test::new("refuse/restore_file_of_another_size", restore_file_of_another_size),
         Test::new("refuse/restore_image_missing", restore_image_missing),
+        Test::new("refuse/restore_groups_missing", restore_groups_missing),
     ];
     for gift in GIFTS {
         tests.push(Test::new(format!("refuse/{}", gift.name), move |case| with_gift(case, gift)));
@@ -294,6 +296,32 @@ fn restore_file_of_another_size(case: &Case<'_>) -> Result<Outcome> {
         || Ok(fs::write(&path, "another text")?),
         || Ok(fs::write(&path, "text of the file")?),
     )
+}
+
+/// Control groups that must be there and are not; and ones that a restore has made before it fails, which go again.
+fn restore_groups_missing(case: &Case<'_>) -> Result<Outcome> {
+    let program = crate::programs::find(case, "cgroups")?;
+    if !program.exists() {
+        return Ok(Outcome::needs("the built program cgroups"));
+    }
+    let groups = crate::programs::Groups::of(case, &program);
+    let mut target = ready!(Target::start(case, "cgroups", Session::Own, &[]));
+    let images = case.path("img");
+    case.put_to_sleep(&case.args.bin, target.pid, &images, &[])?;
+    groups.remove()?;
+    let ran = case.restore(&case.args.bin, &images, &["--manage-cgroups=none".to_owned()])?;
+    refused(case, &ran, &["control group /dormouse-test", "is not there", "--manage-cgroups=soft"])?;
+    nothing_left(case, &target)?;
+    let script = case.path("script");
+    fs::write(&script, "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-restore ] && exit 1\nexit 0\n")?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let ran = case.restore(&case.args.bin, &images, &["--action-script".to_owned(), word(&script).to_owned()])?;
+    refused(case, &ran, &["post-restore"])?;
+    nothing_left(case, &target)?;
+    ensure!(groups.are_gone()?, "a failed restore has left control groups");
+    case.wake_up(&case.args.bin, &images, &[], &target.tree).context("without the script")?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
 }
 
 /// Without one of its images a checkpoint is refused, with the image's name; with all of them it is restored.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use dormouse_resources::DumpOptions;
 
 use super::Common;
+use super::cgroup::{CgroupContents, Cgroups};
 
 /// Options that decide what can be dumped and how; `check --pid` takes them too.
 #[derive(Clone, Debug, clap::Args)]
@@ -52,6 +53,10 @@ pub struct Kinds {
     /// What the user takes care of: file[MNT_ID:INODE], tty[RDEV:DEV], unix[INODE], dev[MAJOR/MINOR]:NAME
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
+    #[command(flatten)]
+    pub cgroups: Cgroups,
+    #[command(flatten)]
+    pub cgroup_contents: CgroupContents,
 }
 
 /// `dormouse dump`
@@ -96,6 +101,7 @@ impl Kinds {
             network_lock_skip: self.network_lock == "skip",
             ext_unix_sk: self.ext_unix_sk.is_some(),
             external: self.external.iter().cloned().chain(sockets.map(|ino| format!("unix[{ino}]"))).collect(),
+            cgroups: self.cgroup_contents.options(&self.cgroups),
             ..DumpOptions::default()
         }
     }

@@ -3,6 +3,7 @@
 //! Three steps: [`getopt`] takes words of configuration files and command line apart, the rules of [`table`] decide what
 //! becomes of each option, and what works goes to a clap parser, which also owns the help texts.
 
+mod cgroup;
 mod dump;
 pub mod getopt;
 mod restore;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use dormouse_resources::RestoreOptions;
 
 use super::Common;
+use super::cgroup::Cgroups;
 use super::dump::{Inodes, parse_inodes};
 
 /// `dormouse restore`
@@ -66,6 +67,8 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub skip_file_rwx_check: bool,
     #[command(flatten)]
+    pub cgroups: Cgroups,
+    #[command(flatten)]
     pub common: Common,
     /// Command for --exec-cmd
     #[arg(last = true, value_name = "COMMAND")]
@@ -84,6 +87,7 @@ impl RestoreArgs {
             tcp_established: self.tcp_established,
             tcp_close: self.tcp_close,
             skip_file_rwx_check: self.skip_file_rwx_check,
+            cgroups: self.cgroups.options(),
         }
     }
 }

@@ -67,8 +67,6 @@ impl Known {
 
 const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
 const INCREMENTS: &str = "checkpoints that build on others are not there yet; leave it out for a whole one";
-const CGROUPS: &str = "control groups are not restored yet: tasks stay in the group they are restored from; \
-                       leave it out, or use --manage-cgroups=ignore";
 const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
                           command in the wanted namespaces, e.g. with nsenter(1)";
 const CPU: &str = "cpuinfo.img is neither written nor checked yet; leave it out or use --cpu-cap=none";
@@ -115,8 +113,8 @@ pub const CRIU: &[Known] = &[
     Known::bool("force-irmap", Works, Idle),
     Known::new("ext-mount-map", Value, Idle, Idle).short('M'),
     Known::new("exec-cmd", Nothing, Refused("it is for restore only; leave it out"), Works),
-    Known::new("manage-cgroups", MaybeValue, Only(&["ignore", "none"], CGROUPS), Only(&["ignore", "none"], CGROUPS)),
-    Known::new("cgroup-root", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("manage-cgroups", MaybeValue, Works, Works),
+    Known::new("cgroup-root", Value, Works, Works),
     Known::new("inherit-fd", Value, Refused("it is for restore only; leave it out"), Works),
     Known::new("feature", Value, Elsewhere, Elsewhere),
     Known::new("skip-mnt", Value, Idle, Idle),
@@ -134,9 +132,9 @@ pub const CRIU: &[Known] = &[
     Known::bool("extra", Elsewhere, Elsewhere),
     Known::bool("experimental", Elsewhere, Elsewhere),
     Known::new("all", Nothing, Elsewhere, Elsewhere),
-    Known::new("cgroup-props", Value, Refused(CGROUPS), Refused(CGROUPS)),
-    Known::new("cgroup-props-file", Value, Refused(CGROUPS), Refused(CGROUPS)),
-    Known::new("cgroup-dump-controller", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("cgroup-props", Value, Works, Idle),
+    Known::new("cgroup-props-file", Value, Works, Idle),
+    Known::new("cgroup-dump-controller", Value, Works, Idle),
     Known::bool("skip-in-flight", Works, Idle),
     Known::bool("deprecated", Idle, Idle),
     Known::bool("display-stats", Works, Works),
@@ -154,7 +152,7 @@ pub const CRIU: &[Known] = &[
     Known::new("tls-key", Value, Idle, Idle),
     Known::bool("tls", Refused(NO_TLS), Refused(NO_TLS)),
     Known::new("tls-no-cn-verify", Nothing, Idle, Idle),
-    Known::new("cgroup-yard", Value, Refused(CGROUPS), Refused(CGROUPS)),
+    Known::new("cgroup-yard", Value, Works, Works),
     Known::new("pre-dump-mode", Value, Elsewhere, Elsewhere),
     Known::new("file-validation", Value, Idle, Idle),
     Known::bool("skip-file-rwx-check", Elsewhere, Works),

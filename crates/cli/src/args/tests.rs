@@ -2,6 +2,7 @@
 
 use super::table::Takes;
 use super::*;
+use dormouse_resources::cgroup::Manage;
 
 fn parse_line(line: &str) -> Result<Parsed> {
     // Without default files: the machine's own must not change a test.
@@ -108,6 +109,22 @@ fn the_last_value_counts_and_lists_grow() {
 }
 
 #[test]
+fn control_groups_are_managed_as_asked() {
+    let options = dump(
+        "dump -t 1 --manage-cgroups --cgroup-root name=a:/b --cgroup-root /c --cgroup-dump-controller cpu \
+         --cgroup-props-file f --cgroup-yard ../y",
+    )
+    .options()
+    .cgroups;
+    assert_eq!((options.manage, options.roots.len()), (Some(Manage::Soft), 2));
+    assert_eq!((options.controllers, options.props_file), (vec!["cpu".to_owned()], Some("f".into())));
+    assert_eq!(options.yard, Some("../y".into()));
+    let options = restore("restore --manage-cgroups=strict --cgroup-props x").options().cgroups;
+    assert_eq!((options.manage, options.props), (Some(Manage::Strict), None));
+    assert_eq!(restore("restore").options().cgroups.manage, None);
+}
+
+#[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
         ("dump -t 1 --track-mem", "--track-mem"),
@@ -118,8 +135,6 @@ fn what_cannot_be_ignored_is_refused_by_name() {
         ("dump -t 1 --lazy-pages", "--lazy-pages"),
         ("dump -t 1 --compress", "--compress"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
-        ("dump -t 1 --manage-cgroups", "--manage-cgroups"),
-        ("restore --manage-cgroups=full", "--manage-cgroups"),
         ("restore -J net:/proc/1/ns/net", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),
         ("restore --cpu-cap", "--cpu-cap"),
@@ -128,7 +143,7 @@ fn what_cannot_be_ignored_is_refused_by_name() {
         let message = refusal(line);
         assert!(message.contains(option) && message.contains("leave it out"), "{line}: {message}");
     }
-    restore("restore --no-file-locks --no-stream --cpu-cap=none --manage-cgroups=none");
+    restore("restore --no-file-locks --no-stream --cpu-cap=none");
 }
 
 #[test]

@@ -6,6 +6,7 @@ pub mod creds;
 pub mod epoll;
 pub mod fd;
 pub mod mem;
+pub mod mount;
 pub mod notify;
 pub mod process;
 pub mod proxy;

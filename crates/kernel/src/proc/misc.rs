@@ -152,6 +152,12 @@ pub fn cgroups(pid: HostPid) -> Result<Vec<Cgroup>> {
     parse_cgroups(&path, &read_bytes(&path)?)
 }
 
+/// The cgroups of thread `tid` of process `pid`.
+pub fn thread_cgroups(pid: HostPid, tid: HostPid) -> Result<Vec<Cgroup>> {
+    let path = pid.proc_path(&format!("task/{tid}/cgroup"));
+    parse_cgroups(&path, &read_bytes(&path)?)
+}
+
 /// Parses a cgroup file.
 pub fn parse_cgroups(path: &Path, bytes: &[u8]) -> Result<Vec<Cgroup>> {
     let mut groups = Vec::new();

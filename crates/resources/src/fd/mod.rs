@@ -43,6 +43,7 @@ use crate::mem::Shared;
 use crate::{Blocker, DumpOptions, ResourceError, Result, TaskImage, invalid};
 
 pub use files::Files;
+pub(crate) use files::raise;
 pub use link::{LinkGuard, links_in};
 pub use members::Members;
 pub use owner::When;

@@ -48,6 +48,8 @@ impl Scratch {
             files: files.into_iter().map(|f| (f.id, f)).collect(),
             remaps: remaps.into_iter().map(|r| (r.orig_id, r)).collect(),
             ext: HashMap::new(),
+            root_cg_set: None,
+            cgroups: None,
         }
     }
 }

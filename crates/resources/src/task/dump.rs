@@ -137,9 +137,6 @@ impl ProcessAsk {
     }
 }
 
-/// Number of the set of control groups of the program that dumps (`inventory_entry.root_cg_set`).
-pub const OWN_CG_SET: u32 = 1;
-
 /// The little that only a thread itself can tell.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadAsk {
@@ -191,8 +188,6 @@ impl ThreadAsk {
             creds: Some(self.creds.collect(b, view.status)?),
             comm: Some(misc::name_to_image(&view.status.name)),
             rseq_entry: view.rseq.map(rseq::to_image),
-            // The set of control groups that this program is in: they are not managed yet.
-            cg_set: Some(OWN_CG_SET),
             ..Default::default()
         };
         sched::to_image(&sched, &mut thread);

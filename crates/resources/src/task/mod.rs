@@ -23,6 +23,6 @@ pub mod sigaltstack;
 pub mod signal;
 
 pub use blockers::blockers;
-pub use dump::{OWN_CG_SET, ProcessAsk, ProcessView, ThreadAsk, ThreadView, zombie_core};
+pub use dump::{ProcessAsk, ProcessView, ThreadAsk, ThreadView, zombie_core};
 pub use misc::{LoginUid, host_settings, name_op};
 pub use restore::{after_creds_ops, drain_ops, process_ops, signal_ops, thread_ops, timer_ops};
