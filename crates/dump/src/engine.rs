@@ -129,7 +129,7 @@ fn save(
     let lock = (!request.options.network_lock_skip).then_some(lock.as_str());
     let connections = savings.files.save_connections(lock)?;
     savings.files.finish(&mut savings.shared)?;
-    let (_, shared) = savings.shared.finish()?;
+    let (_, shared) = savings.shared.finish(own_ids.ipc_ns_id.unwrap_or_default().into())?;
     if request.live && shared > 0 {
         let what =
             format!("{shared} pages of shared memory were copied while the tree stood still: no copy keeps them");

@@ -67,6 +67,7 @@ fn execute_with(
             drop(subreaper);
             files.keep();
             groups.keep();
+            plan.shared.keep();
             (request.hooks)("post-resume", Some(root.0)).unwrap_or_else(|e| tracing::warn!("post-resume hook: {e:#}"));
             let pages =
                 image.tasks.iter().filter_map(|t| t.pages.as_ref()).flat_map(|p| &p.runs).map(|r| r.len / 4096).sum();

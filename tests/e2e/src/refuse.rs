@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
     let mut tests = vec![
         Test::new("refuse/every_reason_at_once", every_reason_at_once),
         Test::new("refuse/traced_process", traced_process),
+        Test::new("refuse/sysv_shm_of_others", sysv_shm_of_others),
         Test::new("refuse/zombie_root", zombie_root),
         Test::new("refuse/kernel_thread", kernel_thread),
         Test::new("refuse/no_such_process", no_such_process),
@@ -37,7 +38,9 @@ pub fn tests() -> Vec<Test> {
         Test::new("refuse/restore_directory_empty", restore_directory_empty),
         Test::new("refuse/restore_pid_busy", restore_pid_busy),
         Test::new("refuse/restore_file_missing", restore_file_missing),
-        Test::new("refuse/restore_program_missing", restore_program_missing),
+        Test::new("refuse/restore_program_missing", |case| restore_program_missing(case, PROGRAM)),
+        Test::new("refuse/restore_program_missing_sysv_shm", |case| restore_program_missing(case, "sysv_shm")),
+        Test::new("refuse/restore_sysv_shm_in_use", restore_sysv_shm_in_use),
         Test::new("refuse/restore_file_of_another_size", restore_file_of_another_size),
         Test::new("refuse/restore_image_missing", restore_image_missing),
         Test::new("refuse/restore_groups_missing", restore_groups_missing),
@@ -103,6 +106,19 @@ fn traced_process(case: &Case<'_>) -> Result<Outcome> {
     ptrace::interrupt(pid)?;
     waitpid(pid, Some(WaitPidFlag::__WALL))?;
     ptrace::detach(pid, None)?;
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// A child is dumped without its parent, which has attached the same System V shared memory.
+fn sysv_shm_of_others(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "sysv_shm", Session::Own, &[]));
+    let child = *target.tree.keys().find(|pid| **pid != target.pid).context("the program has a child")?;
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, child, &images, &[])?;
+    refused(case, &ran, &[&child.to_string(), "System V shared memory", "outside of the tree"])?;
+    ensure!(!images.join("inventory.img").exists(), "a refused dump has left a checkpoint");
     target.unharmed()?;
     target.ask()?;
     Ok(Outcome::PASSED)
@@ -266,21 +282,52 @@ fn restore_file_missing(case: &Case<'_>) -> Result<Outcome> {
     refused_until_repaired(case, &words, || Ok(fs::rename(&path, &aside)?), || Ok(fs::rename(&aside, &path)?))
 }
 
-fn restore_program_missing(case: &Case<'_>) -> Result<Outcome> {
+/// The numbers of the System V shared memory that a tree has attached.
+fn segments_of(target: &Target<'_>) -> Vec<String> {
+    let maps = target.tree.keys().map(|pid| fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default());
+    let of = |line: &str| line.contains("/SYSV").then(|| line.split_whitespace().nth(4).map(str::to_owned)).flatten();
+    maps.flat_map(|maps| maps.lines().filter_map(of).collect::<Vec<_>>()).collect()
+}
+
+/// Those of the segments that exist.
+fn existing(segments: &[String]) -> Vec<String> {
+    let text = fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
+    let ids: Vec<&str> = text.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+    segments.iter().filter(|id| ids.contains(&id.as_str())).cloned().collect()
+}
+
+/// A checkpoint is restored beside the tree that it was taken of, which has its segments attached.
+fn restore_sysv_shm_in_use(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "sysv_shm", Session::Own, &[]));
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &["--leave-running".into()])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    refused(case, &ran, &["System V shared memory", "in use"])?;
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// The program's file is away, and is there again. Shared memory that was made meanwhile is gone.
+fn restore_program_missing(case: &Case<'_>, name: &str) -> Result<Outcome> {
     // A copy of the program for this test alone.
-    let program = crate::programs::find(case, PROGRAM)?;
+    let program = crate::programs::find(case, name)?;
     let (own, aside) = (case.path("program"), case.path("aside"));
     if !program.exists() {
-        return Ok(Outcome::needs(format!("the built program {PROGRAM}")));
+        return Ok(Outcome::needs(format!("the built program {name}")));
     }
     fs::copy(&program, &own)?;
     let mut target = ready!(Target::start_program(case, &own, Session::Own, &[]));
-    let images = case.path("img");
+    let (images, segments) = (case.path("img"), segments_of(&target));
     case.put_to_sleep(&case.args.bin, target.pid, &images, &[])?;
+    let left = existing(&segments);
     fs::rename(&own, &aside)?;
     let ran = case.restore(&case.args.bin, &images, &[])?;
     refused(case, &ran, &[word(&own)])?;
     nothing_left(case, &target)?;
+    let is = existing(&segments);
+    ensure!(is == left, "of System V shared memory {segments:?} the dump has left {left:?}, the failed restore {is:?}");
     fs::rename(&aside, &own)?;
     case.wake_up(&case.args.bin, &images, &[], &target.tree).context("after the repair")?;
     target.ask()?;

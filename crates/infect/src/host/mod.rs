@@ -12,5 +12,6 @@ pub mod process;
 pub mod proxy;
 pub mod sock;
 pub mod stand_in;
+pub mod sysv;
 pub mod task;
 pub mod unix;

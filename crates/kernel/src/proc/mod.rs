@@ -9,6 +9,7 @@ pub mod misc;
 pub mod mountinfo;
 pub mod stat;
 pub mod status;
+pub mod sysvipc;
 mod text;
 pub mod timers;
 pub mod tree;

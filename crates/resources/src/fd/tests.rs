@@ -213,7 +213,7 @@ fn round_trip_with(dir: &Scratch, options: &DumpOptions, fds: &[&OwnedFd], betwe
     let page_ids = PageIds::new();
     let mut shared = SharedDump::new(&images, &page_ids);
     table.finish(&mut shared).unwrap();
-    shared.finish().unwrap();
+    shared.finish(1).unwrap();
     between();
     let tree = dir.tree();
     let restore = RestoreOptions::default();

@@ -9,13 +9,13 @@ use dormouse_kernel::proc::maps::Vma;
 
 use super::mappings::{Kind, classify};
 use super::smaps::{self, Codes};
+use super::sysv;
 use crate::{Blocker, Result, call};
 
 /// Names of files that are none, and what a user can do about mappings of them.
-const SPECIAL: [(&[u8], &str, &str); 9] = [
+const SPECIAL: [(&[u8], &str, &str); 8] = [
     (b"/[aio]", "the ring of an AIO context", "destroy the context (io_destroy) and retry"),
     (b"/secretmem", "secret memory (memfd_secret), which nobody else may read", "unmap it and retry"),
-    (b"/SYSV", "System V shared memory", "detach it (shmdt) and retry"),
     (b"/dmabuf:", "a buffer of a device", "end the use of the device and retry"),
     (b"anon_inode:[io_uring]", "a ring of io_uring", "close the ring and retry"),
     (b"anon_inode:[perf_event]", "a buffer of perf events", "close the event and retry"),
@@ -41,6 +41,7 @@ pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
     let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
     let mut found = Vec::new();
     let mut seen = HashSet::new();
+    let mut segments = Vec::new();
     smaps::for_each(pid, |v| {
         let (v, kind) = classify(v, shm);
         let file = (v.dev_major, v.dev_minor, v.inode);
@@ -52,7 +53,11 @@ pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
         if let Some((what, next_step)) = reason {
             found.push(Blocker { pid, fd: None, what, next_step });
         }
+        if kind == Kind::Sysv {
+            segments.push((v, kind));
+        }
     })?;
+    found.extend(sysv::blocker(pid, &segments)?);
     Ok(found)
 }
 
@@ -69,6 +74,10 @@ pub(crate) fn reason(v: &Vma, codes: Codes, kind: Kind) -> Option<(String, Strin
     }
     if let Some((_, what, next_step)) = FLAGS.iter().find(|(code, ..)| codes.has(code)) {
         return Some((format!("{what} {place}"), (*next_step).to_owned()));
+    }
+    if kind == Kind::File && codes.has("ht") && v.name.starts_with(b"/SYSV") {
+        let what = format!("System V shared memory in huge pages {place}");
+        return Some((what, "detach it (shmdt) and retry".to_owned()));
     }
     let io = (codes.has("io") || codes.has("pf")) && kind != Kind::Vvar;
     let name = String::from_utf8_lossy(&v.name);

@@ -8,9 +8,10 @@ use super::fill::{Gathered, Reads, fill_prot, huge_by_default};
 pub use super::inherit::shares_memory;
 use super::inherit::{inherit_ops, inherited};
 use super::mm;
+use super::sysv;
 use super::vma::{
-    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, VMA_SOCKET, clip, describe,
-    flag, is_mapped, is_private, prot,
+    self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, VMA_SOCKET, VMA_SYSVIPC,
+    clip, describe, flag, is_mapped, is_private, prot,
 };
 pub use super::vma::{VMA_GUARD, VMA_REGULAR};
 use crate::checkpoint::{Run, TaskImage};
@@ -107,6 +108,10 @@ fn mmap_op(
 ) -> Result<(), ResourceError> {
     if let Some(kind) = vma::unsupported(v) {
         return Err(invalid!("pid {}: mapping {} is {kind}, which cannot be restored yet", t.pid(), describe(v)));
+    }
+    if v.status & VMA_SYSVIPC != 0 {
+        sysv::attach_ops(b, v);
+        return Ok(());
     }
     let mut flags = (v.flags & !flag::LOCKED) | flag::FIXED;
     let (fd, what) = if v.status & VMA_SOCKET != 0 {

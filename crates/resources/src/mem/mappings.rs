@@ -43,6 +43,8 @@ pub enum Kind {
     File,
     /// The ring of a packet socket.
     Ring,
+    /// System V shared memory; its inode is its number.
+    Sysv,
     /// None that can be dumped; [`blockers`] says why.
     Special,
 }
@@ -303,7 +305,7 @@ pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
         b"/secretmem (deleted)" | b"/[aio] (deleted)" => Kind::Special,
         name if name.starts_with(b"/dmabuf:") => Kind::Special,
         name if name.starts_with(b"socket:") => Kind::Ring,
-        name if on_shm && name.starts_with(b"/SYSV") => Kind::Special,
+        name if on_shm && v.shared && name.starts_with(b"/SYSV") => Kind::Sysv,
         name if name.starts_with(b"/") && v.has_file() => Kind::File,
         _ => Kind::Special,
     };
@@ -324,6 +326,7 @@ fn entry(v: &Vma, smap: &Smap, kind: Kind) -> pb::VmaEntry {
         Kind::HugeAnonymous => (vma::VMA_REGULAR | vma::VMA_ANON_SHARED, true),
         Kind::SharedAnonymous | Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
         Kind::Ring => (vma::VMA_REGULAR | vma::VMA_SOCKET, false),
+        Kind::Sysv => (vma::VMA_REGULAR | vma::VMA_SYSVIPC | vma::VMA_ANON_SHARED, true),
         Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
     };
     if codes.has("ss") {

@@ -12,8 +12,9 @@ use dormouse_sys::nr;
 use super::map_files::MapFiles;
 use super::mappings::{Kind, Mappings};
 use super::shared::SharedDump;
+use super::sysv;
 use crate::fd::FileTable;
-use crate::{RestoreCtx, Result};
+use crate::{RestoreCtx, Result, invalid};
 
 const PR_GET_DUMPABLE: u64 = 3;
 const PR_SET_MM: u64 = 35;
@@ -168,6 +169,9 @@ fn mapped(
     shared: &mut SharedDump<'_>,
 ) -> Result<Vec<(Option<u32>, u64)>> {
     let pid = mappings.pid();
+    if let Some(blocker) = sysv::blocker(pid, mappings.lines())? {
+        return Err(invalid!("{blocker}"));
+    }
     let dir = MapFiles::open(pid)?;
     let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
     let mut all = Vec::with_capacity(mappings.len());
@@ -196,6 +200,7 @@ fn mapped(
                 map.inode
             }
             Kind::HugeAnonymous if map.shared => shared.add_mapping(pid, map)?,
+            Kind::Sysv => shared.add_segment(pid, map)?,
             Kind::HugeAnonymous
             | Kind::Anonymous { .. }
             | Kind::Vdso

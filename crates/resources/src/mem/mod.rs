@@ -18,6 +18,7 @@ mod records;
 mod route;
 mod shared;
 mod smaps;
+mod sysv;
 mod vdso;
 pub mod vma;
 

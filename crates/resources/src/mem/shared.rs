@@ -1,6 +1,7 @@
 //! Shared memory that no file holds: memfds and shared anonymous mappings. Each object is saved once, whoever maps it, and
 //! made and filled once, by the host, before any restored task exists.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::CString;
 use std::fs::File;
@@ -20,7 +21,8 @@ use nix::unistd::{Whence, lseek};
 use super::map_files::MapFiles;
 use super::pages::PageIds;
 use super::records::Records;
-use super::vma::{VMA_ANON_SHARED, VMA_GUARD, flag};
+use super::sysv::{Segments, SysvDump};
+use super::vma::{VMA_ANON_SHARED, VMA_GUARD, VMA_SYSVIPC, flag};
 use crate::checkpoint::{PageMap, TreeImage, optional, read_page_map};
 use crate::fd::files::raise;
 use crate::{Result, call, invalid};
@@ -37,12 +39,16 @@ const MFD_ALLOW_SEALING: u32 = 2;
 /// `F_SEAL_SEAL`: what a memfd has that was made without [`MFD_ALLOW_SEALING`].
 const F_SEAL_SEAL: u32 = 1;
 
+/// No device: inode numbers of System V shared memory, which are its own, may be those of other objects on the same device.
+const SYSV: u64 = u64::MAX;
+
 /// The shared objects of a dump.
 pub struct SharedDump<'a> {
     images: &'a ImageDir,
     ids: &'a PageIds,
     objects: BTreeMap<(u64, u64), Object>,
     taken: HashSet<u64>,
+    sysv: SysvDump,
 }
 
 struct Object {
@@ -54,7 +60,7 @@ struct Object {
 impl<'a> SharedDump<'a> {
     /// No object yet. Pages images are numbered by `ids`.
     pub fn new(images: &'a ImageDir, ids: &'a PageIds) -> Self {
-        Self { images, ids, objects: BTreeMap::new(), taken: HashSet::new() }
+        Self { images, ids, objects: BTreeMap::new(), taken: HashSet::new(), sysv: SysvDump::new() }
     }
 
     /// Takes in an object, unless it is known, by the device and inode of its file; its number in the images, which is the
@@ -68,7 +74,8 @@ impl<'a> SharedDump<'a> {
             return Ok(known.shmid);
         }
         // Objects on different devices (plain and huge pages) may have the same inode number.
-        let shmid = (ino..).chain(1..ino).find(|id| !self.taken.contains(id)).unwrap_or(ino);
+        let shmid =
+            (ino..).chain(1..ino).find(|id| !self.taken.contains(id) && !self.sysv.is_segment(*id)).unwrap_or(ino);
         self.taken.insert(shmid);
         let file = File::from(file.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?);
         self.objects.insert((dev, ino), Object { shmid, file, size });
@@ -89,11 +96,28 @@ impl<'a> SharedDump<'a> {
         self.add(dev, v.inode, &file, size as u64)
     }
 
-    /// Writes the pages of all objects; (pages found, pages written).
+    /// Takes in a mapping of System V shared memory; the number of the segment.
     ///
     /// # Errors
-    /// An image cannot be written, an object not read, or somebody asked us to stop.
-    pub fn finish(self) -> Result<(u64, u64)> {
+    /// The segment cannot be opened, see [`MapFiles::file`].
+    pub fn add_segment(&mut self, pid: HostPid, v: &Vma) -> Result<u64> {
+        self.sysv.add(pid, v);
+        if let Entry::Vacant(place) = self.objects.entry((SYSV, v.inode)) {
+            let file = File::from(MapFiles::open(pid)?.file(v)?);
+            let size = file.metadata().map_err(call("cannot stat System V shared memory"))?.len();
+            place.insert(Object { shmid: v.inode, file, size });
+        }
+        Ok(v.inode)
+    }
+
+    /// Writes the pages of all objects, and the records of System V shared memory under the number of the IPC namespace;
+    /// (pages found, pages written).
+    ///
+    /// # Errors
+    /// An image cannot be written, an object not read, somebody outside of the tree has attached System V shared memory, or
+    /// somebody asked us to stop.
+    pub fn finish(self, ipc_ns: u64) -> Result<(u64, u64)> {
+        self.sysv.finish(self.images, ipc_ns)?;
         let (mut found, mut written) = (0, 0);
         for object in self.objects.values().filter(|o| o.size > 0) {
             let id = self.ids.next();
@@ -140,6 +164,7 @@ impl Object {
 pub struct Shared {
     anonymous: HashMap<u64, OwnedFd>,
     memfds: HashMap<u32, Memfd>,
+    segments: Segments,
 }
 
 struct Memfd {
@@ -155,7 +180,7 @@ impl Shared {
     pub fn make(image: &TreeImage, base: RawFd) -> Result<Self> {
         let mut sizes: HashMap<u64, (u64, u32)> = HashMap::new();
         for v in image.tasks.iter().filter_map(|t| t.mm.as_ref()).flat_map(|mm| &mm.vmas) {
-            if v.status & VMA_ANON_SHARED != 0 && v.status & VMA_GUARD == 0 {
+            if v.status & VMA_ANON_SHARED != 0 && v.status & (VMA_GUARD | VMA_SYSVIPC) == 0 {
                 let end = v.pgoff.checked_add(v.end - v.start);
                 let end = end.ok_or_else(|| invalid!("shared memory {}: its size overflows", v.shmid))?;
                 let (size, huge) = sizes.entry(v.shmid).or_default();
@@ -175,7 +200,10 @@ impl Shared {
             let fd = memfd(image, &m)?;
             memfds.insert(m.inode_id as u32, Memfd { fd: raise(fd, base)?, seals: m.seals });
         }
-        Ok(Self { anonymous, memfds })
+        let segments = Segments::make(image, |file, size, id| {
+            fill(file, size, false, &read_page_map(&image.dir, &image.path, ImageKind::ShmemPagemap, id)?)
+        })?;
+        Ok(Self { anonymous, memfds, segments })
     }
 
     /// Descriptor of a shared anonymous object.
@@ -197,17 +225,22 @@ impl Shared {
             .ok_or_else(|| invalid!("memfd.img: inode {inode_id} is missing"))
     }
 
-    /// Puts the seals on, once every mapping exists.
+    /// Nothing can fail any more: System V shared memory stays.
+    pub fn keep(&self) {
+        self.segments.keep();
+    }
+
+    /// Puts the seals on and detaches System V shared memory, once every mapping exists.
     ///
     /// # Errors
-    /// A seal cannot be set.
+    /// A seal cannot be set, a segment not be marked as passing.
     pub fn seal(&self) -> Result<()> {
         use nix::fcntl::{FcntlArg, SealFlag, fcntl};
         for m in self.memfds.values().filter(|m| m.seals & !F_SEAL_SEAL != 0) {
             let seals = FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(m.seals as i32));
             fcntl(&m.fd, seals).map_err(|e| call(format!("cannot put seals {:#x} on a memfd", m.seals))(e.into()))?;
         }
-        Ok(())
+        self.segments.let_go()
     }
 }
 

@@ -96,12 +96,7 @@ pub fn describe(v: &pb::VmaEntry) -> String {
 
 /// The kind that cannot be restored yet, if it is one.
 pub fn unsupported(v: &pb::VmaEntry) -> Option<&'static str> {
-    let kinds = [
-        (VMA_SYSVIPC, "System V shared memory"),
-        (VMA_AIORING, "an AIO ring"),
-        (VMA_SHSTK, "a shadow stack"),
-        (VMA_UPROBES, "a uprobes area"),
-    ];
+    let kinds = [(VMA_AIORING, "an AIO ring"), (VMA_SHSTK, "a shadow stack"), (VMA_UPROBES, "a uprobes area")];
     kinds.iter().find(|(bit, _)| v.status & bit != 0).map(|(_, kind)| *kind)
 }
 

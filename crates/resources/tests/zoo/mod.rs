@@ -207,9 +207,10 @@ fn make_bad_things() {
         if libc::syscall(libc::SYS_io_setup, 4, &raw mut context) < 0 {
             lacks("the-ring-of-an-AIO-context");
         }
-        let id = libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600);
-        if id < 0 || libc::shmat(id, std::ptr::null(), 0) as isize == -1 {
-            lacks("System-V-shared-memory");
+        let id = libc::shmget(libc::IPC_PRIVATE, 2 * PAGE, libc::IPC_CREAT | 0o600);
+        let at = libc::shmat(id, std::ptr::null(), 0);
+        if id < 0 || at as isize == -1 || libc::munmap(at, PAGE) < 0 {
+            lacks("a-part-of-System-V-shared-memory");
         }
         libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut());
         // PERF_TYPE_SOFTWARE, PERF_COUNT_SW_DUMMY.
