@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use crate::cmd;
 
@@ -40,6 +40,20 @@ pub const TEST: &[Tool] = &[
     tool("xz", "xz-utils", "a compressor to dump"),
 ];
 
+/// Servers to dump under load. A test whose server cannot be installed is skipped.
+pub const SERVERS: &[Tool] = &[
+    tool("/usr/sbin/nginx", "nginx-light", "a server to dump"),
+    tool("java", "default-jdk-headless", "a server to dump"),
+    tool("memcached", "memcached", "a server to dump"),
+    tool("nano", "nano", "an editor to dump"),
+    tool("node", "nodejs", "a server to dump"),
+    tool("psql", "postgresql", "a database server to dump"),
+    tool("redis-server", "redis-server", "a server to dump"),
+    tool("sqlite3", "sqlite3", "a database to dump"),
+    tool("tmux", "tmux", "a terminal server to dump"),
+    tool("vim", "vim", "an editor to dump"),
+];
+
 /// For `cargo xtask test-vm --arch x86_64`.
 pub const VM_X86_64: &[Tool] = &[
     CC,
@@ -73,6 +87,7 @@ pub fn everything() -> Result<()> {
     }
     targets()?;
     ensure(&all)?;
+    wish(SERVERS)?;
     println!("everything is there");
     Ok(())
 }
@@ -119,10 +134,54 @@ pub fn ensure(tools: &[Tool]) -> Result<()> {
     install(&packages)
 }
 
+/// Installs those of `tools` that are missing, one by one, where that is possible, and says which are still missing.
+///
+/// # Errors
+/// There is no procfs.
+pub fn wish(tools: &[Tool]) -> Result<()> {
+    let can_install = cmd::have("apt-get") && is_root()?;
+    for tool in tools.iter().filter(|tool| !is_there(tool)) {
+        let done = if can_install { install(&[tool.package]) } else { Err(anyhow!("needs apt-get and root")) };
+        if let Err(error) = done {
+            let Tool { shown_by, package, why } = tool;
+            eprintln!("missing: {shown_by} (package {package}): {why}; its tests are skipped: {error:#}");
+        }
+    }
+    Ok(())
+}
+
+/// What keeps a package's scripts from starting the service that it brings (Debian's invoke-rc.d asks it).
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// The machine's own [`POLICY`], or one that is there for a while.
+struct NoServices {
+    ours: bool,
+}
+
+impl NoServices {
+    fn begin() -> Result<Self> {
+        let ours = !Path::new(POLICY).exists();
+        if ours {
+            std::fs::write(POLICY, "#!/bin/sh\nexit 101\n")?;
+            std::fs::set_permissions(POLICY, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        }
+        Ok(Self { ours })
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.ours {
+            std::fs::remove_file(POLICY).ok();
+        }
+    }
+}
+
 fn install(packages: &[&str]) -> Result<()> {
+    let _no_services = NoServices::begin()?;
     let apt = |words: &[&str]| {
         let mut command = cmd::program("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive").arg("-q").args(words);
+        command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").arg("-q").args(words);
         cmd::run(&mut command)
     };
     let words = [&["install", "-y", "--no-install-recommends"], packages].concat();

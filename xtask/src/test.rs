@@ -45,6 +45,9 @@ impl Counts {
 pub fn run(options: &Options) -> Result<bool> {
     setup::targets()?;
     setup::ensure(setup::TEST)?;
+    if !options.quick {
+        setup::wish(setup::SERVERS)?;
+    }
     cmd::run(cmd::cargo().args(["build", "--package", "dormouse-cli", "--package", "dormouse-e2e"]))?;
     let mut counts = Counts::default();
     for part in [workspace, end_to_end] {

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 const USAGE: &str =
-    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|refuse|kill|damage|exchange|service|concurrent|live]...
+    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|servers|refuse|kill|damage|exchange|service|concurrent|live]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
     [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
   --programs directory of prebuilt static programs (default: they are built with --cc, $CC or gcc)
-  --expect-skips  a file with one `test: need` a line; other skips, or missing ones, are failures
+  --expect-skips  a file with one `test: need` a line; other skips, or missing ones but for lines with `? `, are failures
   --kill N   N dumps killed (default 200) and N/4 restores; --damage N  damaged copies (default 1000)
   --as-criu  do not compare what CRIU 4.2 itself changes (the accounting flag of mappings): to validate the tests";
 
@@ -21,6 +21,8 @@ pub enum Group {
     Programs,
     /// Programs of the machine, dumped in the middle of their work.
     Real,
+    /// Servers of the machine with clients at work.
+    Servers,
     /// What must be refused, and how.
     Refuse,
     /// Dumps and restores killed at random moments.
@@ -38,9 +40,10 @@ pub enum Group {
 }
 
 impl Group {
-    const ALL: [(&'static str, Self); 9] = [
+    const ALL: [(&'static str, Self); 10] = [
         ("programs", Self::Programs),
         ("real", Self::Real),
+        ("servers", Self::Servers),
         ("refuse", Self::Refuse),
         ("kill", Self::Kill),
         ("damage", Self::Damage),

@@ -21,6 +21,11 @@ mod real_cases;
 mod refuse;
 mod report;
 mod rng;
+mod server_cases;
+mod server_load;
+mod server_local;
+mod server_sql;
+mod servers;
 mod service;
 mod spoil;
 mod target;
@@ -78,6 +83,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
         match group {
             Group::Programs => tests.extend(programs::tests()),
             Group::Real => tests.extend(real::tests()),
+            Group::Servers => tests.extend(servers::tests()),
             Group::Refuse => tests.extend(refuse::tests()),
             Group::Kill => tests.extend(kill::tests()),
             Group::Damage => tests.extend(damage::tests()),

@@ -39,9 +39,12 @@ pub fn start(case: &Case<'_>, work: &Work) -> Result<Result<i32, Outcome>> {
     Ok(Ok(pid_of(&case.start(command)?)))
 }
 
-/// Where a program of the machine is.
+/// Where a program of the machine is; an absolute path stands for itself.
 pub fn find_program(name: &str) -> Option<PathBuf> {
-    ["/usr/local/bin", "/usr/bin", "/bin"].iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
+    ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]
+        .iter()
+        .map(|dir| Path::new(dir).join(name))
+        .find(|path| path.exists())
 }
 
 /// Lets the work go on for a while; it must not be done then.
