@@ -21,6 +21,7 @@ impl Special for Leader<'_> {
             k if k == OpKind::TakeFd as u32 => take_fd(self.0),
             k if k == OpKind::DropFd as u32 => drop_fd(self.0),
             k if k == OpKind::Snapshot as u32 => snapshot(op.args[0]),
+            k if k == OpKind::MakeFd as u32 => make_fd(self.0, op),
             _ => UNKNOWN,
         }
     }
@@ -243,6 +244,17 @@ fn take_fd(e: &Entry) -> i64 {
     let fd = control[2] as u32;
     e.given.store(fd.wrapping_add(1), Ordering::Release);
     i64::from(fd)
+}
+
+/// A system call that makes a descriptor, which is remembered to be closed.
+fn make_fd(e: &Entry, op: &Op) -> i64 {
+    drop_fd(e);
+    // SAFETY: the host composed the call for this address space.
+    let r = unsafe { syscall(op.nr, op.args) }.0;
+    if r >= 0 {
+        e.given.store((r as u32).wrapping_add(1), Ordering::Release);
+    }
+    r
 }
 
 fn drop_fd(e: &Entry) -> i64 {

@@ -47,6 +47,9 @@ pub enum OpKind {
     FillByHost = 13,
     /// Parasite: forks a copy of the process with a parasite of its own: arg 0 is the address of a [`parasite::Snapshot`].
     Snapshot = 14,
+    /// Parasite: a system call as [`OpKind::Syscall`] that makes a descriptor, which is then closed as one that
+    /// [`OpKind::TakeFd`] has received.
+    MakeFd = 15,
 }
 
 /// What counts as success of an operation.

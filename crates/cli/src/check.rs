@@ -192,12 +192,17 @@ const ROWS: &[Row] = &[
         purpose: "restore --root",
         next: "use Linux 5.6 or later; in a container, allow openat2(2)",
     },
-    Row { names: &["mem_dirty_track"], need: Need::NotYet, purpose: "incremental dumps", next: "nothing uses it yet" },
+    Row {
+        names: &["mem_dirty_track"],
+        need: Need::Sometimes,
+        purpose: "pre-dump and --track-mem: tell which pages are written to",
+        next: "use Linux 6.7 or later with userfaultfd, or a kernel with CONFIG_MEM_SOFT_DIRTY",
+    },
     Row {
         names: &["userfaultfd_wp_async"],
-        need: Need::NotYet,
-        purpose: "incremental dumps",
-        next: "nothing uses it yet",
+        need: Need::Sometimes,
+        purpose: "the same, in a way that nobody else can disturb",
+        next: "use Linux 6.7 or later",
     },
     Row { names: &["timens"], need: Need::NotYet, purpose: "time namespaces", next: "nothing uses it yet" },
 ];
@@ -340,6 +345,7 @@ fn support(row: &Row, features: &Features, place: &Place) -> Support {
     match row.names[0] {
         "checkpoint_restore" if features.caps.can_checkpoint_restore() => Support::Yes,
         "checkpoint_restore" => Support::No,
+        "mem_dirty_track" if features.pagemap_scan.is_yes() && features.userfaultfd_wp_async.is_yes() => Support::Yes,
         "mnt_id" => mnt_id(place).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32)),
         name => {
             let found = features.list().into_iter().find(|(known, _)| *known == name).map(|(_, support)| support);

@@ -43,7 +43,9 @@ fn main() -> ExitCode {
 
 fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
     match parsed.command {
-        Command::Dump(args) => run::dump(&args, &parsed.notes),
+        Command::Dump(args) => run::dump(&args, run::Kind::Dump, &parsed.notes),
+        Command::PreDump(args) => run::dump(&args, run::Kind::PreDump, &parsed.notes),
+        Command::Dedup(args) => run::dedup(&args, &parsed.notes),
         Command::Restore(args) => run::restore(&args, &parsed.notes),
         Command::Check(args) => check::check(&args, &parsed.notes),
         Command::Service(args) => serve::service(&args, &parsed.notes),

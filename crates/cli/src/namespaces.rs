@@ -72,6 +72,9 @@ pub fn leave_mounts() -> Result<()> {
 /// One of them could not be made: then none is left.
 pub fn wake_copies(args: &RestoreArgs, run: &Run<'_>) -> Result<Vec<Copy>> {
     let count = args.copies.unwrap_or(1);
+    if args.auto_dedup && count > 1 {
+        bail!("--auto-dedup takes out of the images what the other copies need; leave it or --copies out");
+    }
     let pidfile = |number: u32| args.pidfile.as_deref().map(|file| numbered(file, number, count));
     for file in (1..=count).filter_map(pidfile) {
         if file.symlink_metadata().is_ok() {

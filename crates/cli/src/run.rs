@@ -20,7 +20,7 @@ use nix::fcntl::OFlag;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::args::{Common, DumpArgs, RestoreArgs};
+use crate::args::{Common, DedupArgs, DumpArgs, RestoreArgs};
 use crate::cleanup;
 use crate::log::{Log, say};
 use crate::namespaces;
@@ -33,6 +33,32 @@ const PAGE: u64 = 4096;
 
 /// Exit code after a failing "post-dump" script, as of CRIU: the images are complete, and the tree goes on.
 const POST_DUMP_FAILED: u8 = 255;
+
+/// Which kind of dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// All of the tree.
+    Dump,
+    /// Its memory, while it runs.
+    PreDump,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Dump => "Dumping",
+            Kind::PreDump => "Pre-dumping",
+        }
+    }
+
+    /// The last line of a log that tells of a failure, as CRIU has it.
+    fn failed(self) -> &'static str {
+        match self {
+            Kind::Dump => "Dumping FAILED.",
+            Kind::PreDump => "Pre-dumping FAILED.",
+        }
+    }
+}
 
 /// Where a command works.
 pub struct Place {
@@ -122,7 +148,10 @@ impl<'a> Run<'a> {
 ///
 /// # Errors
 /// The directories or the log are not accessible, or there can be no child; what fails later is told here.
-pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
+pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
+    if args.live && kind == Kind::PreDump {
+        bail!("a pre-dump copies memory while the tree runs anyway; leave --live out");
+    }
     if args.live && !args.leave_running {
         bail!(
             "--live is for a tree that goes on running after the dump; add --leave-running (-R), or leave --live out"
@@ -130,37 +159,38 @@ pub fn dump(args: &DumpArgs, notes: &[String]) -> Result<ExitCode> {
     }
     let place = Place::enter(&args.common, notes)?;
     let held = cleanup::hold(&place.path);
-    let Ok(_held) = held.inspect_err(|error| place.log.failure(error, Some("Dumping FAILED."))) else {
+    let Ok(_held) = held.inspect_err(|error| place.log.failure(error, Some(kind.failed()))) else {
         return Ok(ExitCode::FAILURE);
     };
     let run = Run::new(&place)?;
-    let code = supervised(|| put_to_sleep(args, &run).into()).context("cannot start a process for the dump")?;
+    let code = supervised(|| put_to_sleep(args, kind, &run).into()).context("cannot start a process for the dump")?;
     if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {
         let what =
             format!("the dumping process was ended by signal {signal}; look after pid {} and dump it again", args.tree);
-        place.log.failure(&anyhow::Error::msg(what), Some("Dumping FAILED."));
+        place.log.failure(&anyhow::Error::msg(what), Some(kind.failed()));
     }
     Ok(u8::try_from(code).unwrap_or(1).into())
 }
 
 /// Dumps and tells of it; the exit code.
-fn put_to_sleep(args: &DumpArgs, run: &Run<'_>) -> u8 {
+fn put_to_sleep(args: &DumpArgs, kind: Kind, run: &Run<'_>) -> u8 {
     let place = run.place;
     let post_dump_failed = Cell::new(false);
     let terminal = place.log.leaves_a_terminal();
     let progress = terminal.then(|| Progress::start(args.tree, place.path.clone()));
-    let outcome = sleep(args, run, &post_dump_failed);
+    let outcome = sleep(args, kind, run, &post_dump_failed);
     drop(progress);
     let report = match outcome {
         Ok(report) => report,
         Err(error) => {
-            place.log.failure(&error.into(), Some("Dumping FAILED."));
+            place.log.failure(&error.into(), Some(kind.failed()));
             return if post_dump_failed.get() { POST_DUMP_FAILED } else { 1 };
         }
     };
     if terminal {
         eprintln!(
-            "dumped pid {}: {}, {}; frozen for {}, {} in all",
+            "{} pid {}: {}, {}; frozen for {}, {} in all",
+            if kind == Kind::Dump { "dumped" } else { "pre-dumped" },
             report.root_pid,
             tasks(report.tasks, report.threads),
             pages(report.pages_written),
@@ -171,12 +201,48 @@ fn put_to_sleep(args: &DumpArgs, run: &Run<'_>) -> u8 {
     0
 }
 
+/// `dormouse dedup`
+///
+/// # Errors
+/// The directories or the log are not accessible; what fails later is told here.
+pub fn dedup(args: &DedupArgs, notes: &[String]) -> Result<ExitCode> {
+    let place = Place::enter(&args.common, notes)?;
+    let held = cleanup::hold(&place.path);
+    let Ok(_held) = held.inspect_err(|error| place.log.failure(error, None)) else {
+        return Ok(ExitCode::FAILURE);
+    };
+    let images = dormouse_images::ImageDir::open(&place.path)?;
+    match images.parent() {
+        Ok(Some(_)) => {}
+        Ok(None) => {
+            let what = format!("{} builds on no other dump: it has no link \"parent\"", place.path.display());
+            place.log.failure(&anyhow::Error::msg(what), None);
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(error) => {
+            place.log.failure(&error.into(), None);
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    match dormouse_resources::mem::dedup(&images) {
+        Ok(bytes) => {
+            tracing::info!("Deduplicated: {bytes} bytes taken out of the dumps before");
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            place.log.failure(&error.into(), None);
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
 /// Dumps in this process. `post_dump_failed` is set if that is because of a "post-dump" script.
 ///
 /// # Errors
 /// See [`dormouse_dump::run`]; the log does not have it yet.
 pub fn sleep(
     args: &DumpArgs,
+    kind: Kind,
     run: &Run<'_>,
     post_dump_failed: &Cell<bool>,
 ) -> Result<dormouse_dump::Report, DumpError> {
@@ -190,7 +256,7 @@ pub fn sleep(
         (false, true) => After::Stop,
         (false, false) => After::Kill,
     };
-    let report = dormouse_dump::run(&dormouse_dump::Request {
+    let request = dormouse_dump::Request {
         session: run.session,
         pid: HostPid(args.tree),
         images_dir: run.place.path.clone(),
@@ -198,13 +264,18 @@ pub fn sleep(
         after,
         live: args.live,
         timeout: args.timeout(),
+        chain: args.chain.chain(),
         hooks: &hook,
-    })?;
+    };
+    let report = match kind {
+        Kind::Dump => dormouse_dump::run(&request),
+        Kind::PreDump => dormouse_dump::pre_dump(&request),
+    }?;
     run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
     for what in &report.held {
         tracing::warn!("{what}");
     }
-    tracing::info!("Dumping finished successfully");
+    tracing::info!("{} finished successfully", kind.name());
     Ok(report)
 }
 
@@ -297,6 +368,7 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
         leave_stopped: args.leave_stopped,
         restore_sibling: args.restore_sibling,
         only_user: run.only_user,
+        dedup: args.auto_dedup,
         hooks: &hook,
     });
     if let Some(file) = args.pidfile.as_ref().filter(|_| outcome.is_err() && wrote_pid.get()) {

@@ -201,9 +201,11 @@ impl Work for Here {
         let parsed = args::parse_foreign(order.verb, &foreign);
         let parsed = parsed.inspect_err(|error| log_refusal(order, error)).map_err(Failure::bad_request)?;
         match &parsed.command {
-            Command::Dump(args) => self.at(&args.common, &parsed.notes, order, |run| {
+            Command::Dump(args) | Command::PreDump(args) => self.at(&args.common, &parsed.notes, order, |run| {
                 let _held = cleanup::hold(&run.place.path)?;
-                let outcome = run::sleep(args, run, &Cell::new(false));
+                let pre = matches!(parsed.command, Command::PreDump(_));
+                let kind = if pre { run::Kind::PreDump } else { run::Kind::Dump };
+                let outcome = run::sleep(args, kind, run, &Cell::new(false));
                 let done = outcome.map_err(|e| Failure { errno: e.errno(), error: e.into() })?;
                 Ok(Done { pid: Some(done.root_pid) })
             }),

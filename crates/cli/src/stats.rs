@@ -20,6 +20,7 @@ pub fn of_dump(report: &dormouse_dump::Report) -> pb::DumpStatsEntry {
         memwrite_time: 0,
         pages_scanned: report.pages_scanned,
         pages_written: report.pages_written,
+        pages_skipped_parent: report.pages_left,
         // CRIU always writes these, and its clients take them for granted.
         irmap_resolve: Some(0),
         page_pipes: Some(0),

@@ -18,14 +18,23 @@ use dormouse_resources::task::seccomp::FilterTable;
 use crate::ids::{Ids, shared_between};
 use crate::live::Later;
 use crate::task::{Memory, Saved, Savings};
+use crate::tracking::{self, Tracking};
 use crate::{After, DumpError, Report, Request, inventory, live, preflight, task};
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let start = Instant::now();
+    if request.live && (request.chain.track || request.chain.before.is_some()) {
+        return Err(DumpError::Target(
+            "--live with --track-mem or --prev-images-dir is not there yet, since copies are written after the tree goes on; leave out --live, or \
+             --track-mem and --prev-images-dir"
+                .into(),
+        ));
+    }
     let images = ImageDir::open(&request.images_dir)?;
     // A checkpoint that was here before is none from now on, whatever happens.
     images.remove(ImageKind::Inventory, 0)?;
+    let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
     let blockers = preflight::blockers(request.pid, &request.options)?;
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
@@ -36,8 +45,11 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut tree = Tree::freeze(request.pid, request.timeout)?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
+    let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
+    tracking.take_over(&pids)?;
     let page_ids = PageIds::new();
-    let Frozen { mut report, links, connections, later } = save(request, &images, &page_ids, &mut tree, wiped)?;
+    let saved = save(request, &images, &page_ids, &mut tree, wiped, &mut tracking)?;
+    let Frozen { mut report, links, connections, later } = saved;
     cancel::check()?;
     report.freezing_us = freezing_us;
     let connected = !connections.is_empty();
@@ -51,9 +63,15 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         })?;
     }
     (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
-    let inventory = inventory::inventory(&mut Ids::default(), &request.session, &request.options, connected)?;
+    let session = &request.session;
+    let inventory = inventory::inventory(&mut Ids::default(), session, &request.options, connected)?;
+    tracking.finish(&images, session)?;
     images.write_inventory(&inventory)?;
     links.keep();
+    if request.chain.dedup {
+        // The checkpoint is complete; what fails now costs nothing but space.
+        tracking::dedup(&images);
+    }
     if let Some((tree, connections)) = held {
         finish(request, tree, connections)?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
@@ -79,6 +97,7 @@ fn save(
     page_ids: &PageIds,
     tree: &mut Tree,
     wiped: HashSet<HostPid>,
+    tracking: &mut Tracking,
 ) -> Result<Frozen, DumpError> {
     let mut ids = Ids::default();
     // The first numbers are those of this program, as in CRIU's images.
@@ -90,6 +109,7 @@ fn save(
         filters: FilterTable::default(),
         cgroups: CgroupDump::new(&request.options.cgroups)?,
         page_ids,
+        tracking,
         live: request.live,
         wiped,
         reapers: HashSet::new(),

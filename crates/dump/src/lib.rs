@@ -8,8 +8,10 @@ mod engine;
 mod ids;
 mod inventory;
 mod live;
+mod pre_dump;
 mod preflight;
 mod task;
+mod tracking;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -51,8 +53,21 @@ pub struct Request<'a> {
     pub live: bool,
     /// Give up, and let the tree go on, if it is not frozen after this time.
     pub timeout: Option<Duration>,
+    /// What this dump has to do with others.
+    pub chain: Chain,
     /// Called at "pre-dump" and "post-dump"; an error ends the dump.
     pub hooks: Hook<'a>,
+}
+
+/// How a dump builds on the one before it, and what the next one needs of it.
+#[derive(Clone, Debug, Default)]
+pub struct Chain {
+    /// Directory of the checkpoint or pre-dump before this one, relative to the images directory.
+    pub before: Option<PathBuf>,
+    /// Leave pages that were not written to since to the one before, and watch writes for the next one.
+    pub track: bool,
+    /// Take pages that are saved anew out of the images before.
+    pub dedup: bool,
 }
 
 /// What was dumped, and what it cost.
@@ -68,6 +83,8 @@ pub struct Report {
     pub pages_scanned: u64,
     /// Pages in the images.
     pub pages_written: u64,
+    /// Pages that are left to the checkpoint before.
+    pub pages_left: u64,
     /// Microseconds from the first to the last thread stopped.
     pub freezing_us: u64,
     /// Microseconds from the first thread stopped until the tree was killed or let go.
@@ -156,6 +173,14 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
 /// Any step failed; then the tree goes on as it was, and the directory holds no inventory.
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     engine::run(request)
+}
+
+/// Copies the memory of a tree while it runs, for a dump that follows and needs to copy only what was written to since.
+///
+/// # Errors
+/// Any step failed; then the tree goes on as it was.
+pub fn pre_dump(request: &Request<'_>) -> Result<Report, DumpError> {
+    pre_dump::run(request)
 }
 
 pub(crate) fn describe(o: &Obstacle) -> String {

@@ -10,7 +10,7 @@ use dormouse_infect::InfectError;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::{status, tree};
 use dormouse_kernel::{HostPid, side_by_side};
-use dormouse_resources::mem::{Mappings, MmDraft, PageIds, dump_pages, has_wiped};
+use dormouse_resources::mem::{Increment, Mappings, MmDraft, PageIds, dump_pages, has_wiped};
 
 use crate::{DumpError, Report};
 
@@ -102,7 +102,7 @@ impl Later {
                 self.pid
             )));
         }
-        let pages = dump_pages(&mut self.copy, &self.mappings, images, ids)?;
+        let pages = dump_pages(&mut self.copy, &self.mappings, images, ids, &Increment::default())?;
         report.pages_scanned += pages.scanned;
         report.pages_written += pages.written;
         images.write_one(ImageKind::Mm, self.pid.0 as u64, &self.draft.finish(&self.mappings)?)?;

@@ -14,11 +14,12 @@ use dormouse_kernel::proc::{stat, status, timers};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::FileTable;
-use dormouse_resources::mem::{self, Mappings, MmDraft, PageIds, SharedDump};
+use dormouse_resources::mem::{self, Increment, Mappings, MmDraft, PageIds, SharedDump};
 use dormouse_resources::task::seccomp::{self, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
 use crate::live::{self, Later};
+use crate::tracking::Tracking;
 use crate::{DumpError, Report};
 
 /// What all tasks of a dump write into.
@@ -35,6 +36,8 @@ pub struct Savings<'a> {
     pub cgroups: CgroupDump<'a>,
     /// Numbers of pages images.
     pub page_ids: &'a PageIds,
+    /// What the checkpoint before holds, and who was written to since.
+    pub tracking: &'a mut Tracking,
     /// Processes are to leave copies, whose memory is written later.
     pub live: bool,
     /// Processes with memory that is empty in copies.
@@ -128,9 +131,13 @@ fn with_parasite(
     let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
     let start = Instant::now();
     let read = if savings.live { Mappings::lines_of } else { Mappings::read };
+    let increment = savings.tracking.task(pid, Some(parasite))?;
+    if increment.registers() {
+        increment.register_all(&Mappings::lines_of(pid, parasite.own_range())?)?;
+    }
     let mappings = read(pid, parasite.own_range())?.with_stacks(stacks);
     if !savings.live {
-        write_pages(savings, parasite, &mappings)?;
+        write_pages(savings, parasite, &mappings, increment)?;
     }
     let (cores, ext, task_umask) = cores(threads, parasite, others)?;
     savings.report.threads += cores.len();
@@ -166,7 +173,7 @@ fn copied(
         Ok(later) => Ok(Memory::Later(Box::new(later))),
         Err(live::Held { mappings, draft, why }) => {
             mappings.read_ahead()?;
-            let pages = write_pages(savings, parasite, &mappings)?;
+            let pages = write_pages(savings, parasite, &mappings, Increment::default())?;
             savings.report.held.push(format!("pid {pid}: {pages} pages were copied while it stood still: {why}"));
             Ok(Memory::Written(Box::new(draft.finish(&mappings)?)))
         }
@@ -174,14 +181,22 @@ fn copied(
 }
 
 /// Writes a process's own pages; how many.
-fn write_pages(savings: &mut Savings<'_>, parasite: &mut Parasite<'_>, mappings: &Mappings) -> Result<u64, DumpError> {
+fn write_pages(
+    savings: &mut Savings<'_>,
+    parasite: &mut Parasite<'_>,
+    mappings: &Mappings,
+    increment: Increment,
+) -> Result<u64, DumpError> {
     let start = Instant::now();
-    let pages = mem::dump_pages(parasite, mappings, savings.images, savings.page_ids)?;
+    let pid = mappings.pid();
+    let pages = mem::dump_pages(parasite, mappings, savings.images, savings.page_ids, &increment)?;
+    savings.tracking.done(pid, increment);
     savings.report.memory_us += start.elapsed().as_micros() as u64;
-    let (pid, written, us) = (mappings.pid(), pages.written, start.elapsed().as_micros());
+    let (written, us) = (pages.written, start.elapsed().as_micros());
     tracing::debug!("pid {pid}: {written} of {} pages written in {us} us", pages.scanned);
     savings.report.pages_scanned += pages.scanned;
     savings.report.pages_written += pages.written;
+    savings.report.pages_left += pages.left;
     Ok(pages.written)
 }
 

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat, renameat};
 use nix::sys::stat::{Mode, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 use prost::{Message, Name};
@@ -139,6 +139,21 @@ impl ImageDir {
     /// The link cannot be made.
     pub fn link_parent(&self, target: &Path) -> Result<(), ImageError> {
         symlinkat(target, &self.fd, PARENT).map_err(|e| ImageError::io(&self.path.join(PARENT), "make", e))
+    }
+
+    /// Removes the link to a checkpoint before this one; no error if there is none.
+    ///
+    /// # Errors
+    /// It cannot be removed, or is no link.
+    pub fn unlink_parent(&self) -> Result<(), ImageError> {
+        let path = self.path.join(PARENT);
+        match readlinkat(&self.fd, PARENT) {
+            Ok(_) => {
+                unlinkat(&self.fd, PARENT, UnlinkatFlags::NoRemoveDir).map_err(|e| ImageError::io(&path, "remove", e))
+            }
+            Err(Errno::ENOENT) => Ok(()),
+            Err(e) => Err(ImageError::io(&path, "read the link", e)),
+        }
     }
 
     /// Starts reading an image.

@@ -270,6 +270,8 @@ kinds! {
     DormouseTerminals: "DORMOUSE_TERMINALS", "dormouse-terminals", One, ".img", 0x444d5454, "tty_ext", Plain;
     /// What images of CRIU have no place for of unix sockets; only dormouse writes and reads it.
     DormouseUnix: "DORMOUSE_UNIX", "dormouse-unix", One, ".img", 0x444d5558, "unix_ext", Plain;
+    /// Who watches writes since this dump; only dormouse writes and reads it.
+    DormouseTracker: "DORMOUSE_TRACKER", "dormouse-tracker", One, ".img", 0x444d5452, "tracker_entry", Plain;
 }
 
 impl ImageKind {

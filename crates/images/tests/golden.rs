@@ -169,6 +169,10 @@ fn write_sidecars(dir: &ImageDir) -> Result<(), ImageError> {
     let sve = pb::RegSet { note: 0x405, data: vec![0; 16] };
     w.record(&pb::ThreadExt { tid: 8, reg_sets: vec![sve], ..Default::default() })?;
     w.finish()?;
+    let mut w = dir.writer(ImageKind::DormouseTracker, 0)?;
+    let session = "000102030405060708090a0b0c0d0e0f".to_owned();
+    w.record(&pb::TrackerEntry { session, keeper_pid: Some(77), keeper_start: Some(123_456) })?;
+    w.finish()?;
     let mut w = dir.writer(ImageKind::DormousePackets, 0)?;
     w.record(&pb::PipePackets { pipe_id: 5, fifo: None, lengths: vec![3, 4096] })?;
     w.record(&pb::PipePackets { pipe_id: 5, fifo: Some(true), lengths: vec![] })?;

@@ -130,7 +130,9 @@ impl Tree {
         for pid in order {
             let mut task = tasks.remove(&pid).expect("every pid was inserted once");
             task.threads.sort_by_key(|t| (t.tid() != pid, t.tid()));
-            if task.zombie || !task.threads.is_empty() {
+            // A parent that was stopped while it waited may have reaped its child on the way.
+            let is_there = if task.zombie { stat::read(pid).is_ok() } else { !task.threads.is_empty() };
+            if is_there {
                 this.tasks.push(task);
             }
         }

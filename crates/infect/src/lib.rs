@@ -9,6 +9,7 @@ pub mod arena;
 pub mod cancel;
 pub mod freeze;
 pub mod host;
+pub mod keeper;
 pub mod parasite;
 pub mod ptrace;
 mod pulse;

@@ -233,6 +233,19 @@ impl<'a> Parasite<'a> {
         self.run(&mut batch)
     }
 
+    /// Has the target make a descriptor by a system call, and takes it away from the target at once: only we have it.
+    ///
+    /// # Errors
+    /// The call failed, a security module forbids the taking, or the target ended.
+    pub fn make_fd(&mut self, what: &str, nr: u64, args: [u64; 6]) -> Result<OwnedFd, InfectError> {
+        let mut batch = Batch::new();
+        let make = batch.push(what, OpKind::MakeFd, Policy::Must, nr, args);
+        self.run(&mut batch)?;
+        let taken = take_fd(self.pid(), batch.ret(make) as RawFd);
+        self.drop_fd()?;
+        taken.map_err(|e| failed("pidfd_getfd", self.pid(), e))
+    }
+
     fn send_fd(&self, fd: impl AsFd) -> Result<(), InfectError> {
         let fds = [fd.as_fd().as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];

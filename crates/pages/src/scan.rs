@@ -33,7 +33,7 @@ pub mod category {
     /// Part of a guard region (`MADV_GUARD_INSTALL`).
     pub const GUARD: u64 = 1 << 8;
 }
-use category::{FILE, GUARD, PFNZERO, PRESENT, SOFT_DIRTY, SWAPPED};
+use category::{FILE, GUARD, PFNZERO, PRESENT, SOFT_DIRTY, SWAPPED, WPALLOWED, WRITTEN};
 
 /// Which pages to find.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,6 +94,10 @@ const PAGEMAP_SCAN: libc::Ioctl = nix::request_code_readwrite!(b'f', 16, size_of
 
 /// Runs fetched per call.
 const BATCH: usize = 4096;
+/// Runs fetched per call that protects: what the kernel collects before it gives them out, so that `walk_end` is exact.
+const PROTECT_BATCH: usize = 512;
+/// `PM_SCAN_WP_MATCHING`: write-protect what is reported.
+const PM_SCAN_WP_MATCHING: u64 = 1;
 /// Entries read per call: 256 KiB of pagemap, 128 MiB of memory.
 const ENTRIES: u64 = 32 * 1024;
 /// From this size on the fallback looks for empty mappings first.
@@ -167,6 +171,67 @@ impl PageScanner {
         self
     }
 
+    /// Reports [`category::WRITTEN`] too, which splits runs where it changes. It is set for every page that no asynchronous
+    /// userfaultfd protects.
+    pub fn reporting_written(mut self) -> PageScanner {
+        self.report |= WRITTEN;
+        self
+    }
+
+    /// As [`PageScanner::scan_each`] with [`Want::Private`], but protects, with one and the same look, each page that was
+    /// written to, and tells no guard pages. Every mapping in the range is registered with an asynchronous userfaultfd
+    /// ([`crate::Uffd`]); others are passed over. `ErrorKind::Unsupported` without the ioctl.
+    pub fn scan_protect<E: From<io::Error>>(
+        &self,
+        start: u64,
+        end: u64,
+        mut each: impl FnMut(PageRun) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (start, end) = self.outwards(start, end)?;
+        let Method::Ioctl { guard } = self.method else {
+            return Err(io::Error::from(io::ErrorKind::Unsupported).into());
+        };
+        let without = PFNZERO | FILE | if guard { GUARD } else { 0 };
+        let filter = Filter { inverted: without, all: without, any: PRESENT | SWAPPED };
+        self.scan_ioctl(start, end, filter, self.report | WRITTEN, PM_SCAN_WP_MATCHING, &mut each)
+    }
+
+    /// The process whose pages are looked at.
+    pub fn pid(&self) -> HostPid {
+        self.pid
+    }
+
+    /// Whether the mapping at `address` is registered with an asynchronous userfaultfd, this moment: one that was moved, or
+    /// that grew together with one that was moved, is no longer.
+    pub fn is_watched(&self, address: u64) -> io::Result<bool> {
+        self.any(address, address + self.page, Filter { inverted: 0, all: WPALLOWED, any: WPALLOWED })
+    }
+
+    /// Whether a page in the range carries the mark of protection. In a mapping that is not registered the mark says
+    /// nothing: the kernel keeps it over writes there.
+    pub fn finds_marks(&self, start: u64, end: u64) -> io::Result<bool> {
+        self.any(start, end, Filter { inverted: WRITTEN, all: WRITTEN, any: PRESENT | SWAPPED })
+    }
+
+    /// Is there a page like this? `ErrorKind::Unsupported` without the ioctl.
+    fn any(&self, start: u64, end: u64, filter: Filter) -> io::Result<bool> {
+        if !self.uses_ioctl() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let mut runs = [PageRun::default()];
+        let mut arg = PmScanArg {
+            start,
+            end,
+            max_pages: 1,
+            category_inverted: filter.inverted,
+            category_mask: filter.all,
+            category_anyof_mask: filter.any,
+            return_mask: filter.all,
+            ..PmScanArg::default()
+        };
+        Ok(call_scan(&self.pagemap, &mut arg, &mut runs)? > 0)
+    }
+
     /// Whether the ioctl is used; otherwise large sparse ranges cost by size, 2 MiB of entries per GiB.
     pub fn uses_ioctl(&self) -> bool {
         matches!(self.method, Method::Ioctl { .. })
@@ -195,7 +260,9 @@ impl PageScanner {
         let (start, end) = self.outwards(start, end)?;
         let report = |guard| self.report | if guard && want == Want::Private { GUARD } else { 0 };
         match self.method {
-            Method::Ioctl { guard } => self.scan_ioctl(start, end, Filter::of(want, guard), report(guard), &mut each),
+            Method::Ioctl { guard } => {
+                self.scan_ioctl(start, end, Filter::of(want, guard), report(guard), 0, &mut each)
+            }
             Method::Entries => {
                 let filter = Filter::of(want, true);
                 if want != Want::PrivateAnon || end - start < LARGE {
@@ -224,7 +291,7 @@ impl PageScanner {
             Ok::<(), io::Error>(())
         };
         match self.method {
-            Method::Ioctl { guard: true } => self.scan_ioctl(start, end, filter, GUARD, &mut each),
+            Method::Ioctl { guard: true } => self.scan_ioctl(start, end, filter, GUARD, 0, &mut each),
             Method::Ioctl { guard: false } => Err(io::ErrorKind::Unsupported.into()),
             Method::Entries => self.scan_entries(start, end, filter, GUARD, &mut each),
         }
@@ -243,12 +310,14 @@ impl PageScanner {
         end: u64,
         filter: Filter,
         report: u64,
+        flags: u64,
         each: &mut impl FnMut(PageRun) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut runs = vec![PageRun::default(); BATCH];
+        let mut runs = vec![PageRun::default(); if flags == 0 { BATCH } else { PROTECT_BATCH }];
         let mut at = start;
         while at < end {
             let mut arg = PmScanArg {
+                flags,
                 start: at,
                 end,
                 category_inverted: filter.inverted,

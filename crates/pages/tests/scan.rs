@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::fd::FromRawFd;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use dormouse_kernel::{CapSet, Features, HostPid, Support};
-use dormouse_pages::{PageRun, PageScanner, ProbeFeatures, Want, category};
+use dormouse_pages::{PageRun, PageScanner, ProbeFeatures, Uffd, Want, category, uffd};
 
 const PAGE: usize = 4096;
 const NO_FILE: i32 = -1;
@@ -289,4 +289,62 @@ fn another_process_can_be_scanned() {
     child.kill().expect("kill");
     child.wait().expect("wait");
     assert!(!result.expect("pagemap").expect("scan").is_empty());
+}
+
+/// What an increment relies on: a mapping that falls out of a watch is known by that, and its marks can be taken off.
+#[test]
+fn a_mapping_that_grows_together_with_a_moved_page_falls_out_of_its_watch() {
+    if Features::probe().userfaultfd_wp_async != Support::Yes {
+        return;
+    }
+    // SAFETY: the call takes flags only; the descriptor is ours.
+    let watch = unsafe {
+        let fd = libc::syscall(libc::SYS_userfaultfd, uffd::FLAGS);
+        assert!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());
+        Uffd::new(OwnedFd::from_raw_fd(fd as i32)).expect("asynchronous protection")
+    };
+    let (map, spare) = (Map::anonymous(8), Map::anonymous(1));
+    (0..8).for_each(|page| map.write(page));
+    let scanner = PageScanner::open(HostPid::current()).expect("open").reporting_written();
+    let (start, end) = (map.base as u64, map.base as u64 + map.len as u64);
+    let written = || {
+        let mut pages = 0;
+        let mut count = |run: PageRun| {
+            pages += if run.categories & category::WRITTEN != 0 { (run.end - run.start) / PAGE as u64 } else { 0 };
+            Ok::<_, std::io::Error>(())
+        };
+        scanner.scan_each(start, end, Want::PrivateAnon, &mut count).expect("scan");
+        pages
+    };
+    let protect = || scanner.scan_protect(start, end, |_| Ok::<_, std::io::Error>(())).expect("protect");
+    let go = |from: *mut u8, to: *mut u8| {
+        // SAFETY: both pages are in mappings of the test's own, into which no reference exists.
+        let at = unsafe { libc::mremap(from.cast(), PAGE, PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
+        assert_eq!(at, to.cast(), "mremap: {}", std::io::Error::last_os_error());
+    };
+    assert!(!scanner.is_watched(start).expect("scan"));
+    watch.register(start, end).expect("register");
+    assert!(scanner.is_watched(start).expect("scan") && !scanner.finds_marks(start, end).expect("scan"));
+    protect();
+    assert_eq!(written(), 0);
+    map.write(3);
+    assert_eq!(written(), 1);
+    // The page joins the watch at its new place, and takes the mapping it comes back to out of it.
+    go(map.base, spare.base);
+    watch.register(spare.base as u64, spare.base as u64 + PAGE as u64).expect("register");
+    protect();
+    go(spare.base, map.base);
+    if scanner.is_watched(start + PAGE as u64).expect("scan") {
+        return; // It did not grow together on this kernel.
+    }
+    map.write(4);
+    watch.register(start, end).expect("register");
+    assert!(scanner.finds_marks(start, end).expect("scan"));
+    watch.unprotect(start, end).expect("unprotect");
+    assert!(!scanner.finds_marks(start, end).expect("scan"));
+    assert_eq!(written(), 8);
+    protect();
+    assert_eq!(written(), 0);
+    map.write(4);
+    assert_eq!(written(), 1);
 }

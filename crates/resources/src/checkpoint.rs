@@ -56,8 +56,8 @@ pub struct TaskImage {
 
 /// The pages of one task or shared object.
 pub struct PageMap {
-    /// Path of the raw pages.
-    pub path: PathBuf,
+    /// Paths of the raw pages: the checkpoint's own first, then those of checkpoints before it that are needed.
+    pub paths: Vec<PathBuf>,
     /// Runs in ascending order.
     pub runs: Vec<Run>,
 }
@@ -71,6 +71,15 @@ pub struct Run {
     pub len: u64,
     /// Byte offset in the pages image.
     pub offset: u64,
+    /// Which pages image: an index into [`PageMap::paths`].
+    pub file: usize,
+}
+
+impl Run {
+    /// The part of it from `start` on, `len` bytes long, which lies in it.
+    pub fn part(&self, start: u64, len: u64) -> Self {
+        Self { start, len, offset: self.offset + (start - self.start), file: self.file }
+    }
 }
 
 impl TaskImage {
@@ -254,13 +263,22 @@ fn check_vmas(mm: &pb::MmEntry, pid: u32) -> Result<(), ResourceError> {
     Ok(())
 }
 
-/// Reads a pagemap and checks it against the size of its pages image.
+/// How many checkpoints may build on each other: no real chain is longer, and a link may lead back.
+const MAX_CHAIN: usize = 1024;
+
+/// Reads a pagemap and checks it against the size of its pages image; pages that are in checkpoints before this one are
+/// looked for there.
 pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> Result<PageMap, ResourceError> {
+    page_map_at(dir, path, kind, id, 0)
+}
+
+fn page_map_at(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64, depth: usize) -> Result<PageMap, ResourceError> {
     let (head, entries) = dir.read_pagemap(kind, id)?;
     let name = kind.file_name(id);
     let pages = path.join(format!("pages-{}.img", head.pages_id));
     let size = std::fs::metadata(&pages).map(|m| m.len());
     let mut runs: Vec<Run> = Vec::new();
+    let mut before: Vec<(u64, u64)> = Vec::new();
     let mut offset = 0u64;
     let mut last_end = 0u64;
     for e in &entries {
@@ -272,17 +290,15 @@ pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> R
             return Err(invalid!("{name}: pages at {:#x} are out of order", e.vaddr));
         }
         last_end = e.vaddr + len;
-        if flags & PE_PARENT != 0 {
-            return Err(invalid!(
-                "{name}: pages at {:#x} are in a parent checkpoint, which is not supported yet; \
-                 make a full dump (without --prev-images-dir)",
-                e.vaddr
-            ));
+        if len == 0 {
+            continue;
         }
-        if flags & PE_PRESENT != 0 && len > 0 {
+        if flags & PE_PARENT != 0 {
+            before.push((e.vaddr, len));
+        } else if flags & PE_PRESENT != 0 {
             match runs.last_mut() {
                 Some(r) if r.start + r.len == e.vaddr => r.len += len,
-                _ => runs.push(Run { start: e.vaddr, len, offset }),
+                _ => runs.push(Run { start: e.vaddr, len, offset, file: 0 }),
             }
             offset = offset.checked_add(len).ok_or_else(|| invalid!("{name}: more pages than a file can hold"))?;
         }
@@ -299,5 +315,65 @@ pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> R
             ));
         }
     }
-    Ok(PageMap { path: pages, runs })
+    let mut map = PageMap { paths: vec![pages], runs };
+    if !before.is_empty() {
+        let (dir, path) = parent_of(dir, path, &name, depth)?;
+        let parent = page_map_at(&dir, &path, kind, id, depth + 1)?;
+        map.take_from(&parent, &before, &name, &path)?;
+    }
+    Ok(map)
+}
+
+/// The checkpoint before this one, which `name` needs.
+fn parent_of(dir: &ImageDir, path: &Path, name: &str, depth: usize) -> Result<(ImageDir, PathBuf), ResourceError> {
+    if depth >= MAX_CHAIN {
+        return Err(invalid!(
+            "{name}: more than {MAX_CHAIN} checkpoints build on each other; is there a link in a circle?"
+        ));
+    }
+    match dir.parent()? {
+        Some(parent) => Ok((parent, path.join("parent"))),
+        None => Err(invalid!(
+            "{name}: pages are in the checkpoint before this one, but there is no link \"parent\" to it in {}; put the \
+             link back and retry",
+            path.display()
+        )),
+    }
+}
+
+impl PageMap {
+    /// Adds the runs of these areas (address, bytes), which an earlier checkpoint must hold.
+    fn take_from(
+        &mut self,
+        parent: &PageMap,
+        areas: &[(u64, u64)],
+        name: &str,
+        path: &Path,
+    ) -> Result<(), ResourceError> {
+        let base = self.paths.len();
+        self.paths.extend(parent.paths.iter().cloned());
+        for (start, len) in areas {
+            let mut at = *start;
+            for r in crate::mem::vma::clip(&parent.runs, *start, start + len) {
+                if r.start != at {
+                    break;
+                }
+                at += r.len;
+                self.runs.push(Run { file: base + r.file, ..r });
+            }
+            if at != start + len {
+                return Err(invalid!(
+                    "{name}: the page at {at:#x} ought to be in the checkpoint before, {}, and is not",
+                    path.display()
+                ));
+            }
+        }
+        self.runs.sort_unstable_by_key(|r| r.start);
+        Ok(())
+    }
+
+    /// The checkpoint's own runs, without those of checkpoints before it.
+    pub fn own(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter().filter(|r| r.file == 0)
+    }
 }

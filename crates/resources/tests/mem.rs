@@ -15,7 +15,7 @@ use dormouse_pages::ProbeFeatures;
 use dormouse_resources::DumpOptions;
 use dormouse_resources::fd::FileTable;
 use dormouse_resources::mem::vma::{self, flag, prot};
-use dormouse_resources::mem::{self, Mappings, PageIds, PageStats, SharedDump};
+use dormouse_resources::mem::{self, Increment, Mappings, PageIds, PageStats, SharedDump};
 use zoo::{PAGE, Zoo};
 
 /// What a dump of a zoo has left.
@@ -48,7 +48,7 @@ impl Dumped {
             let stack = dormouse_infect::arch::sp(&state.regs);
             let mut parasite = Parasite::infect(leader, state).expect("infect");
             let mappings = Mappings::read(zoo.pid, parasite.own_range()).expect("mappings");
-            let stats = mem::dump_pages(&mut parasite, &mappings, &images, &ids).expect("pages");
+            let stats = mem::dump_pages(&mut parasite, &mappings, &images, &ids, &Increment::default()).expect("pages");
             let draft = mem::MmDraft::take(&mut parasite, &mappings, &mut files, &mut shared).expect("mm");
             let mm = draft.finish(&mappings).expect("mm");
             parasite.cure().expect("cure");

@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn pieces_are_cut_without_loss() {
         let runs = [(1 << 30, 3 << 20, 4096), (2 << 30, 9 << 20, (3 << 20) + 4096)];
-        let pieces = runs.map(|(start, len, offset)| Run { start, len, offset }).to_vec();
+        let pieces = runs.map(|(start, len, offset)| Run { start, len, offset, file: 0 }).to_vec();
         let cut = jobs(&HostFill { pid: 1, at: 0, path: "x".into(), pieces });
         assert_eq!(cut.iter().map(|j| j.iter().map(|p| p.len).sum::<u64>()).collect::<Vec<_>>(), [PIECE; 3]);
         let mut at = 4096;

@@ -37,6 +37,8 @@ pub struct Request<'a> {
     /// Refuse images whose tasks have other rights than an ordinary process of this user: what is restored for a caller
     /// with fewer rights than ours must not be a way to more.
     pub only_user: Option<u32>,
+    /// Take pages out of the images once the tree has them.
+    pub dedup: bool,
     /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others; an error ends the restore,
     /// except after "post-resume".
     pub hooks: Hook<'a>,
@@ -130,6 +132,14 @@ pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
     let (plan, files, groups) = plan::plan(request, &image)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
     let mut report = handover::execute(request, &image, &plan, (files, groups))?;
+    if request.dedup {
+        // The tree runs; what fails now costs nothing but space.
+        for pages in image.tasks.iter().filter_map(|t| t.pages.as_ref()) {
+            dormouse_resources::mem::punch(pages)
+                .map(|bytes| tracing::info!("{bytes} bytes of pages taken out of the images"))
+                .unwrap_or_else(|e| tracing::warn!("pages stay in the images: {e}"));
+        }
+    }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
 }

@@ -178,6 +178,11 @@ impl<'a> Case<'a> {
         let ran = self.dump(bin, pid, images, options)?;
         ensure!(ran.ok(), "dump: {}", ran.errors());
         let ids = tree.iter().flat_map(|(pid, process)| process.threads.iter().copied().chain([*pid]));
+        // Those that were born meanwhile too: as long as they are there, so are the numbers of their groups.
+        let recorded = fs::read_dir(images)?.filter_map(|entry| {
+            entry.ok()?.file_name().to_str()?.strip_prefix("core-")?.strip_suffix(".img")?.parse().ok()
+        });
+        let ids = ids.chain(recorded);
         if let Err(left) = proc::wait_free(ids, Duration::from_secs(10)) {
             bail!("pid {left} is still there after the dump: {:?}", proc::read(left));
         }

@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("live/the_tree_goes_on", goes_on),
         Test::new("live/locked_memory_is_copied_at_once", locked),
         Test::new("live/a_tree_that_is_to_end", needs_leave_running),
+        Test::new("live/a_dump_that_others_build_on", needs_no_chain),
         Test::new(format!("live/{KILLED}_dumpers_killed"), killed),
     ]
 }
@@ -102,6 +103,20 @@ fn needs_leave_running(case: &Case<'_>) -> Result<Outcome> {
         let options: Vec<String> = ["--live".to_owned()].into_iter().chain(more.iter().cloned()).collect();
         let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &options)?;
         refused(case, &ran, &["--live", "--leave-running"])?;
+        target.unharmed()?;
+    }
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// Copies are written to later than the tree goes on: nothing tells what the tree itself writes meanwhile.
+fn needs_no_chain(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "sleep_counter", Session::Own, &[]));
+    for more in [&["--track-mem"][..], &["--prev-images-dir", "../before"]] {
+        let more = more.iter().map(|word| (*word).to_owned());
+        let options: Vec<String> = options().into_iter().chain(more).collect();
+        let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &options)?;
+        refused(case, &ran, &["--live", "--track-mem", "--prev-images-dir"])?;
         target.unharmed()?;
     }
     target.ask()?;

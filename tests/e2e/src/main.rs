@@ -7,6 +7,7 @@ mod adversary;
 mod args;
 mod caller;
 mod case;
+mod chain;
 mod concurrent;
 mod damage;
 mod exchange;
@@ -81,7 +82,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
     let mut tests = Vec::new();
     for group in &args.groups {
         match group {
-            Group::Programs => tests.extend(programs::tests()),
+            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests())),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
             Group::Refuse => tests.extend(refuse::tests()),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use dormouse_dump::Chain;
 use dormouse_resources::DumpOptions;
 
 use super::Common;
@@ -78,9 +79,44 @@ pub struct DumpArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u32,
     #[command(flatten)]
+    pub chain: ChainArgs,
+    #[command(flatten)]
     pub kinds: Kinds,
     #[command(flatten)]
     pub common: Common,
+}
+
+/// Options about dumps that build on each other.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Dumps that build on each other")]
+pub struct ChainArgs {
+    /// Directory of the dump or pre-dump before this one, relative to the images' directory: with --track-mem, pages that
+    /// were not written to since are left to it
+    #[arg(long, value_name = "DIR")]
+    pub prev_images_dir: Option<PathBuf>,
+    /// Watch which pages are written to, for the dump that follows; pre-dump always does
+    #[arg(long)]
+    pub track_mem: bool,
+    /// Take pages that are saved anew out of the images of the dumps before, which can then no longer be restored
+    #[arg(long)]
+    pub auto_dedup: bool,
+    /// How pre-dump reads memory: splice or read, which make no difference here
+    #[arg(long, value_name = "MODE", default_value = "splice", value_parser = ["splice", "read"])]
+    pub pre_dump_mode: String,
+}
+
+/// `dormouse dedup`
+#[derive(Clone, Debug, clap::Args)]
+pub struct DedupArgs {
+    #[command(flatten)]
+    pub common: Common,
+}
+
+impl ChainArgs {
+    /// The same for the dump.
+    pub fn chain(&self) -> Chain {
+        Chain { before: self.prev_images_dir.clone(), track: self.track_mem, dedup: self.auto_dedup }
+    }
 }
 
 impl Kinds {

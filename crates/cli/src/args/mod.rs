@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
 
-pub use dump::{DumpArgs, Kinds};
+pub use dump::{DedupArgs, DumpArgs, Kinds};
 use getopt::{Given, Words};
 pub use restore::RestoreArgs;
 pub use service::{ServiceArgs, WorkerArgs};
@@ -43,6 +43,10 @@ pub struct Cli {
 pub enum Command {
     /// Put a process tree to sleep: write it to a directory, and kill it unless told otherwise
     Dump(DumpArgs),
+    /// Copy the memory of a process tree while it runs, so that the dump that follows has little left to copy
+    PreDump(DumpArgs),
+    /// Take pages that the images hold anew out of the dumps that they build on
+    Dedup(DedupArgs),
     /// Wake a process tree up from a directory
     Restore(RestoreArgs),
     /// Tell what this machine can do, or whether a process tree can be dumped
@@ -202,10 +206,10 @@ pub struct Parsed {
 }
 
 /// Commands of CRIU that are not there yet.
-const ABSENT: &[&str] = &["pre-dump", "page-server", "dedup", "lazy-pages", "cpuinfo", "exec"];
+const ABSENT: &[&str] = &["page-server", "lazy-pages", "cpuinfo", "exec"];
 
 /// Commands whose options are CRIU's.
-const CRIUS: &[&str] = &["dump", "restore", "check", "service"];
+const CRIUS: &[&str] = &["dump", "pre-dump", "restore", "check", "dedup", "service"];
 
 /// Other commands; their words go to clap as they are.
 fn is_ours(word: &OsStr) -> bool {
@@ -278,8 +282,9 @@ fn known(verb: &str) -> Result<()> {
     match verb {
         name if CRIUS.contains(&name) => Ok(()),
         name if ABSENT.contains(&name) => bail!(
-            "{name} is not there yet: of CRIU's commands dormouse {} has dump, restore, check, service and swrk; use CRIU for others",
-            version::OURS
+            "{name} is not there yet: of CRIU's commands dormouse {} has {} and swrk; use CRIU for others",
+            version::OURS,
+            CRIUS.join(", ")
         ),
         name if is_ours(OsStr::new(name)) => bail!("write `dormouse {name}` first and its options after it"),
         name => bail!("unknown command {name}; see `dormouse help`"),
@@ -329,7 +334,7 @@ fn command(verb: &str, words: &Words) -> Result<Parsed> {
 fn judge(verb: &str, given: &Given, notes: &mut Vec<String>) -> Result<()> {
     let Known { long, dump, restore, .. } = *given.known;
     let rule = match verb {
-        "dump" => dump,
+        "dump" | "pre-dump" => dump,
         "restore" => restore,
         _ => Rule::Elsewhere,
     };
@@ -375,6 +380,7 @@ pub fn cli() -> clap::Command {
     };
     Cli::command()
         .mut_subcommand("dump", with("dump", |known| known.dump))
+        .mut_subcommand("pre-dump", with("pre-dump", |known| known.dump))
         .mut_subcommand("restore", with("restore", |known| known.restore))
 }
 

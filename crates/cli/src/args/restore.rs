@@ -63,6 +63,9 @@ pub struct RestoreArgs {
     /// Make closed sockets of TCP connections
     #[arg(long)]
     pub tcp_close: bool,
+    /// Take pages out of the images once the tree has them; it cannot be restored from them again
+    #[arg(long)]
+    pub auto_dedup: bool,
     /// Do not compare the permission bits of files with those at the dump
     #[arg(long)]
     pub skip_file_rwx_check: bool,

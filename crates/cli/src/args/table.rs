@@ -66,7 +66,6 @@ impl Known {
 }
 
 const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
-const INCREMENTS: &str = "checkpoints that build on others are not there yet; leave it out for a whole one";
 const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
                           command in the wanted namespaces, e.g. with nsenter(1)";
 const CPU: &str = "cpuinfo.img is neither written nor checked yet; leave it out or use --cpu-cap=none";
@@ -104,10 +103,10 @@ pub const CRIU: &[Known] = &[
     Known::bool("page-server", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
     Known::new("address", Value, Idle, Idle),
     Known::new("port", Value, Idle, Idle),
-    Known::new("prev-images-dir", Value, Refused(INCREMENTS), Elsewhere),
+    Known::new("prev-images-dir", Value, Works, Elsewhere),
     Known::new("ms", Nothing, Refused("CRIU no longer has it; leave it out"), Elsewhere),
-    Known::bool("track-mem", Refused(INCREMENTS), Elsewhere),
-    Known::bool("auto-dedup", Refused(INCREMENTS), Refused("images are never changed by a restore; leave it out")),
+    Known::bool("track-mem", Works, Elsewhere),
+    Known::bool("auto-dedup", Works, Works),
     Known::new("libdir", Value, Idle, Idle).short('L'),
     Known::new("cpu-cap", MaybeValue, Only(&["none"], CPU), Only(&["none"], CPU)),
     Known::bool("force-irmap", Works, Idle),
@@ -153,7 +152,7 @@ pub const CRIU: &[Known] = &[
     Known::bool("tls", Refused(NO_TLS), Refused(NO_TLS)),
     Known::new("tls-no-cn-verify", Nothing, Idle, Idle),
     Known::new("cgroup-yard", Value, Works, Works),
-    Known::new("pre-dump-mode", Value, Elsewhere, Elsewhere),
+    Known::new("pre-dump-mode", Value, Works, Elsewhere),
     Known::new("file-validation", Value, Idle, Idle),
     Known::bool("skip-file-rwx-check", Elsewhere, Works),
     Known::new("lsm-mount-context", Value, Elsewhere, Idle),

@@ -127,9 +127,7 @@ fn control_groups_are_managed_as_asked() {
 #[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
-        ("dump -t 1 --track-mem", "--track-mem"),
         ("dump -t 1 --page-server --address ::1 --port 9", "--page-server"),
-        ("dump -t 1 --prev-images-dir ../1", "--prev-images-dir"),
         ("dump -t 1 --freeze-cgroup /sys/fs/cgroup/x", "--freeze-cgroup"),
         ("dump -t 1 --stream", "--stream"),
         ("dump -t 1 --lazy-pages", "--lazy-pages"),
@@ -138,7 +136,6 @@ fn what_cannot_be_ignored_is_refused_by_name() {
         ("restore -J net:/proc/1/ns/net", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),
         ("restore --cpu-cap", "--cpu-cap"),
-        ("restore --auto-dedup", "--auto-dedup"),
     ] {
         let message = refusal(line);
         assert!(message.contains(option) && message.contains("leave it out"), "{line}: {message}");
@@ -163,6 +160,15 @@ fn check_takes_every_option_of_criu() {
 }
 
 #[test]
+fn a_pre_dump_takes_the_options_of_a_dump() {
+    let parsed = parse_line("pre-dump -t 7 -D d --prev-images-dir ../c -j --auto-dedup").expect("pre-dump");
+    let Command::PreDump(args) = parsed.command else { panic!("{parsed:?}") };
+    assert!(args.tree == 7 && args.kinds.shell_job && args.chain.auto_dedup);
+    assert_eq!(args.chain.prev_images_dir, Some(PathBuf::from("../c")));
+    assert!(dump("dump -t 1 --track-mem").chain.track_mem);
+}
+
+#[test]
 fn pid_is_an_abbreviation_of_pidfile_outside_of_check() {
     assert_eq!(restore("restore --pid file").pidfile, Some("file".into()));
 }
@@ -182,7 +188,6 @@ fn other_commands_of_criu_are_named() {
         let message = refusal(verb);
         assert!(message.contains(verb) && message.contains("not there yet"), "{message}");
     }
-    assert!(refusal("pre-dump -t 1 -D d --track-mem").contains("pre-dump is not there yet"));
     assert!(refusal("page-server -d").contains("page-server is not there yet"));
     assert!(refusal("dumb").contains("unknown command"));
     assert!(refusal("-v4").contains("no command"));

@@ -78,7 +78,7 @@ pub struct Files<'a> {
     paths: Paths,
     open: HashMap<u32, OwnedFd>,
     mapped: HashMap<(u32, i32), OwnedFd>,
-    pages: HashMap<i32, OwnedFd>,
+    pages: HashMap<PathBuf, OwnedFd>,
     /// Files that were compared with their records.
     checked: HashSet<u32>,
     /// Memfds whose first description was given.
@@ -201,22 +201,29 @@ impl<'a> Files<'a> {
         self.status_flags(id) & (libc::O_ASYNC | libc::O_PATH) == libc::O_ASYNC
     }
 
-    /// The pages image of a task; -1 if it has no pages.
+    /// The pages images of a task, in the order of its page map; -1 for those of which nothing is needed.
     ///
     /// # Errors
-    /// There is no such task, or the image cannot be opened.
-    pub fn pages_fd(&mut self, pid: i32) -> Result<RawFd> {
-        if let Some(fd) = self.pages.get(&pid) {
-            return Ok(fd.as_raw_fd());
-        }
+    /// There is no such task, or an image cannot be opened.
+    pub fn pages_fds(&mut self, pid: i32) -> Result<Vec<RawFd>> {
         let task = self.image.tasks.iter().find(|t| t.pid() == pid);
         let map = task.and_then(|t| t.pages.as_ref()).ok_or_else(|| invalid!("pid {pid} has no pages"))?;
-        if map.runs.is_empty() {
-            return Ok(-1);
+        let mut fds = vec![-1; map.paths.len()];
+        for r in &map.runs {
+            if fds[r.file] >= 0 {
+                continue;
+            }
+            let path = &map.paths[r.file];
+            fds[r.file] = match self.pages.get(path) {
+                Some(fd) => fd.as_raw_fd(),
+                None => {
+                    let fd = open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+                    let fd = fd.map_err(|e| call(format!("cannot open {}", path.display()))(e.into()))?;
+                    keep_in(&mut self.pages, path.clone(), raise(fd, self.base)?)
+                }
+            };
         }
-        let fd = open(&map.path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
-        let fd = fd.map_err(|e| call(format!("cannot open {}", map.path.display()))(e.into()))?;
-        Ok(keep_in(&mut self.pages, pid, raise(fd, self.base)?))
+        Ok(fds)
     }
 
     /// The description with this id, which is opened at the first call.

@@ -25,12 +25,14 @@ const SPECIAL: [(&[u8], &str, &str); 8] = [
 ];
 
 /// Codes of VmFlags that stand for memory which no image holds.
-const FLAGS: [(&str, &str, &str); 5] = [
+///
+/// Write protection by a userfaultfd ("uw") is none of them: memory is whole with it, and a descriptor of the task's own
+/// is refused as such.
+const FLAGS: [(&str, &str, &str); 4] = [
     ("ss", "a shadow stack", "run it without shadow stacks (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off) and retry"),
     ("mt", "memory with tags (MTE)", "run it without memory tagging and retry"),
     ("um", "memory that a userfaultfd fills", "end the use of userfaultfd and retry"),
     ("ui", "memory that a userfaultfd fills", "end the use of userfaultfd and retry"),
-    ("uw", "memory whose writes a userfaultfd watches", "end the use of userfaultfd and retry"),
 ];
 
 /// Every mapping of `pid` that cannot be dumped. Reads /proc only; the process may be running.

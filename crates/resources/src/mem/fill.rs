@@ -1,6 +1,6 @@
 //! Filling restored memory from the pages image: reads that are contiguous there become few operations.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dormouse_blob_abi::{OpKind, Policy};
 use dormouse_images::pb;
@@ -44,8 +44,8 @@ pub fn huge_by_default() -> bool {
 /// Pieces that follow each other in the image, for the host to fill if they are many.
 pub struct Gathered<'p> {
     pid: i32,
-    fd: i32,
-    path: &'p Path,
+    fds: &'p [i32],
+    paths: &'p [PathBuf],
     /// Start and length of the mappings that the pieces lie in.
     ranges: Vec<u64>,
     pieces: Vec<Run>,
@@ -53,14 +53,14 @@ pub struct Gathered<'p> {
 }
 
 impl<'p> Gathered<'p> {
-    /// None yet, of this task; `fd` is its descriptor of the pages image at `path`.
-    pub fn new(pid: i32, fd: i32, path: &'p Path) -> Self {
-        Self { pid, fd, path, ranges: Vec::new(), pieces: Vec::new(), bytes: 0 }
+    /// None yet, of this task; `fds` are its descriptors of the pages images at `paths`.
+    pub fn new(pid: i32, fds: &'p [i32], paths: &'p [PathBuf]) -> Self {
+        Self { pid, fds, paths, ranges: Vec::new(), pieces: Vec::new(), bytes: 0 }
     }
 
-    /// Whether `run` comes right behind the others in the image.
+    /// Whether `run` comes right behind the others in the same image.
     pub fn goes_on(&self, run: Run) -> bool {
-        self.pieces.last().is_none_or(|p| p.offset + p.len == run.offset)
+        self.pieces.last().is_none_or(|p| p.file == run.file && p.offset + p.len == run.offset)
     }
 
     /// Adds a piece, which lies in the mapping `v`.
@@ -80,19 +80,21 @@ impl<'p> Gathered<'p> {
             pieces.into_iter().for_each(|piece| reads.add(b, arena, piece));
             return None;
         }
+        let file = pieces[0].file;
         let record = [arena.put_words(&ranges), ranges.len() as u64 / 2, 0, 0];
         let at = arena.put_words(&record);
         let iov: Vec<u64> = pieces.iter().flat_map(|p| [p.start, p.len]).collect();
-        let args = [self.fd as u64, arena.put_words(&iov), pieces.len() as u64, pieces[0].offset, at, 0];
+        let args = [self.fds[file] as u64, arena.put_words(&iov), pieces.len() as u64, pieces[0].offset, at, 0];
         let what = format!("{bytes} bytes of pages from {:#x} on", pieces[0].start);
         b.push(what, OpKind::FillByHost, Policy::Must, 0, args);
-        Some(HostFill { pid: self.pid, at, path: self.path.to_owned(), pieces })
+        Some(HostFill { pid: self.pid, at, path: self.paths[file].clone(), pieces })
     }
 }
 
-/// Collects page reads of one image.
+/// Collects page reads of a task's images.
 pub struct Reads {
-    fd: i32,
+    fds: Vec<i32>,
+    file: usize,
     iov: Vec<u64>,
     from: u64,
     next: u64,
@@ -100,16 +102,17 @@ pub struct Reads {
 }
 
 impl Reads {
-    /// Reads from this descriptor of the task.
-    pub fn new(fd: i32) -> Self {
-        Self { fd, iov: Vec::new(), from: 0, next: 0, scratch: 0 }
+    /// Reads from these descriptors of the task, one for each of [`crate::checkpoint::PageMap::paths`].
+    pub fn new(fds: Vec<i32>) -> Self {
+        Self { fds, file: 0, iov: Vec::new(), from: 0, next: 0, scratch: 0 }
     }
 
     /// Reads a run into memory that holds nothing yet.
     pub fn add(&mut self, b: &mut Batch, arena: &mut Arena, run: Run) {
-        if self.next != run.offset || self.iov.is_empty() {
+        if self.next != run.offset || self.file != run.file || self.iov.is_empty() {
             self.flush(b, arena);
             self.from = run.offset;
+            self.file = run.file;
         }
         match self.iov.as_mut_slice() {
             [.., at, len] if *at + *len == run.start => *len += run.len,
@@ -124,7 +127,7 @@ impl Reads {
             self.scratch = arena.alloc(SCRATCH as usize, 4096);
         }
         let what = format!("pages at {:#x}", run.start);
-        let args = [self.fd as u64, run.start, run.len, run.offset, self.scratch, SCRATCH];
+        let args = [self.fds[run.file] as u64, run.start, run.len, run.offset, self.scratch, SCRATCH];
         b.push(what, OpKind::ReadChanged, Policy::Must, 0, args);
     }
 
@@ -135,7 +138,7 @@ impl Reads {
         }
         let what = format!("reading {} bytes of pages from {:#x} on", self.next - self.from, self.iov[0]);
         let at = arena.put_words(&self.iov);
-        let args = [self.fd as u64, at, self.iov.len() as u64 / 2, self.from, 0, 0];
+        let args = [self.fds[self.file] as u64, at, self.iov.len() as u64 / 2, self.from, 0, 0];
         b.push(what, OpKind::ReadAll, Policy::Must, 0, args);
         self.iov.clear();
     }
@@ -151,23 +154,28 @@ mod tests {
         let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
         let v = pb::VmaEntry { start: 1 << 30, end: 2 << 30, ..Default::default() };
         for (len, kind, fills) in [(BY_HOST - 4096, OpKind::ReadAll, 0), (BY_HOST, OpKind::FillByHost, 1)] {
-            let (mut b, mut reads) = (Batch::new(), Reads::new(5));
-            let mut gathered = Gathered::new(7, 5, Path::new("pages-1.img"));
+            let (mut b, mut reads) = (Batch::new(), Reads::new(vec![5, 6]));
+            let paths = ["pages-1.img", "parent/pages-1.img"].map(PathBuf::from);
+            let mut gathered = Gathered::new(7, &[5, 6], &paths);
             let runs = [
-                Run { start: v.start, len: 4096, offset: 8192 },
-                Run { start: v.start + 8192, len: len - 4096, offset: 12288 },
+                Run { start: v.start, len: 4096, offset: 8192, file: 1 },
+                Run { start: v.start + 8192, len: len - 4096, offset: 12288, file: 1 },
             ];
             for run in runs {
                 assert!(gathered.goes_on(run));
                 gathered.add(&v, run);
             }
-            assert!(!gathered.goes_on(Run { start: 0, len: 4096, offset: 0 }));
+            let next = Run { start: 0, len: 4096, offset: 8192 + len, file: 1 };
+            assert!(gathered.goes_on(next), "behind the others");
+            assert!(!gathered.goes_on(Run { offset: 0, ..next }), "elsewhere in the image");
+            assert!(!gathered.goes_on(Run { file: 0, ..next }), "in another image");
             let fill = gathered.flush(&mut b, &mut arena, &mut reads);
             reads.flush(&mut b, &mut arena);
             assert_eq!(fill.iter().count(), fills);
             assert_eq!(b.kinds(), [kind as u32]);
             if let Some(fill) = fill {
                 assert_eq!(fill.pieces, runs);
+                assert_eq!(fill.path, paths[1]);
                 let ranges = arena.word(fill.at);
                 assert_eq!(
                     [arena.word(ranges), arena.word(ranges + 8), arena.word(fill.at + 8)],
@@ -182,9 +190,9 @@ mod tests {
         let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
         let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
         let mut b = Batch::new();
-        let mut reads = Reads::new(5);
+        let mut reads = Reads::new(vec![5]);
         for (start, offset) in [(0x1000, 0), (0x2000, 0x1000), (0x8000, 0x2000), (0x9000, 0x4000)] {
-            reads.add(&mut b, &mut arena, Run { start, len: 0x1000, offset });
+            reads.add(&mut b, &mut arena, Run { start, len: 0x1000, offset, file: 0 });
         }
         reads.flush(&mut b, &mut arena);
         assert_eq!(b.len(), 2);

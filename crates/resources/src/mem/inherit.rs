@@ -55,7 +55,7 @@ pub fn inherit_ops(
     }
     for m in &mine {
         for p in clip(&theirs, m.start, m.start + m.len) {
-            reads.changed(b, arena, Run { start: p.start, len: p.len, offset: m.offset + (p.start - m.start) });
+            reads.changed(b, arena, m.part(p.start, p.len));
         }
     }
 }
@@ -67,7 +67,7 @@ fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
         let mut at = r.start;
         let mut push = |from: u64, to: u64| {
             if from < to {
-                left.push(Run { start: from, len: to - from, offset: r.offset + (from - r.start) });
+                left.push(r.part(from, to - from));
             }
         };
         for o in clip(others, r.start, r.start + r.len) {
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     fn run(start: u64, len: u64, offset: u64) -> Run {
-        Run { start: start << 12, len: len << 12, offset: offset << 12 }
+        Run { start: start << 12, len: len << 12, offset: offset << 12, file: 0 }
     }
 
     fn private(start: u64, end: u64) -> pb::VmaEntry {
@@ -129,7 +129,7 @@ mod tests {
         let v = private(0x1000, 0xa000);
         let p = pb::VmaEntry { prot: 1, ..v };
         let mut b = Batch::new();
-        inherit_ops(&mut b, &mut arena, (&v, &p), (&[run(2, 1, 0)], &[]), &mut Reads::new(5));
+        inherit_ops(&mut b, &mut arena, (&v, &p), (&[run(2, 1, 0)], &[]), &mut Reads::new(vec![5]));
         assert_eq!(b.name(0), "mprotect of 0x1000-0xa000");
     }
 
@@ -140,7 +140,7 @@ mod tests {
         let v = private(0x1000, 0xa000);
         let (own, parent) = ([run(2, 2, 0), run(6, 2, 2)], [run(1, 2, 0), run(6, 1, 2)]);
         let mut b = Batch::new();
-        let mut reads = Reads::new(5);
+        let mut reads = Reads::new(vec![5]);
         inherit_ops(&mut b, &mut arena, (&v, &v), (&own, &parent), &mut reads);
         reads.flush(&mut b, &mut arena);
         let names: Vec<&str> = (0..b.len()).map(|i| b.name(i)).collect();

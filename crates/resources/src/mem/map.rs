@@ -46,9 +46,9 @@ pub fn map_ops(
         }
     }
     let parent_runs = parent.and_then(|p| p.pages.as_ref()).map_or(&[][..], |p| &p.runs);
-    let fd = c.files.pages_fd(t.pid())?;
-    let mut reads = Reads::new(fd);
-    let mut gathered = Gathered::new(t.pid(), fd, &pages.path);
+    let fds = c.files.pages_fds(t.pid())?;
+    let mut gathered = Gathered::new(t.pid(), &fds, &pages.paths);
+    let mut reads = Reads::new(fds.clone());
     let small_pages = mm.thp_disabled == Some(true) || !huge_by_default();
     for v in vmas.iter().filter(|v| is_mapped(v)) {
         if let Some(p) = inherited(v, &parent_vmas) {
@@ -209,7 +209,7 @@ mod tests {
             mlock_ops(&mut b, v, runs);
             b.len()
         };
-        let run = |start, len| Run { start, len, offset: 0 };
+        let run = |start, len| Run { start, len, offset: 0, file: 0 };
         assert_eq!(ops(&v, &[run(0x1000, 0x1000), run(0x2000, 0x4000)]), 2, "all of it was there");
         assert_eq!(ops(&v, &[run(0x1000, 0x1000), run(0x3000, 0x1000)]), 1, "locked as pages come");
         assert_eq!(ops(&pb::VmaEntry { prot: 1, ..v }, &[]), 2, "zero pages are not in the images");

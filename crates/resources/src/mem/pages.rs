@@ -14,10 +14,11 @@ use dormouse_infect::arch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
 use dormouse_kernel::proc::status;
-use dormouse_pages::runs::{PE_LAZY, PE_PRESENT};
+use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
 use dormouse_pages::{PageRun, PageScanner, Want, category};
 
 use super::copier::Copier;
+use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
 use super::records::Records;
 use super::route::Route;
@@ -60,6 +61,8 @@ pub struct PageStats {
     pub lazy: u64,
     /// Of these, pages that this program copied.
     pub outside: u64,
+    /// Pages that are left to the checkpoint before.
+    pub left: u64,
 }
 
 /// Writes `pagemap-<pid>.img` and a pages image with the private memory of the parasite's process.
@@ -71,15 +74,16 @@ pub fn dump_pages(
     mappings: &Mappings,
     images: &ImageDir,
     ids: &PageIds,
+    increment: &Increment,
 ) -> Result<PageStats> {
     let pid = mappings.pid();
     let id = ids.next();
     let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
-    let scanner = PageScanner::open(mappings.source()).map_err(scan_failed())?;
+    let scanner = increment.scanner(mappings.source()).map_err(scan_failed())?;
     let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
     let image = images.create_file(ImageKind::Pages, id.into())?;
-    let mut dump = Dump::new(parasite, mappings, records, image)?;
-    for group in groups(mappings.lines(), scanner.uses_ioctl()) {
+    let mut dump = Dump::new(parasite, mappings, records, image, increment)?;
+    for group in groups(mappings.lines(), &scanner, increment, &mut dump.untold)? {
         match group {
             Group::Vdso(v) => dump.vdso(v)?,
             Group::Walk(range) => {
@@ -90,14 +94,18 @@ pub fn dump_pages(
                     Stopped::Dump(e) => e,
                 })?;
             }
-            Group::Guards(range) if scanner.knows_guards() => {
-                let mut runs = Vec::new();
-                scanner.scan_guard(range.start, range.end, &mut runs).map_err(scan_failed())?;
-                runs.iter().for_each(|run| dump.guard(run));
+            Group::Protect(range) => {
+                let walk = scanner.scan_protect(range.start, range.end, |run| Ok::<_, Stopped>(dump.run(&run)?));
+                walk.map_err(|stopped| match stopped {
+                    Stopped::Scan(e) => scan_failed()(e),
+                    Stopped::Dump(e) => e,
+                })?;
+                dump.guards(&scanner, range).map_err(scan_failed())?;
             }
-            Group::Guards(_) => {}
+            Group::Guards(range) => dump.guards(&scanner, range).map_err(scan_failed())?,
         }
     }
+    increment.clear(pid)?;
     dump.finish()
 }
 
@@ -126,16 +134,32 @@ enum Group<'a> {
     Vdso(&'a Vma),
     /// A walk finds pages to save and guard pages.
     Walk(Range<u64>),
+    /// As a walk, over one mapping, whose pages are then protected to tell later writes.
+    Protect(Range<u64>),
     /// A walk finds guard pages only.
     Guards(Range<u64>),
 }
 
-/// Private memory in as few walks as possible; `far` if walks may cross holes at no cost.
-fn groups(lines: &[(Vma, Kind)], far: bool) -> Vec<Group<'_>> {
+/// Private memory in as few walks as possible. Mappings whose writes are not told go into `untold`.
+fn groups<'a>(
+    lines: &'a [(Vma, Kind)],
+    scanner: &PageScanner,
+    increment: &Increment,
+    untold: &mut Vec<u64>,
+) -> Result<Vec<Group<'a>>> {
+    // The ioctl crosses holes at no cost.
+    let far = scanner.uses_ioctl();
     let mut groups = Vec::new();
+    let mut registered = |v: &Vma, kind: Kind| {
+        let registered = increment.register(scanner, v, kind)?;
+        untold.extend((registered == Registered::No).then_some(v.start));
+        Ok::<_, ResourceError>(registered == Registered::Yes)
+    };
     for (v, kind) in lines {
         if *kind == Kind::Vdso {
             groups.push(Group::Vdso(v));
+        } else if is_saved(v, *kind) && registered(v, *kind)? && increment.go_on {
+            groups.push(Group::Protect(v.start..v.end));
         } else if is_saved(v, *kind) {
             match groups.last_mut() {
                 Some(Group::Walk(range)) if v.start == range.end || far => range.end = v.end,
@@ -151,17 +175,20 @@ fn groups(lines: &[(Vma, Kind)], far: bool) -> Vec<Group<'_>> {
             }
         }
     }
-    groups
+    Ok(groups)
 }
 
 /// Does the mapping hold pages of the process's own?
-fn is_saved(v: &Vma, kind: Kind) -> bool {
+pub(super) fn is_saved(v: &Vma, kind: Kind) -> bool {
     !v.shared && matches!(kind, Kind::Anonymous { .. } | Kind::HugeAnonymous | Kind::Memfd | Kind::File)
 }
 
 /// A dump under way.
 struct Dump<'a, 'p> {
     copier: Copier<'a, 'p>,
+    increment: &'a Increment,
+    /// First addresses of mappings whose writes are not told, ascending.
+    untold: Vec<u64>,
     mappings: &'a Mappings,
     records: Records,
     guards: Vec<Range<u64>>,
@@ -177,7 +204,13 @@ struct Dump<'a, 'p> {
 }
 
 impl<'a, 'p> Dump<'a, 'p> {
-    fn new(parasite: &'a mut Parasite<'p>, mappings: &'a Mappings, records: Records, image: File) -> Result<Self> {
+    fn new(
+        parasite: &'a mut Parasite<'p>,
+        mappings: &'a Mappings,
+        records: Records,
+        image: File,
+        increment: &'a Increment,
+    ) -> Result<Self> {
         let pid = mappings.source();
         let leader = std::iter::once(arch::sp(&parasite.leader_state().regs));
         let mut stacks: Vec<u64> = mappings.stacks().iter().copied().chain(leader).map(|sp| sp & !(PAGE - 1)).collect();
@@ -190,6 +223,8 @@ impl<'a, 'p> Dump<'a, 'p> {
         let copier = Copier::new(parasite, pid, image, route)?;
         Ok(Self {
             copier,
+            increment,
+            untold: Vec::new(),
             mappings,
             records,
             guards: Vec::new(),
@@ -211,9 +246,30 @@ impl<'a, 'p> Dump<'a, 'p> {
         self.at += lines[self.at..].iter().take_while(|(v, _)| v.end <= run.start).count();
         for (v, kind) in lines[self.at..].iter().take_while(|(v, _)| v.start < run.end) {
             if is_saved(v, *kind) {
-                self.pages(v, *kind, run.start.max(v.start)..run.end.min(v.end))?;
+                let range = run.start.max(v.start)..run.end.min(v.end);
+                let told = self.untold.binary_search(&v.start).is_err();
+                let clean = told && self.increment.is_clean(run.categories);
+                for (part, left) in self.increment.split(range, clean) {
+                    if left {
+                        let len = part.end - part.start;
+                        self.records.add(part.start, len, PE_PARENT)?;
+                        self.stats.left += len / PAGE;
+                    } else {
+                        self.pages(v, *kind, part)?;
+                    }
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Finds the guard pages in a range, where they can be told from others.
+    fn guards(&mut self, scanner: &PageScanner, range: Range<u64>) -> io::Result<()> {
+        let mut runs = Vec::new();
+        if scanner.knows_guards() {
+            scanner.scan_guard(range.start, range.end, &mut runs)?;
+        }
+        runs.iter().for_each(|run| self.guard(run));
         Ok(())
     }
 
@@ -272,7 +328,7 @@ impl<'a, 'p> Dump<'a, 'p> {
         }
         self.records.finish()?;
         self.mappings.found_guards(self.guards);
-        self.stats.scanned = self.stats.written;
+        self.stats.scanned = self.stats.written + self.stats.left;
         self.stats.outside = self.copier.outside / PAGE;
         Ok(self.stats)
     }

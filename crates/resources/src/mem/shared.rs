@@ -7,6 +7,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::{ImageDir, ImageKind, pb};
@@ -23,7 +24,7 @@ use super::pages::PageIds;
 use super::records::Records;
 use super::sysv::{Segments, SysvDump};
 use super::vma::{VMA_ANON_SHARED, VMA_GUARD, VMA_SYSVIPC, flag};
-use crate::checkpoint::{PageMap, TreeImage, optional, read_page_map};
+use crate::checkpoint::{PageMap, Run, TreeImage, optional, read_page_map};
 use crate::fd::files::raise;
 use crate::{Result, call, invalid};
 
@@ -288,19 +289,26 @@ fn fill(fd: &OwnedFd, size: u64, huge: bool, map: &PageMap) -> Result<()> {
     if map.runs.is_empty() {
         return Ok(());
     }
-    let read_failed = || format!("cannot read {}", map.path.display());
-    let from = File::open(&map.path).map_err(call(format!("cannot open {}", map.path.display())))?;
+    let read_failed = |r: &Run| format!("cannot read {}", map.paths[r.file].display());
+    let open = |path: &PathBuf| File::open(path).map_err(call(format!("cannot open {}", path.display())));
+    let mut from: Vec<Option<File>> = map.paths.iter().map(|_| None).collect();
+    for r in &map.runs {
+        if from[r.file].is_none() {
+            from[r.file] = Some(open(&map.paths[r.file])?);
+        }
+    }
+    let source = |r: &Run| from[r.file].as_ref().expect("opened above");
     let inside = map.runs.iter().map(|r| (r, r.len.min(size.saturating_sub(r.start))));
     if huge {
         let mut object = MappedObject::new(fd, size).map_err(call(format!("cannot map {size} bytes of huge pages")))?;
         for (r, len) in inside {
-            object.read_from(r.start, len, &from, r.offset).map_err(call(read_failed()))?;
+            object.read_from(r.start, len, source(r), r.offset).map_err(call(read_failed(r)))?;
         }
         return Ok(());
     }
     let to = File::from(fd.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?);
     for (r, len) in inside {
-        copy(&from, r.offset, len, &to, r.start).map_err(call(format!("{} into shared memory", read_failed())))?;
+        copy(source(r), r.offset, len, &to, r.start).map_err(call(format!("{} into shared memory", read_failed(r))))?;
     }
     lseek(&to, 0, Whence::SeekSet).map_err(|e| call("cannot rewind shared memory")(e.into()))?;
     Ok(())

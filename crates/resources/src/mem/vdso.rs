@@ -87,7 +87,7 @@ impl Vdso {
         let mut saved = self.bytes.clone();
         for run in clip(&pages.runs, v.start, v.end) {
             let at = (run.start - v.start) as usize;
-            saved[at..at + run.len as usize].copy_from_slice(&read_at(&pages.path, run.offset, run.len)?);
+            saved[at..at + run.len as usize].copy_from_slice(&read_at(&pages.paths[run.file], run.offset, run.len)?);
         }
         if same_code(&saved, &self.bytes) {
             return Ok(());

@@ -111,7 +111,7 @@ pub fn clip(runs: &[Run], start: u64, end: u64) -> impl Iterator<Item = Run> + '
     runs[first..].iter().take_while(move |r| r.start < end && start < end).map(move |r| {
         let from = r.start.max(start);
         let to = (r.start + r.len).min(end);
-        Run { start: from, len: to - from, offset: r.offset + (from - r.start) }
+        r.part(from, to - from)
     })
 }
 
@@ -126,12 +126,10 @@ mod tests {
 
     #[test]
     fn clip_cuts_runs_at_both_ends() {
-        let runs = [Run { start: 0x1000, len: 0x3000, offset: 0 }, Run { start: 0x8000, len: 0x1000, offset: 0x3000 }];
+        let run = |start, len, offset| Run { start, len, offset, file: 0 };
+        let runs = [run(0x1000, 0x3000, 0), run(0x8000, 0x1000, 0x3000)];
         let got: Vec<Run> = clip(&runs, 0x2000, 0x9000).collect();
-        assert_eq!(
-            got,
-            [Run { start: 0x2000, len: 0x2000, offset: 0x1000 }, Run { start: 0x8000, len: 0x1000, offset: 0x3000 }]
-        );
+        assert_eq!(got, [run(0x2000, 0x2000, 0x1000), run(0x8000, 0x1000, 0x3000)]);
         assert_eq!(clip(&runs, 0x4000, 0x8000).count(), 0);
         assert_eq!(clip(&runs, 0x2000, 0x2000).count(), 0);
     }

@@ -1,0 +1,90 @@
+//! A pre-dump: the tree stands still while its page tables are looked at, and runs while its memory is copied.
+
+use std::time::Instant;
+
+use dormouse_images::{ImageDir, ImageKind};
+use dormouse_infect::freeze::{self, Task, Tree};
+use dormouse_infect::parasite::Parasite;
+use dormouse_infect::rseq;
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::tree;
+use dormouse_resources::mem::{Mappings, PageIds, Snapshot};
+
+use crate::ids::Ids;
+use crate::tracking::{self, Tracking};
+use crate::{Chain, DumpError, Report, Request, describe, inventory};
+
+/// See [`crate::pre_dump`].
+pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
+    let start = Instant::now();
+    let images = ImageDir::open(&request.images_dir)?;
+    images.remove(ImageKind::Inventory, 0)?;
+    let chain = Chain { track: true, ..request.chain.clone() };
+    let mut tracking = Tracking::begin(&images, &chain, true)?;
+    if !tracking.is_possible() {
+        return Err(DumpError::Target(
+            "this kernel does not tell which pages are written to, without which a pre-dump is of no use: it needs Linux \
+             6.7 with userfaultfd, or CONFIG_MEM_SOFT_DIRTY; make a full dump instead"
+                .into(),
+        ));
+    }
+    let pids = tree::descendants(request.pid);
+    let obstacles: Vec<String> = freeze::obstacles(&pids).iter().map(describe).collect();
+    if !obstacles.is_empty() {
+        return Err(DumpError::Refused(obstacles));
+    }
+    (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+    let session = &request.session;
+    let frozen = Instant::now();
+    let mut tree = Tree::freeze(request.pid, request.timeout)?;
+    let mut report = Report {
+        root_pid: request.pid.0,
+        tasks: tree.tasks.len(),
+        threads: tree.tasks.iter().map(|t| t.threads.len()).sum(),
+        freezing_us: frozen.elapsed().as_micros() as u64,
+        ..Report::default()
+    };
+    let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
+    tracking.take_over(&pids)?;
+    let snapshots = tree.tasks.iter_mut().filter(|t| !t.zombie).map(|t| look(&mut tracking, t));
+    let snapshots = snapshots.collect::<Result<Vec<Snapshot>, _>>()?;
+    tree.thaw();
+    report.frozen_us = frozen.elapsed().as_micros() as u64;
+    let copying = Instant::now();
+    let ids = PageIds::new();
+    for snapshot in snapshots {
+        let pages = snapshot.write(&images, &ids)?;
+        report.pages_scanned += pages.scanned;
+        report.pages_written += pages.written;
+        report.pages_left += pages.left;
+    }
+    report.memory_us = copying.elapsed().as_micros() as u64;
+    tracking.finish(&images, session)?;
+    images.write_inventory(&inventory::inventory(&mut Ids::default(), session, &request.options, false)?)?;
+    if chain.dedup {
+        tracking::dedup(&images);
+    }
+    report.total_us = start.elapsed().as_micros() as u64;
+    Ok(report)
+}
+
+/// Looks at the pages of a stopped process, which is entered only if it is watched for the first time.
+fn look(tracking: &mut Tracking, task: &mut Task) -> Result<Snapshot, DumpError> {
+    let pid = task.pid;
+    let increment = if tracking.needs_parasite(pid) {
+        let leader = task.threads.first_mut().expect("a live task has a leader");
+        let mut state = leader.state()?;
+        rseq::abort_section(pid, leader, &mut state)?;
+        let mut parasite = Parasite::infect(leader, state)?;
+        let increment = tracking.task(pid, Some(&mut parasite));
+        let cured = parasite.cure();
+        let increment = increment?;
+        cured?;
+        increment
+    } else {
+        tracking.task(pid, None)?
+    };
+    let snapshot = Snapshot::take(&Mappings::lines_of(pid, 0..0)?, &increment)?;
+    tracking.done(pid, increment);
+    Ok(snapshot)
+}

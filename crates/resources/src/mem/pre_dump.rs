@@ -1,0 +1,136 @@
+//! A first copy of memory while the process runs: what is written meanwhile is copied again by the dump that follows.
+//!
+//! The process stands still only while its page tables are looked at. What cannot be read any more when its turn comes is
+//! left out; if it is there again later, it was written to.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use dormouse_blob_abi::PAGE;
+use dormouse_images::{ImageDir, ImageKind};
+use dormouse_infect::cancel;
+use dormouse_kernel::HostPid;
+use dormouse_pages::runs::{PE_PARENT, PE_PRESENT};
+use dormouse_pages::{PageRun, Want};
+
+use super::increment::{Increment, Registered, Watch};
+use super::mappings::{Kind, Mappings};
+use super::pages::{PageIds, PageStats, is_saved};
+use super::records::Records;
+use crate::{Result, call};
+
+/// Bytes that are copied at once.
+const BUFFER: usize = 256 << 10;
+
+/// The pages of a process that are to be copied.
+pub struct Snapshot {
+    pid: HostPid,
+    memory: File,
+    /// Ascending; whether the page is left to the checkpoint before.
+    runs: Vec<(Range<u64>, bool)>,
+}
+
+impl Snapshot {
+    /// Looks at the page tables of a stopped process and begins to watch for writes. Memory whose writes are not told is
+    /// left to the dump.
+    ///
+    /// # Errors
+    /// The process is gone or may not be looked at.
+    pub fn take(mappings: &Mappings, increment: &Increment) -> Result<Self> {
+        let pid = mappings.pid();
+        let failed = || call(format!("cannot find out which pages pid {pid} has"));
+        let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
+        let scanner = increment.scanner(pid).map_err(failed())?;
+        let mut runs: Vec<(Range<u64>, bool)> = Vec::new();
+        for (v, kind) in mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) && *kind != Kind::Vdso) {
+            let mut each = |run: PageRun| {
+                for (part, left) in increment.split(run.start..run.end, increment.is_clean(run.categories)) {
+                    match runs.last_mut() {
+                        Some((last, same)) if last.end == part.start && *same == left => last.end = part.end,
+                        _ => runs.push((part, left)),
+                    }
+                }
+                Ok::<_, std::io::Error>(())
+            };
+            match &increment.watch {
+                Some(Watch::Protection(_)) if increment.register(&scanner, v, *kind)? == Registered::Yes => {
+                    scanner.scan_protect(v.start, v.end, &mut each).map_err(failed())?;
+                }
+                Some(Watch::SoftDirty) => {
+                    let want =
+                        if matches!(kind, Kind::File | Kind::Memfd) { Want::PrivateFile } else { Want::PrivateAnon };
+                    scanner.scan_each(v.start, v.end, want, &mut each).map_err(failed())?;
+                }
+                Some(Watch::Protection(_)) | None => {}
+            }
+        }
+        increment.clear(pid)?;
+        Ok(Self { pid, memory, runs })
+    }
+
+    /// Copies the pages, while the process may be running.
+    ///
+    /// # Errors
+    /// An image cannot be written, or somebody asked us to stop.
+    pub fn write(self, images: &ImageDir, ids: &PageIds) -> Result<PageStats> {
+        let id = ids.next();
+        let mut records = Records::new(images.writer(ImageKind::Pagemap, self.pid.0 as u64)?, id)?;
+        let image = images.create_file(ImageKind::Pages, id.into())?;
+        let mut out = Out { image, end: 0, buffer: vec![0; BUFFER] };
+        let mut stats = PageStats::default();
+        for (range, left) in self.runs {
+            let bytes = range.end - range.start;
+            stats.scanned += bytes / PAGE;
+            if left {
+                records.add(range.start, bytes, PE_PARENT)?;
+                stats.left += bytes / PAGE;
+                continue;
+            }
+            let before = out.end;
+            out.copy(&self.memory, range, &mut records)?;
+            stats.written += (out.end - before) / PAGE;
+        }
+        records.finish()?;
+        stats.outside = stats.written;
+        Ok(stats)
+    }
+}
+
+/// The pages image.
+struct Out {
+    image: File,
+    end: u64,
+    buffer: Vec<u8>,
+}
+
+impl Out {
+    fn copy(&mut self, memory: &File, range: Range<u64>, records: &mut Records) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            cancel::check()?;
+            let now = (range.end - at).min(BUFFER as u64) as usize;
+            match memory.read_at(&mut self.buffer[..now], at) {
+                Ok(read) if read as u64 >= PAGE => {
+                    let whole = read as u64 & !(PAGE - 1);
+                    self.put(at, whole, records)?;
+                    at += whole;
+                }
+                // The process has ended: there is nothing more to read.
+                Ok(0) => return Ok(()),
+                // This page cannot be read; those behind it may be.
+                Ok(_) => at += PAGE,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => at += PAGE,
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, addr: u64, len: u64, records: &mut Records) -> Result<()> {
+        let bytes = &self.buffer[..len as usize];
+        self.image.write_all_at(bytes, self.end).map_err(call("cannot write a pages image"))?;
+        self.end += len;
+        records.add(addr, len, PE_PRESENT)
+    }
+}
