@@ -72,12 +72,12 @@ static sem_t asked, answered;
 
 static void *thread(void *unused)
 {
-	MUST(put("/root/thread", "cgroup.threads", "0"));
+	MUST(put("/top/thread", "cgroup.threads", "0"));
 	for (;;) {
 		sem_post(&answered);
 		while (sem_wait(&asked))
 			;
-		is_in("/root/thread");
+		is_in("/top/thread");
 	}
 	return unused;
 }
@@ -93,7 +93,7 @@ static void is_gone(void)
 // `PROGRAM DIR --remove`: removes the groups of a test whose processes are gone, by the names that it wrote down.
 static void remove_all(void)
 {
-	static const char *const groups[] = { "/root/thread", "/root", "/below/empty", "/below", "" };
+	static const char *const groups[] = { "/top/thread", "/top", "/below/empty", "/below", "" };
 	int at = root(), failed = at < 0;
 	test_read(test_path("group"), name, sizeof name);
 	for (size_t i = 0; i < sizeof groups / sizeof *groups; i++)
@@ -116,14 +116,14 @@ static void setup(void)
 	snprintf(name, sizeof name, "dormouse-test-%llx%08lx", (long long)now.tv_sec, now.tv_nsec);
 	test_put("group", name);
 	make("");
-	make("/root");
-	make("/root/thread");
+	make("/top");
+	make("/top/thread");
 	make("/below");
 	make("/below/empty");
 	MUST(put("/below", "cgroup.max.depth", "5"));
 	MUST((at = root()) >= 0 && !fchmodat(at, in("/below/empty", ""), 0750, 0) && !close(at));
-	MUST(put("/root/thread", "cgroup.type", "threaded"));
-	MUST(put("/root", "cgroup.procs", "0"));
+	MUST(put("/top/thread", "cgroup.type", "threaded"));
+	MUST(put("/top", "cgroup.procs", "0"));
 	test_child("below", enter_below, check_below);
 	MUST(!sem_init(&asked, 0, 0) && !sem_init(&answered, 0, 0));
 	pthread_t t;
@@ -132,7 +132,7 @@ static void setup(void)
 
 static void check(void)
 {
-	is_in("/root");
+	is_in("/top");
 	sem_post(&asked);
 	MUST(UNTIL(!sem_trywait(&answered), 5000));
 	struct stat st;

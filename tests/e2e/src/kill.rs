@@ -151,6 +151,10 @@ fn dumps(case: &Case<'_>) -> Result<Outcome> {
         let command = case.dump_command(bin, target.pid, &images, options)?;
         let ended = run_and_kill(case, command, "dump", &target.tree, (victim, after)).with_context(|| what.clone())?;
         killed += usize::from(!ended);
+        if options.is_empty() {
+            // What the killed tool had begun is brought to its end by its child: only then is it known which one.
+            only_the_tree(case, &target).with_context(|| what.clone())?;
+        }
         if options.is_empty() && images.join("inventory.img").exists() {
             // The checkpoint is complete: the target may end, and comes back from it.
             complete += 1;
