@@ -78,48 +78,35 @@ impl Tree {
         let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
         let mut order = Vec::new();
         let mut seccomp = Seccomp::Suspended;
-        // A wave asks all that runs of the tree to stop, as it is found, and only then waits: all stop side by side, and a
-        // tree that keeps the processors busy is not waited for once for each of its threads. What was born meanwhile is
-        // the next wave's. A wave that finds nothing new looked at a tree that stood still.
+        // A pass goes down the tree by generations. All threads of one generation are asked to stop before any is waited
+        // for, so that they stop side by side; their children only when they stand still, because a parent in vfork(2)
+        // cannot stop before its child has run on. What was born elsewhere meanwhile is the next pass's: one that finds
+        // nothing new looked at a tree that stood still.
         loop {
             let mut grown = false;
-            let mut seized = Vec::new();
-            let mut todo = vec![(root, HostPid(0))];
-            // One whose parent ends in the middle of a wave is found twice.
+            let mut generation = vec![(root, HostPid(0))];
+            // One whose parent ends in the middle of a pass is found twice.
             let mut seen = HashSet::new();
-            while let Some((pid, parent)) = todo.pop() {
-                cancel::check()?;
-                if !seen.insert(pid) {
-                    continue;
-                }
-                let task = match tasks.entry(pid) {
-                    Entry::Occupied(known) => known.into_mut(),
-                    Entry::Vacant(new) => {
-                        let Some(task) = open_task(pid, parent, pid == root)? else { continue };
-                        order.push(pid);
-                        grown = true;
-                        new.insert(task)
+            while !generation.is_empty() {
+                let mut seized = Vec::new();
+                for &(pid, parent) in &generation {
+                    cancel::check()?;
+                    let task = match tasks.entry(pid) {
+                        Entry::Occupied(known) => known.into_mut(),
+                        Entry::Vacant(new) => {
+                            let Some(task) = open_task(pid, parent, pid == root)? else { continue };
+                            order.push(pid);
+                            grown = true;
+                            new.insert(task)
+                        }
+                    };
+                    if !task.zombie && seen.insert(pid) {
+                        seize_threads(task, &mut seccomp, &mut seized)?;
                     }
-                };
-                if task.zombie {
-                    continue;
                 }
-                seize_threads(task, &mut seccomp, &mut seized)?;
-                let mut children = tree::children(pid).unwrap_or_default();
-                children.sort();
-                todo.extend(children.into_iter().rev().map(|c| (c, pid)));
-            }
-            for (pid, mut thread) in seized {
-                match thread.wait_first() {
-                    Ok(()) => {
-                        let task = tasks.get_mut(&pid).expect("its threads were seized");
-                        task.stopped = task.stopped.or(thread.group_stop);
-                        task.threads.push(thread);
-                        grown = true;
-                    }
-                    Err(InfectError::Gone(_)) => thread.forget(),
-                    Err(e) => return Err(e),
-                }
+                grown |= wait_for(seized, &mut tasks)?;
+                let of = |(pid, _)| tree::children(pid).unwrap_or_default().into_iter().map(move |child| (child, pid));
+                generation = generation.into_iter().flat_map(of).filter(|(child, _)| !seen.contains(child)).collect();
             }
             // Processes that ended and were reaped by their parents meanwhile are no longer part of the tree.
             if !grown {
@@ -214,6 +201,24 @@ impl Seccomp {
         let suspend = status::read_thread(pid, tid).is_ok_and(|s| s.seccomp.unwrap_or(0) != 0);
         Tracee::seize(tid, suspend, false)
     }
+}
+
+/// Waits until threads that were asked to stop have; true if any has.
+fn wait_for(seized: Vec<(HostPid, Tracee)>, tasks: &mut BTreeMap<HostPid, Task>) -> Result<bool, InfectError> {
+    let mut any = false;
+    for (pid, mut thread) in seized {
+        match thread.wait_first() {
+            Ok(()) => {
+                let task = tasks.get_mut(&pid).expect("its threads were seized");
+                task.stopped = task.stopped.or(thread.group_stop);
+                task.threads.push(thread);
+                any = true;
+            }
+            Err(InfectError::Gone(_)) => thread.forget(),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(any)
 }
 
 /// Asks the threads of a process that are not stopped yet to stop; `seized` gets them, with the process.
