@@ -141,15 +141,17 @@ fn nginx(case: &Case<'_>) -> Result<Running> {
     visited(case, command, at, client, |mut wire| wire.get("/page.txt").map(|_| ()))
 }
 
+/// A timer answers: while it stands still, nobody gets a page.
 const NODE: &str = "
 const [host, port] = process.argv.slice(2);
-let ticks = 0;
-setInterval(() => { ticks++; }, 5);
+const waiting = [];
+setInterval(() => {
+    for (const [response, count] of waiting.splice(0)) response.end(`count=${count} `);
+}, 5);
 const server = require('http').createServer((request, response) => {
     const socket = request.socket;
     socket.count = (socket.count || 0) + 1;
-    const before = ticks;
-    setTimeout(() => response.end(`count=${ticks > before ? socket.count : 'the timer stands still'} `), 20);
+    waiting.push([response, socket.count]);
 });
 server.keepAliveTimeout = 600000;
 server.listen(Number(port), host);
@@ -191,7 +193,9 @@ fn java(case: &Case<'_>) -> Result<Running> {
     fs::write(case.path("Server.java"), JAVA)?;
     let mut command = case.command("java");
     // Any other Java program of the user takes away the shared file of counters of one that does not run.
-    command.args(["-Xmx128m", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData"]).arg(case.path("Server.java"));
+    command
+        .args(["-Xmx128m", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Dsun.net.httpserver.nodelay=true"])
+        .arg(case.path("Server.java"));
     command.args([at.ip().to_string(), at.port().to_string()]);
     visited(case, command, at, browser, first_page)
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -46,7 +46,7 @@ impl Session {
                     return Ok(session);
                 }
                 Err(error) if Instant::now() > end => return Err(error),
-                Err(_) => std::thread::sleep(std::time::Duration::from_millis(100)),
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
         }
     }
@@ -148,8 +148,15 @@ impl Client for Postgres {
             .transaction
             .ask(&format!("insert into quiet values ({}) returning (select count(*) + 1 from quiet);", self.rows))?;
         ensure!(rows == self.rows.to_string(), "in the transaction there are {rows} rows, not {}", self.rows);
+        let processes = proc::children(self.root).len();
         let seen = Session::open(self.at)?.ask("select count(*) from quiet;")?;
         ensure!(seen == "0", "a new client sees {seen} rows that are not committed");
+        // The process that served it ends a little later: it must not be on its way out when the tree is dumped.
+        let end = Instant::now() + LIMIT;
+        while proc::children(self.root).len() > processes {
+            ensure!(Instant::now() < end, "the process of a client that has gone does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         Ok(())
     }
 

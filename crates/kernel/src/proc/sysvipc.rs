@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn segments_are_read() {
-        let text = b"       key      shmid perms                  size  cpid  lpid nattch   uid   gid  cuid  cgid\
+        let text = b"       key      shmid perms                  size  cpid  lpid nattch   uid   gid  cuid  cgid \
             atime      dtime      ctime                   rss                  swap\n\
             10081001          5  1600                    56  1704  1711      7   104   110     0     0 \
             1764092207          0 1764092207                  4096                     0\n";
