@@ -2,7 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 #include "test.h"
 #define PAGES 512
-#define AREAS 3
+#define AREAS 4
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 // Linux 6.1
+#endif
 
 static char *areas[AREAS], *spare;
 static size_t page;
@@ -45,9 +49,7 @@ static void step(void)
 	if (p + n > PAGES)
 		n = PAGES - p;
 	switch (next() % 64) {
-	case 0: // a hole that reads as zeros
-		if (a == 1)
-			break; // pages of a file come back
+	case 0: // a hole that reads as zeros, the file's in area 1
 		MUST(!madvise(at(a, p), n * page, MADV_DONTNEED));
 		drop(a, p, n);
 		break;
@@ -56,14 +58,16 @@ static void step(void)
 			break;
 		MUST(mmap(at(a, p), n * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at(a, p));
 		drop(a, p, n);
+		if (a == 3)
+			madvise(areas[3], PAGES * page, MADV_HUGEPAGE);
 		break;
 	case 2: // the same memory at another place, and back
 		MUST(mremap(at(2, 0), page, page, MREMAP_MAYMOVE | MREMAP_FIXED, spare) == spare);
 		MUST(mremap(spare, page, page, MREMAP_MAYMOVE | MREMAP_FIXED, at(2, 0)) == at(2, 0));
 		MUST(mmap(spare, page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == spare);
 		break;
-	case 3: // a copy that somebody else has for a moment
-		if (next() % 8 == 0) {
+	case 3: // a copy that somebody else has for a moment; with `--forks`, since the tree then changes all the time
+		if (test_argc > 2 && next() % 8 == 0) {
 			pid_t pid = fork();
 			MUST(pid >= 0);
 			if (!pid)
@@ -71,6 +75,11 @@ static void step(void)
 			put(a, p);
 			MUST(waitpid(pid, NULL, 0) == pid);
 		}
+		break;
+	case 4: // what was split becomes huge again, where the kernel can do that
+		if (a == 3 && next() % 8 == 0)
+			madvise(areas[3], PAGES * page, MADV_COLLAPSE);
+		put(a, p);
 		break;
 	default:
 		put(a, p);
@@ -101,7 +110,7 @@ static void setup(void)
 	record = test_shared(sizeof *record);
 	int fd = open(test_path("mapped"), O_RDWR | O_CREAT, 0600);
 	MUST(fd >= 0 && !ftruncate(fd, PAGES * page));
-	for (int a = 0; a < AREAS; a++) {
+	for (int a = 0; a < 3; a++) {
 		int flags = a == 1 ? MAP_PRIVATE : MAP_PRIVATE | MAP_ANONYMOUS;
 		areas[a] = mmap(NULL, PAGES * page, PROT_READ | PROT_WRITE, flags, a == 1 ? fd : -1, 0);
 		MUST(areas[a] != MAP_FAILED);
@@ -109,6 +118,15 @@ static void setup(void)
 			put(a, p);
 	}
 	close(fd);
+	// A huge page, if the kernel gives one; it is split and put together all the time.
+	size_t huge = PAGES * page;
+	char *room = mmap(NULL, 2 * huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	MUST(room != MAP_FAILED);
+	areas[3] = (char *)(((uintptr_t)room + huge - 1) & ~(huge - 1));
+	MUST(!mprotect(areas[3], huge, PROT_READ | PROT_WRITE));
+	madvise(areas[3], huge, MADV_HUGEPAGE);
+	for (int p = 0; p < PAGES; p++)
+		put(3, p);
 	spare = mmap(NULL, page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	MUST(spare != MAP_FAILED);
 	// A page that is written once, after which nobody may read it.

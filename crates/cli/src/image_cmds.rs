@@ -1,4 +1,4 @@
-//! The commands `decode`, `encode`, `show` and `info`: images and JSON, as with crit.
+//! The commands `decode`, `encode`, `show` and `info`: images and JSON, as with crit; and `verify`.
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use dormouse_images::json;
 
 use crate::args::{DecodeArgs, EncodeArgs, ShowArgs};
+use crate::log::say;
 
 /// `dormouse decode`
 ///
@@ -71,5 +72,16 @@ fn write(bytes: &[u8], output: Option<&PathBuf>) -> Result<ExitCode> {
             written => written.context("cannot write to the standard output")?,
         },
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `dormouse verify`
+///
+/// # Errors
+/// There are no checksums, or they tell of damage.
+pub fn verify(dir: &Path) -> Result<ExitCode> {
+    let (images, bytes) = dormouse_resources::checkpoint::verify(dir)?;
+    anyhow::ensure!(images > 0, "{} holds no checksums; they are made by dump --checksums", dir.display());
+    say(&format!("{images} images with {bytes} bytes are as they were written\n"));
     Ok(ExitCode::SUCCESS)
 }

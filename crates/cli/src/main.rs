@@ -13,6 +13,7 @@ mod image_cmds;
 mod log;
 mod man;
 mod namespaces;
+mod page_server;
 mod progress;
 mod run;
 mod scripts;
@@ -45,6 +46,7 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
     match parsed.command {
         Command::Dump(args) => run::dump(&args, run::Kind::Dump, &parsed.notes),
         Command::PreDump(args) => run::dump(&args, run::Kind::PreDump, &parsed.notes),
+        Command::PageServer(args) => page_server::serve(&args, &parsed.notes),
         Command::Dedup(args) => run::dedup(&args, &parsed.notes),
         Command::Restore(args) => run::restore(&args, &parsed.notes),
         Command::Check(args) => check::check(&args, &parsed.notes),
@@ -58,6 +60,7 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
         Command::Decode(args) => image_cmds::decode(&args),
         Command::Encode(args) => image_cmds::encode(&args),
         Command::Show(args) => image_cmds::show(&args),
+        Command::Verify { dir } => image_cmds::verify(&dir),
         Command::Info { image } => image_cmds::info(&image),
         Command::Man { dir } => man::write(&dir),
         Command::Version => {

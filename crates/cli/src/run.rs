@@ -264,7 +264,7 @@ pub fn sleep(
         after,
         live: args.live,
         timeout: args.timeout(),
-        chain: args.chain.chain(),
+        chain: args.chain(),
         hooks: &hook,
     };
     let report = match kind {
@@ -401,6 +401,9 @@ fn taken(file: &Path) -> String {
 }
 
 /// Writes the pid file, which must not exist.
+///
+/// # Errors
+/// It exists, or cannot be written.
 pub fn write_pid(file: &Path, pid: i32) -> Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(file) {
         Ok(mut out) => {

@@ -19,7 +19,7 @@ use crate::ids::{Ids, shared_between};
 use crate::live::Later;
 use crate::task::{Memory, Saved, Savings};
 use crate::tracking::{self, Tracking};
-use crate::{After, DumpError, Report, Request, inventory, live, preflight, task};
+use crate::{After, DumpError, Report, Request, Server, inventory, live, preflight, task};
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
@@ -31,14 +31,19 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
                 .into(),
         ));
     }
+    if request.live && request.chain.server.is_some() {
+        return Err(DumpError::Target("--live with --page-server is not there yet; leave out one of them".into()));
+    }
     let images = ImageDir::open(&request.images_dir)?;
     // A checkpoint that was here before is none from now on, whatever happens.
     images.remove(ImageKind::Inventory, 0)?;
+    images.remove(ImageKind::DormouseChecksums, 0)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
     let blockers = preflight::blockers(request.pid, &request.options)?;
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
     }
+    let page_ids = Server::page_ids(request.chain.server.as_ref())?;
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
     let frozen = Instant::now();
@@ -47,7 +52,6 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
     let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
     tracking.take_over(&pids)?;
-    let page_ids = PageIds::new();
     let saved = save(request, &images, &page_ids, &mut tree, wiped, &mut tracking)?;
     let Frozen { mut report, links, connections, later } = saved;
     cancel::check()?;
@@ -75,6 +79,10 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     if let Some((tree, connections)) = held {
         finish(request, tree, connections)?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
+    }
+    if request.chain.checksums {
+        // The tree has gone on or has ended by now, and does not wait for it.
+        tracking::sum_up(&images);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
@@ -155,6 +163,7 @@ fn save(
             format!("{shared} pages of shared memory were copied while the tree stood still: no copy keeps them");
         savings.report.held.push(what);
     }
+    page_ids.finish()?;
     if !ext.is_empty() {
         images.write_all(ImageKind::DormouseThreads, 0, &ext)?;
     }

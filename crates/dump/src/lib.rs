@@ -19,7 +19,10 @@ use std::time::Duration;
 use dormouse_images::ImageError;
 use dormouse_infect::InfectError;
 use dormouse_infect::freeze::Obstacle;
+use dormouse_infect::host::fd::copy_number;
 use dormouse_kernel::{HostPid, ProcError, Session};
+use dormouse_pages::PageClient;
+use dormouse_resources::mem::PageIds;
 pub use dormouse_resources::{Blocker, DumpOptions, ResourceError};
 
 /// Called at the stages of a dump: the action's name, and the root task's pid.
@@ -68,6 +71,40 @@ pub struct Chain {
     pub track: bool,
     /// Take pages that are saved anew out of the images before.
     pub dedup: bool,
+    /// Write checksums of all images beside them.
+    pub checksums: bool,
+    /// Where pages go if not into the images directory.
+    pub server: Option<Server>,
+}
+
+/// A page server.
+#[derive(Clone, Debug)]
+pub enum Server {
+    /// One that listens at an address and port.
+    At(String, u16),
+    /// One behind a connected socket of this process, by its number.
+    Socket(i32),
+}
+
+impl Server {
+    /// Where pages go.
+    pub(crate) fn page_ids(server: Option<&Self>) -> Result<PageIds, DumpError> {
+        let client = match server {
+            None => return Ok(PageIds::new()),
+            Some(Self::At(address, port)) => PageClient::connect(address, *port).map_err(|cause| DumpError::Call {
+                what: format!("cannot connect to the page server at {address}:{port}; start it first"),
+                cause,
+            })?,
+            Some(Self::Socket(fd)) => {
+                let socket = copy_number(*fd).map_err(|cause| DumpError::Call {
+                    what: format!("cannot use descriptor {fd} (--ps-socket)"),
+                    cause,
+                })?;
+                PageClient::from_socket(socket)
+            }
+        };
+        Ok(PageIds::at_server(client))
+    }
 }
 
 /// What was dumped, and what it cost.

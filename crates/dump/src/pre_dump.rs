@@ -12,13 +12,14 @@ use dormouse_resources::mem::{Mappings, PageIds, Snapshot};
 
 use crate::ids::Ids;
 use crate::tracking::{self, Tracking};
-use crate::{Chain, DumpError, Report, Request, describe, inventory};
+use crate::{Chain, DumpError, Report, Request, Server, describe, inventory};
 
 /// See [`crate::pre_dump`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let start = Instant::now();
     let images = ImageDir::open(&request.images_dir)?;
     images.remove(ImageKind::Inventory, 0)?;
+    images.remove(ImageKind::DormouseChecksums, 0)?;
     let chain = Chain { track: true, ..request.chain.clone() };
     let mut tracking = Tracking::begin(&images, &chain, true)?;
     if !tracking.is_possible() {
@@ -33,6 +34,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     if !obstacles.is_empty() {
         return Err(DumpError::Refused(obstacles));
     }
+    let ids = Server::page_ids(request.chain.server.as_ref())?;
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let session = &request.session;
     let frozen = Instant::now();
@@ -46,43 +48,47 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     };
     let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
     tracking.take_over(&pids)?;
-    let snapshots = tree.tasks.iter_mut().filter(|t| !t.zombie).map(|t| look(&mut tracking, t));
+    let snapshots = tree.tasks.iter_mut().filter(|t| !t.zombie).map(|t| look(&mut tracking, t, &ids));
     let snapshots = snapshots.collect::<Result<Vec<Snapshot>, _>>()?;
     tree.thaw();
     report.frozen_us = frozen.elapsed().as_micros() as u64;
     let copying = Instant::now();
-    let ids = PageIds::new();
     for snapshot in snapshots {
         let pages = snapshot.write(&images, &ids)?;
         report.pages_scanned += pages.scanned;
         report.pages_written += pages.written;
         report.pages_left += pages.left;
     }
+    ids.finish()?;
     report.memory_us = copying.elapsed().as_micros() as u64;
     tracking.finish(&images, session)?;
     images.write_inventory(&inventory::inventory(&mut Ids::default(), session, &request.options, false)?)?;
     if chain.dedup {
         tracking::dedup(&images);
     }
+    if request.chain.checksums {
+        // The tree has gone on or has ended by now, and does not wait for it.
+        tracking::sum_up(&images);
+    }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
 }
 
 /// Looks at the pages of a stopped process, which is entered only if it is watched for the first time.
-fn look(tracking: &mut Tracking, task: &mut Task) -> Result<Snapshot, DumpError> {
+fn look(tracking: &mut Tracking, task: &mut Task, ids: &PageIds) -> Result<Snapshot, DumpError> {
     let pid = task.pid;
     let increment = if tracking.needs_parasite(pid) {
         let leader = task.threads.first_mut().expect("a live task has a leader");
         let mut state = leader.state()?;
         rseq::abort_section(pid, leader, &mut state)?;
         let mut parasite = Parasite::infect(leader, state)?;
-        let increment = tracking.task(pid, Some(&mut parasite));
+        let increment = tracking.task(pid, Some(&mut parasite), ids);
         let cured = parasite.cure();
         let increment = increment?;
         cured?;
         increment
     } else {
-        tracking.task(pid, None)?
+        tracking.task(pid, None, ids)?
     };
     let snapshot = Snapshot::take(&Mappings::lines_of(pid, 0..0)?, &increment)?;
     tracking.done(pid, increment);

@@ -131,7 +131,7 @@ fn with_parasite(
     let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
     let start = Instant::now();
     let read = if savings.live { Mappings::lines_of } else { Mappings::read };
-    let increment = savings.tracking.task(pid, Some(parasite))?;
+    let increment = savings.tracking.task(pid, Some(parasite), savings.page_ids)?;
     if increment.registers() {
         increment.register_all(&Mappings::lines_of(pid, parasite.own_range())?)?;
     }

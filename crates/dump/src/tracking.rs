@@ -4,16 +4,18 @@
 //! names. A watch that was lost, or is about another checkpoint than the one that is built on, only means that all is saved.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::AsFd as _;
 
-use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_images::{ImageDir, ImageKind, checksums, pb};
 use dormouse_infect::keeper::{self, Item, Keeper};
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::stat;
 use dormouse_kernel::{Features, HostPid, Session, Support};
+use dormouse_pages::server::MapId;
 use dormouse_pages::{ProbeFeatures as _, Uffd};
 use dormouse_resources::checkpoint::optional;
-use dormouse_resources::mem::{self, Increment, Watch};
+use dormouse_resources::mem::{self, Increment, PageIds, Watch};
 
 use crate::{Chain, DumpError};
 
@@ -58,6 +60,12 @@ impl Tracking {
     /// # Errors
     /// There is no such checkpoint, or it cannot be read.
     pub fn begin(images: &ImageDir, chain: &Chain, goes_on: bool) -> Result<Self, DumpError> {
+        if chain.checksums && chain.server.is_some() {
+            return Err(DumpError::Target(
+                "--checksums with --page-server is not there yet, since the pages are elsewhere; leave out one of them"
+                    .into(),
+            ));
+        }
         images.unlink_parent()?;
         images.remove(ImageKind::DormouseTracker, 0)?;
         let method = if chain.track { method() } else { Method::None };
@@ -65,6 +73,9 @@ impl Tracking {
             tracing::warn!(
                 "this kernel does not tell which pages are written to (Linux 6.7, or CONFIG_MEM_SOFT_DIRTY): all are saved"
             );
+        }
+        if method == Method::Protection {
+            raise_limit();
         }
         let mut before = None;
         if let Some(path) = &chain.before {
@@ -117,10 +128,15 @@ impl Tracking {
     ///
     /// # Errors
     /// An image of the checkpoint before is damaged, or the process is gone.
-    pub fn task(&mut self, pid: HostPid, parasite: Option<&mut Parasite<'_>>) -> Result<Increment, DumpError> {
+    pub fn task(
+        &mut self,
+        pid: HostPid,
+        parasite: Option<&mut Parasite<'_>>,
+        ids: &PageIds,
+    ) -> Result<Increment, DumpError> {
         let mut increment = Increment { go_on: self.go_on, ..Increment::default() };
         if let Some(before) = self.before.as_mut().filter(|b| b.tracked) {
-            increment.before = mem::held_by(&before.dir, pid)?;
+            increment.before = held(&before.dir, pid, ids)?;
             match self.method {
                 Method::Protection => {
                     if before.watch_of(pid).is_some() {
@@ -241,6 +257,34 @@ pub fn dedup(images: &ImageDir) {
     match mem::dedup(images) {
         Ok(bytes) => tracing::info!("{bytes} bytes of pages taken out of the checkpoints before"),
         Err(e) => tracing::warn!("pages that are saved anew stay in the checkpoints before: {e}"),
+    }
+}
+
+/// One descriptor for each process of the tree, and as many again in the keeper: as many as we may have.
+fn raise_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // Where this is not possible, a descriptor that is missing is an error that says so.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// The pages of a task that the checkpoint before holds. A page server does not tell which it has, but refuses to leave out one
+/// that it has not.
+fn held(before: &ImageDir, pid: HostPid, ids: &PageIds) -> Result<Vec<Range<u64>>, DumpError> {
+    let Some(mut client) = ids.server() else { return Ok(mem::held_by(before, pid)?) };
+    let has = client.has_before(MapId::Task(pid.0 as u64)).map_err(|cause| DumpError::Call {
+        what: format!("the page server at {} is gone; start it again and retry", client.name()),
+        cause,
+    })?;
+    Ok(std::iter::once(0..u64::MAX).filter(|_| has).collect())
+}
+
+/// Writes the checksums. The images are complete without them, so that they are missing is no failure.
+pub fn sum_up(images: &ImageDir) {
+    match checksums::write(images) {
+        Ok(bytes) => tracing::info!("checksums of {bytes} bytes of images written"),
+        Err(e) => tracing::warn!("the images are complete, but there are no checksums of them: {e}"),
     }
 }
 

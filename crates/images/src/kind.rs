@@ -272,6 +272,8 @@ kinds! {
     DormouseUnix: "DORMOUSE_UNIX", "dormouse-unix", One, ".img", 0x444d5558, "unix_ext", Plain;
     /// Who watches writes since this dump; only dormouse writes and reads it.
     DormouseTracker: "DORMOUSE_TRACKER", "dormouse-tracker", One, ".img", 0x444d5452, "tracker_entry", Plain;
+    /// Checksums of all other images; only dormouse writes and reads it.
+    DormouseChecksums: "DORMOUSE_CHECKSUMS", "dormouse-checksums", One, ".img", 0x444d4353, "image_checksums", Plain;
 }
 
 impl ImageKind {

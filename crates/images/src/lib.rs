@@ -5,6 +5,7 @@
 //! exceeds the file, a missing required field or a broken record is an error that names the place, never a panic.
 #![forbid(unsafe_code)]
 
+pub mod checksums;
 mod dir;
 mod error;
 mod ghost;

@@ -173,6 +173,9 @@ fn write_sidecars(dir: &ImageDir) -> Result<(), ImageError> {
     let session = "000102030405060708090a0b0c0d0e0f".to_owned();
     w.record(&pb::TrackerEntry { session, keeper_pid: Some(77), keeper_start: Some(123_456) })?;
     w.finish()?;
+    let mut w = dir.writer(ImageKind::DormouseChecksums, 0)?;
+    w.record(&pb::ImageChecksums { name: "pages-1.img".into(), size: 1_572_864, blocks: vec![0x1234_5678, 9] })?;
+    w.finish()?;
     let mut w = dir.writer(ImageKind::DormousePackets, 0)?;
     w.record(&pb::PipePackets { pipe_id: 5, fifo: None, lengths: vec![3, 4096] })?;
     w.record(&pb::PipePackets { pipe_id: 5, fifo: Some(true), lengths: vec![] })?;

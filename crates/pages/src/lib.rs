@@ -7,10 +7,12 @@ pub mod probe;
 pub mod put;
 pub mod runs;
 pub mod scan;
+pub mod server;
 pub mod uffd;
 
 pub use probe::ProbeFeatures;
 pub use put::put_pages;
 pub use runs::{PageRead, PageRun, PagemapRecord, PagesReader, RunsError};
 pub use scan::{PageScanner, Want, category};
+pub use server::PageClient;
 pub use uffd::Uffd;

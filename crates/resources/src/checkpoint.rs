@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_images::{ImageDir, ImageKind, checksums, pb};
 
 use crate::{ResourceError, invalid};
 
@@ -101,6 +101,32 @@ impl TaskImage {
 
 const PE_PARENT: u32 = 1;
 const PE_PRESENT: u32 = 4;
+
+/// Compares all images with their checksums, where there are any, and those of the checkpoints that they build on; how many
+/// images, and their bytes.
+///
+/// # Errors
+/// Something is damaged; all of it is told.
+pub fn verify(path: &Path) -> Result<(usize, u64), ResourceError> {
+    let (mut images, mut bytes, mut damage) = (0, 0, Vec::new());
+    let mut at = Some(ImageDir::open(path)?);
+    for _ in 0..MAX_CHAIN {
+        let Some(dir) = at else { break };
+        if let Some(verdict) = checksums::verify(&dir)? {
+            images += verdict.images;
+            bytes += verdict.bytes;
+            damage.extend(verdict.damage);
+        }
+        at = dir.parent()?;
+    }
+    if damage.is_empty() {
+        return Ok((images, bytes));
+    }
+    Err(invalid!(
+        "the images are damaged: {}; copy them again from where they were made, or restore another checkpoint",
+        damage.join("; ")
+    ))
+}
 
 /// Reads and checks all images of a directory.
 pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {

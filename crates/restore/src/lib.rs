@@ -124,6 +124,7 @@ pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Re
 /// Any step failed; then no process of the tree is left.
 pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
     let start = std::time::Instant::now();
+    checkpoint::verify(&request.images_dir)?;
     let image = checkpoint::load(&request.images_dir)?;
     if let Some(uid) = request.only_user {
         task::creds::ordinary(&image, uid)?;

@@ -178,15 +178,17 @@ impl<'a> Case<'a> {
         let ran = self.dump(bin, pid, images, options)?;
         ensure!(ran.ok(), "dump: {}", ran.errors());
         let ids = tree.iter().flat_map(|(pid, process)| process.threads.iter().copied().chain([*pid]));
-        // Those that were born meanwhile too: as long as they are there, so are the numbers of their groups.
-        let recorded = fs::read_dir(images)?.filter_map(|entry| {
-            entry.ok()?.file_name().to_str()?.strip_prefix("core-")?.strip_suffix(".img")?.parse().ok()
-        });
-        let ids = ids.chain(recorded);
-        if let Err(left) = proc::wait_free(ids, Duration::from_secs(10)) {
-            bail!("pid {left} is still there after the dump: {:?}", proc::read(left));
-        }
+        // Those that were born meanwhile too.
+        self.await_end(ids.chain(recorded(images)?))?;
         Ok(tree)
+    }
+
+    /// Waits until none of these processes is there any more; as long as one is, so are the numbers of its groups.
+    pub fn await_end(&self, ids: impl IntoIterator<Item = i32>) -> Result<()> {
+        match proc::wait_free(ids, Duration::from_secs(10)) {
+            Ok(()) => Ok(()),
+            Err(left) => bail!("pid {left} is still there after the dump: {:?}", proc::read(left)),
+        }
     }
 
     /// Restores with `bin`, which must succeed and bring back `tree` exactly.
@@ -246,6 +248,13 @@ impl<'a> Case<'a> {
             proc::end(&left);
         }
     }
+}
+
+/// The threads that a dump has recorded.
+pub fn recorded(images: &Path) -> Result<Vec<i32>> {
+    let names = fs::read_dir(images)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let ids = names.filter_map(|name| name.strip_prefix("core-")?.strip_suffix(".img")?.parse().ok());
+    Ok(ids.collect())
 }
 
 /// A started target that is reaped when the test is over.

@@ -1,15 +1,19 @@
 //! Dumps that build on each other: whatever is written between them is there after the restore of the last.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use crate::case::{Case, Ran, TOOL_LIMIT, pid_of};
+use crate::case::{Case, Ran, TOOL_LIMIT, pid_of, recorded};
 use crate::programs;
 use crate::report::{Outcome, Test};
+use crate::tmpfs::Tmpfs;
 
 /// The program that writes to all its memory and knows what it wrote.
 const PROGRAM: &str = "mem_churn";
@@ -33,6 +37,11 @@ pub fn tests() -> Vec<Test> {
         Test::new("chain/a_watch_that_was_taken_over", taken_over),
         Test::new("chain/a_keeper_that_was_killed", killed),
         Test::new("chain/a_missing_link", missing),
+        Test::new("chain/checksums", checksums),
+        Test::new("chain/page_server", page_server),
+        Test::new("chain/page_server_that_vanishes", vanishing),
+        Test::new("chain/page_server_whose_client_vanishes", lonely),
+        Test::new("chain/full_disks", full),
     ]
 }
 
@@ -98,7 +107,7 @@ fn start_program(case: &Case<'_>, name: &str) -> Result<Option<i32>> {
         return Ok(None);
     }
     let mut command = case.command(programs::find(case, name)?);
-    command.arg(&case.dir);
+    command.arg(&case.dir).arg("--forks");
     let child = case.start(command)?;
     Ok(programs::await_ready(case)?.is_none().then(|| pid_of(&child)))
 }
@@ -154,8 +163,8 @@ fn chain(case: &Case<'_>, links: Links) -> Result<Outcome> {
     }
     let first = stored(&case.path("img.1"))?;
     let last = stored(&finish(case, pid, number + 1, links.options)?)?;
-    // At least most of the two areas of anonymous memory; copies of a file's pages are left to the dump.
-    let (all, now) = (2 * 512 * 4096 * 3 / 4, stored(&case.path("img.1"))?);
+    // At least most of the three areas of anonymous memory; copies of a file's pages are left to the dump.
+    let (all, now) = (3 * 512 * 4096 * 3 / 4, stored(&case.path("img.1"))?);
     ensure!(first >= all || links.by_hand || !links.options.is_empty(), "the first link holds {first} bytes only");
     if links.by_hand {
         ensure!(first < all, "nothing was taken out of the first link: it holds {first} bytes");
@@ -229,5 +238,158 @@ fn missing(case: &Case<'_>) -> Result<Outcome> {
         ensure!(Instant::now() < end, "processes are left: {:?}", case.left());
         std::thread::sleep(Duration::from_millis(10));
     }
+    Ok(Outcome::PASSED)
+}
+
+/// A page server of ours for the images with this number, and its port.
+fn start_server(case: &Case<'_>, number: usize) -> Result<(Child, u16)> {
+    let images = case.path(&format!("img.{number}"));
+    fs::create_dir_all(&images)?;
+    let log = images.join("server.log");
+    fs::remove_file(&log).ok();
+    let mut command = case.command(&case.args.bin);
+    command.args(["page-server", "--address", "127.0.0.1", "-o", "server.log", "-v4", "-D"]).arg(&images);
+    if number > 1 {
+        command.args(["--prev-images-dir", &format!("../img.{}", number - 1)]);
+    }
+    let server = case.start_tool(command, "server")?;
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        let port = text.lines().find_map(|line| line.split_once("Listening at 127.0.0.1:")?.1.trim().parse().ok());
+        if let Some(port) = port {
+            return Ok((server, port));
+        }
+        ensure!(Instant::now() < end, "the page server does not listen: {text}{}", case.tail("server.out"));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Two pre-dumps and a dump whose pages go to another directory by way of page servers; restored from there.
+fn page_server(case: &Case<'_>) -> Result<Outcome> {
+    let Some(pid) = start(case)? else { return Ok(needs()) };
+    for number in 1..=3 {
+        let (server, port) = start_server(case, number)?;
+        let here = case.path(&format!("here.{number}"));
+        fs::create_dir_all(&here)?;
+        let verb = if number < 3 { "pre-dump" } else { "dump" };
+        let mut command = case.command(&case.args.bin);
+        command.args([verb, "-t", &pid.to_string(), "--track-mem", "-o", "log", "-v4", "--page-server"]);
+        command.args(["--address", "127.0.0.1", "--port", &port.to_string(), "-D"]).arg(&here);
+        if number > 1 {
+            command.args(["--prev-images-dir", &format!("../here.{}", number - 1)]);
+        }
+        let child = case.start_tool(command, verb)?;
+        let ran = case.wait_tool(child, verb, &here.join("log"), TOOL_LIMIT)?;
+        ensure!(ran.ok(), "{verb} {number}: {}", ran.errors());
+        let log = case.path(&format!("img.{number}/server.log"));
+        let served = case.wait_tool(server, "server", &log, TOOL_LIMIT)?;
+        ensure!(served.ok(), "page server {number}: {}", served.errors());
+        ensure!(stored(&here)? == 0, "pages are in the directory of the dump");
+        for entry in fs::read_dir(&here)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                fs::copy(entry.path(), case.path(&format!("img.{number}")).join(entry.file_name()))?;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(30));
+    }
+    case.await_end(recorded(&case.path("here.3"))?)?;
+    let ran = case.restore(&case.args.bin, &case.path("img.3"), &[])?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    programs::ask(case, 1)?;
+    Ok(Outcome::PASSED)
+}
+
+/// The dump fails, says why, and the program goes on; for a server that goes away at three different moments.
+fn vanishing(case: &Case<'_>) -> Result<Outcome> {
+    let Some(pid) = start(case)? else { return Ok(needs()) };
+    for (number, bytes) in [(1, 0), (2, 100), (3, 1 << 20)] {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let port = listener.local_addr()?.port().to_string();
+        let server = std::thread::spawn(move || -> std::io::Result<()> {
+            let (mut stream, _) = listener.accept()?;
+            let mut read = 0;
+            let mut buffer = [0; 4096];
+            while read < bytes {
+                // Every question is answered with yes.
+                stream.write_all(&[1])?;
+                match stream.read(&mut buffer)? {
+                    0 => break,
+                    n => read += n,
+                }
+            }
+            Ok(())
+        });
+        let more = ["--page-server", "--address", "127.0.0.1", "--port", &port];
+        let ran = link(case, "dump", number, &words(pid, 1, &more))?;
+        ensure!(!ran.ok() && ran.said.contains("page server"), "dump {number} without its server: {}", ran.errors());
+        ensure!(!case.path(&format!("img.{number}/inventory.img")).exists(), "it left an inventory");
+        // The thread's own errors are those of a connection that the dump has closed.
+        let _ = server.join();
+        programs::ask(case, number)?;
+    }
+    Ok(Outcome::PASSED)
+}
+
+/// A page server whose disk is full says so, the dump fails, and the program goes on; and so for a pre-dump of its own.
+fn full(case: &Case<'_>) -> Result<Outcome> {
+    let Some(pid) = start(case)? else { return Ok(needs()) };
+    let Some(small) = Tmpfs::of_size(&case.path("img.1"), "1M")? else {
+        return Ok(Outcome::needs("the right to mount a tmpfs"));
+    };
+    let (server, port) = start_server(case, 1)?;
+    let more = ["--page-server", "--address", "127.0.0.1", "--port", &port.to_string()];
+    let ran = link(case, "dump", 2, &words(pid, 1, &more))?;
+    ensure!(!ran.ok() && ran.said.contains("page server"), "dump without room: {}", ran.errors());
+    ensure!(!case.path("img.2/inventory.img").exists(), "it left an inventory");
+    let served = case.wait_tool(server, "server", &case.path("img.1/server.log"), TOOL_LIMIT)?;
+    ensure!(!served.ok() && served.said.contains("No space left on device"), "the server: {}", served.errors());
+    programs::ask(case, 1)?;
+    let ran = link(case, "pre-dump", 1, &words(pid, 1, &[]))?;
+    ensure!(!ran.ok() && ran.said.contains("No space left on device"), "pre-dump without room: {}", ran.errors());
+    ensure!(!small.path().join("inventory.img").exists(), "it left an inventory");
+    programs::ask(case, 2)?;
+    Ok(Outcome::PASSED)
+}
+
+/// A server whose dump goes away says so and fails.
+fn lonely(case: &Case<'_>) -> Result<Outcome> {
+    let (server, port) = start_server(case, 1)?;
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.write_all(&[4, 0, 0, 0])?;
+    drop(stream);
+    let ran = case.wait_tool(server, "server", &case.path("img.1/server.log"), TOOL_LIMIT)?;
+    ensure!(!ran.ok() && ran.said.contains("cannot read from the dump"), "the server: {}", ran.errors());
+    Ok(Outcome::PASSED)
+}
+
+/// A flipped bit anywhere in a chain is found before anything is restored, and by name.
+fn checksums(case: &Case<'_>) -> Result<Outcome> {
+    let Some(pid) = start(case)? else { return Ok(needs()) };
+    let ran = link(case, "pre-dump", 1, &words(pid, 1, &["--checksums"]))?;
+    ensure!(ran.ok(), "pre-dump: {}", ran.errors());
+    let images = case.path("img.2");
+    fs::create_dir_all(&images)?;
+    case.put_to_sleep(&case.args.bin, pid, &images, &words(pid, 2, &["--checksums"])[2..])?;
+    let verify = || -> Result<Ran> {
+        let mut command = case.command(&case.args.bin);
+        command.arg("verify").arg(&images);
+        case.wait_tool(case.start_tool(command, "verify")?, "verify", Path::new("/dev/null"), TOOL_LIMIT)
+    };
+    let ran = verify()?;
+    ensure!(ran.ok(), "verify of good images: {}", ran.errors());
+    let pages = case.path("img.1/pages-1.img");
+    let mut content = fs::read(&pages)?;
+    content[(1 << 20) + 77] ^= 4;
+    fs::write(&pages, &content)?;
+    for ran in [verify()?, case.restore(&case.args.bin, &images, &[])?] {
+        ensure!(!ran.ok() && ran.said.contains("pages-1.img is damaged between byte 1048576"), "{}", ran.errors());
+    }
+    content[(1 << 20) + 77] ^= 4;
+    fs::write(&pages, &content)?;
+    let ran = case.restore(&case.args.bin, &images, &[])?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    programs::ask(case, 1)?;
     Ok(Outcome::PASSED)
 }

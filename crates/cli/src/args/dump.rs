@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dormouse_dump::Chain;
+use dormouse_dump::{Chain, Server};
 use dormouse_resources::DumpOptions;
 
 use super::Common;
@@ -81,6 +81,8 @@ pub struct DumpArgs {
     #[command(flatten)]
     pub chain: ChainArgs,
     #[command(flatten)]
+    pub server: ServerArgs,
+    #[command(flatten)]
     pub kinds: Kinds,
     #[command(flatten)]
     pub common: Common,
@@ -100,9 +102,61 @@ pub struct ChainArgs {
     /// Take pages that are saved anew out of the images of the dumps before, which can then no longer be restored
     #[arg(long)]
     pub auto_dedup: bool,
+    /// Write checksums of all images beside them, which restore and verify compare
+    #[arg(long)]
+    pub checksums: bool,
     /// How pre-dump reads memory: splice or read, which make no difference here
     #[arg(long, value_name = "MODE", default_value = "splice", value_parser = ["splice", "read"])]
     pub pre_dump_mode: String,
+}
+
+/// Options about pages that go elsewhere.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Pages elsewhere")]
+pub struct ServerArgs {
+    /// Send pages to a page server at --address and --port, or behind --ps-socket, and do not write them here
+    #[arg(long)]
+    pub page_server: bool,
+    /// Host name or address of the page server
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub address: String,
+    /// Port of the page server
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub port: u16,
+    /// Descriptor of a socket that is connected to a page server
+    #[arg(long, value_name = "FD")]
+    pub ps_socket: Option<i32>,
+}
+
+/// `dormouse page-server`
+#[derive(Clone, Debug, clap::Args)]
+pub struct PageServerArgs {
+    /// Address to listen at [default: all]
+    #[arg(long, value_name = "ADDRESS")]
+    pub address: Option<String>,
+    /// Port to listen at; 0 for any, which the log tells
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub port: u16,
+    /// Descriptor of a socket that is connected to the dump
+    #[arg(long, value_name = "FD")]
+    pub ps_socket: Option<i32>,
+    /// Go into the background once connections are taken
+    #[arg(short = 'd', long)]
+    pub daemon: bool,
+    /// Write the server's pid to this file, which must not exist; relative to --work-dir
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Write a NUL byte to this descriptor, and close it, once connections are taken
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<i32>,
+    /// Directory of the dump or pre-dump before this one, relative to the images' directory
+    #[arg(long, value_name = "DIR")]
+    pub prev_images_dir: Option<PathBuf>,
+    /// Take pages that are received anew out of the images of the dumps before
+    #[arg(long)]
+    pub auto_dedup: bool,
+    #[command(flatten)]
+    pub common: Common,
 }
 
 /// `dormouse dedup`
@@ -112,10 +166,12 @@ pub struct DedupArgs {
     pub common: Common,
 }
 
-impl ChainArgs {
-    /// The same for the dump.
-    pub fn chain(&self) -> Chain {
-        Chain { before: self.prev_images_dir.clone(), track: self.track_mem, dedup: self.auto_dedup }
+impl ServerArgs {
+    fn server(&self) -> Option<Server> {
+        self.page_server.then(|| match self.ps_socket {
+            Some(fd) => Server::Socket(fd),
+            None => Server::At(self.address.clone(), self.port),
+        })
     }
 }
 
@@ -147,6 +203,13 @@ impl DumpArgs {
     /// The same for the kinds; `final_dump` if the tree is killed.
     pub fn options(&self) -> DumpOptions {
         DumpOptions { final_dump: !self.leave_running && !self.leave_stopped, ..self.kinds.options() }
+    }
+
+    /// What the dump has to do with others.
+    pub fn chain(&self) -> Chain {
+        let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, .. } = &self.chain;
+        let (before, server) = (prev_images_dir.clone(), self.server.server());
+        Chain { before, track: *track_mem, dedup: *auto_dedup && server.is_none(), checksums: *checksums, server }
     }
 
     /// How long to wait for the tree to stop.

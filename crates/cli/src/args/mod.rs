@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
 
-pub use dump::{DedupArgs, DumpArgs, Kinds};
+pub use dump::{DedupArgs, DumpArgs, Kinds, PageServerArgs};
 use getopt::{Given, Words};
 pub use restore::RestoreArgs;
 pub use service::{ServiceArgs, WorkerArgs};
@@ -45,6 +45,8 @@ pub enum Command {
     Dump(DumpArgs),
     /// Copy the memory of a process tree while it runs, so that the dump that follows has little left to copy
     PreDump(DumpArgs),
+    /// Take the pages of one dump that is made with --page-server, and end
+    PageServer(PageServerArgs),
     /// Take pages that the images hold anew out of the dumps that they build on
     Dedup(DedupArgs),
     /// Wake a process tree up from a directory
@@ -75,6 +77,11 @@ pub enum Command {
     Encode(EncodeArgs),
     /// Print an image as pretty JSON
     Show(ShowArgs),
+    /// Compare images with the checksums that dump --checksums has written, those of the dumps that they build on, too
+    Verify {
+        /// Directory of the images
+        dir: PathBuf,
+    },
     /// Print what an image is: its kind, number of records, size
     Info {
         /// The image
@@ -206,10 +213,10 @@ pub struct Parsed {
 }
 
 /// Commands of CRIU that are not there yet.
-const ABSENT: &[&str] = &["page-server", "lazy-pages", "cpuinfo", "exec"];
+const ABSENT: &[&str] = &["lazy-pages", "cpuinfo", "exec"];
 
 /// Commands whose options are CRIU's.
-const CRIUS: &[&str] = &["dump", "pre-dump", "restore", "check", "dedup", "service"];
+const CRIUS: &[&str] = &["dump", "pre-dump", "restore", "check", "dedup", "page-server", "service"];
 
 /// Other commands; their words go to clap as they are.
 fn is_ours(word: &OsStr) -> bool {
@@ -303,7 +310,13 @@ fn command(verb: &str, words: &Words) -> Result<Parsed> {
             // CRIU reads it as an abbreviation.
             given.known = getopt::find("pidfile").context("an option of the table")?;
         }
-        let long = if given.known.long == "daemon" { "restore-detached" } else { given.known.long };
+        // In CRIU both are one.
+        let long = match (verb, given.known.long) {
+            ("page-server", "restore-detached") => "daemon",
+            ("page-server", long) => long,
+            (_, "daemon") => "restore-detached",
+            (_, long) => long,
+        };
         if long == "verbosity" {
             continue;
         }

@@ -72,7 +72,7 @@ const CPU: &str = "cpuinfo.img is neither written nor checked yet; leave it out 
 const FREEZER: &str = "control groups are not frozen yet: the tree is stopped by ptrace(2), which needs no help; \
                        leave it out";
 const LSM: &str = "security profiles are not restored yet; leave it out";
-const NO_TLS: &str = "there is no page server yet, so nothing to encrypt; leave it out";
+const NO_TLS: &str = "pages are not encrypted on their way yet; leave it out, or use a tunnel, e.g. of ssh(1)";
 
 /// The options of CRIU 4.2, in the order of its table.
 pub const CRIU: &[Known] = &[
@@ -100,9 +100,9 @@ pub const CRIU: &[Known] = &[
     Known::bool("link-remap", Works, Idle),
     Known::bool("shell-job", Works, Works).short('j'),
     Known::bool("file-locks", Works, Idle).short('l'),
-    Known::bool("page-server", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
-    Known::new("address", Value, Idle, Idle),
-    Known::new("port", Value, Idle, Idle),
+    Known::bool("page-server", Works, Elsewhere),
+    Known::new("address", Value, Works, Elsewhere),
+    Known::new("port", Value, Works, Elsewhere),
     Known::new("prev-images-dir", Value, Works, Elsewhere),
     Known::new("ms", Nothing, Refused("CRIU no longer has it; leave it out"), Elsewhere),
     Known::bool("track-mem", Works, Elsewhere),
@@ -141,7 +141,7 @@ pub const CRIU: &[Known] = &[
     Known::new("status-fd", Value, Elsewhere, Elsewhere),
     Known::bool("tcp-close", Works, Works),
     Known::new("verbosity", MaybeValue, Works, Works).short('v'),
-    Known::new("ps-socket", Value, Idle, Idle),
+    Known::new("ps-socket", Value, Works, Elsewhere),
     Known::bool("stream", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
     Known::new("config", Value, Works, Works),
     Known::new("no-default-config", Nothing, Works, Works),
@@ -169,6 +169,7 @@ pub const OURS: &[Known] = &[
     Known::new("live", Nothing, Works, Elsewhere),
     Known::new("pid", Value, Elsewhere, Elsewhere),
     Known::new("cleanup", Nothing, Elsewhere, Elsewhere),
+    Known::new("checksums", Nothing, Works, Elsewhere),
     Known::new("wait-status", Nothing, Elsewhere, Works),
     Known::new("new-pid-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
     Known::new("new-mount-ns", Nothing, Refused("it is for restore only; leave it out"), Works),

@@ -127,7 +127,7 @@ fn control_groups_are_managed_as_asked() {
 #[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
-        ("dump -t 1 --page-server --address ::1 --port 9", "--page-server"),
+        ("dump -t 1 --page-server --tls", "--tls"),
         ("dump -t 1 --freeze-cgroup /sys/fs/cgroup/x", "--freeze-cgroup"),
         ("dump -t 1 --stream", "--stream"),
         ("dump -t 1 --lazy-pages", "--lazy-pages"),
@@ -169,6 +169,17 @@ fn a_pre_dump_takes_the_options_of_a_dump() {
 }
 
 #[test]
+fn a_page_server_goes_into_the_background_by_either_option() {
+    for line in ["page-server --daemon --port 9 --pidfile f", "page-server -d --port 9 --pidfile f"] {
+        let parsed = parse_line(line).expect(line);
+        let Command::PageServer(args) = parsed.command else { panic!("{parsed:?}") };
+        assert!(args.daemon && args.port == 9 && args.pidfile == Some("f".into()), "{line}");
+    }
+    let chain = dump("dump -t 1 --page-server --address ::1 --port 9").chain();
+    assert!(matches!(chain.server, Some(dormouse_dump::Server::At(address, 9)) if address == "::1"));
+}
+
+#[test]
 fn pid_is_an_abbreviation_of_pidfile_outside_of_check() {
     assert_eq!(restore("restore --pid file").pidfile, Some("file".into()));
 }
@@ -188,7 +199,7 @@ fn other_commands_of_criu_are_named() {
         let message = refusal(verb);
         assert!(message.contains(verb) && message.contains("not there yet"), "{message}");
     }
-    assert!(refusal("page-server -d").contains("page-server is not there yet"));
+    assert!(refusal("lazy-pages -d").contains("lazy-pages is not there yet"));
     assert!(refusal("dumb").contains("unknown command"));
     assert!(refusal("-v4").contains("no command"));
 }

@@ -75,7 +75,11 @@ fn punch_older(newer: &PageMap, older: &PageMap) -> Result<u64> {
     Ok(freed)
 }
 
+/// Opens a pages image to take pages out of it. What its directory says about checksums is then no longer true.
 fn open(path: &Path) -> Result<File> {
+    if let Some(dir) = path.parent() {
+        ImageDir::open(dir)?.remove(ImageKind::DormouseChecksums, 0)?;
+    }
     OpenOptions::new().write(true).open(path).map_err(call(format!("cannot open {} for writing", path.display())))
 }
 

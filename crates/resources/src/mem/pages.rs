@@ -3,44 +3,71 @@
 //! Pages that were never touched, the zero page, pages of files that nobody changed, guard pages, the vDSO's data and
 //! droppable memory are not stored. Memory that the target may not read is read from outside.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use dormouse_blob_abi::PAGE;
-use dormouse_images::{ImageDir, ImageKind};
+use dormouse_images::ImageDir;
 use dormouse_infect::arch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
 use dormouse_kernel::proc::status;
 use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
-use dormouse_pages::{PageRun, PageScanner, Want, category};
+use dormouse_pages::{PageClient, PageRun, PageScanner, Want, category};
 
-use super::copier::Copier;
 use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
-use super::records::Records;
-use super::route::Route;
+use super::out::{Out, lost};
 use super::vdso;
 use crate::{ResourceError, Result, call};
 
 /// From this size on, a mapping that holds nothing to save is left out of a walk.
 const LARGE_GAP: u64 = 2 << 20;
 
-/// Numbers of pages images (`pages-1.img`, …), one sequence for all tasks and shared objects of a dump.
+/// Numbers of pages images (`pages-1.img`, …), one sequence for all tasks and shared objects of a dump; or the page server
+/// that makes them elsewhere.
 #[derive(Debug)]
-pub struct PageIds(AtomicU32);
+pub struct PageIds {
+    next: AtomicU32,
+    server: Option<Mutex<PageClient>>,
+}
 
 impl PageIds {
     /// The first number is 1.
     pub fn new() -> Self {
-        Self(AtomicU32::new(1))
+        Self::from(1)
+    }
+
+    /// The first number is this one.
+    pub fn from(first: u32) -> Self {
+        Self { next: AtomicU32::new(first), server: None }
+    }
+
+    /// Pages go to a page server.
+    pub fn at_server(client: PageClient) -> Self {
+        Self { server: Some(Mutex::new(client)), ..Self::new() }
+    }
+
+    /// The page server, if pages go to one.
+    pub fn server(&self) -> Option<MutexGuard<'_, PageClient>> {
+        self.server.as_ref().map(|s| s.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Waits until a page server, if there is one, has written everything.
+    ///
+    /// # Errors
+    /// It is gone, or failed.
+    pub fn finish(&self) -> Result<()> {
+        let Some(mut client) = self.server() else { return Ok(()) };
+        let finished = client.finish();
+        finished.map_err(lost(&client))
     }
 
     /// A number that nobody else has.
     pub fn next(&self) -> u32 {
-        self.0.fetch_add(1, Ordering::Relaxed)
+        self.next.fetch_add(1, Ordering::Relaxed)
     }
 }
 
@@ -77,12 +104,9 @@ pub fn dump_pages(
     increment: &Increment,
 ) -> Result<PageStats> {
     let pid = mappings.pid();
-    let id = ids.next();
     let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
     let scanner = increment.scanner(mappings.source()).map_err(scan_failed())?;
-    let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
-    let image = images.create_file(ImageKind::Pages, id.into())?;
-    let mut dump = Dump::new(parasite, mappings, records, image, increment)?;
+    let mut dump = Dump::new(parasite, mappings, images, ids, increment)?;
     for group in groups(mappings.lines(), &scanner, increment, &mut dump.untold)? {
         match group {
             Group::Vdso(v) => dump.vdso(v)?,
@@ -185,12 +209,13 @@ pub(super) fn is_saved(v: &Vma, kind: Kind) -> bool {
 
 /// A dump under way.
 struct Dump<'a, 'p> {
-    copier: Copier<'a, 'p>,
+    out: Out<'a, 'p>,
+    /// First addresses of droppable mappings, which are not saved; where that is known before.
+    dropped: Vec<u64>,
     increment: &'a Increment,
     /// First addresses of mappings whose writes are not told, ascending.
     untold: Vec<u64>,
     mappings: &'a Mappings,
-    records: Records,
     guards: Vec<Range<u64>>,
     /// Index of the first line that ends behind the last run.
     at: usize,
@@ -207,8 +232,8 @@ impl<'a, 'p> Dump<'a, 'p> {
     fn new(
         parasite: &'a mut Parasite<'p>,
         mappings: &'a Mappings,
-        records: Records,
-        image: File,
+        images: &ImageDir,
+        ids: &'a PageIds,
         increment: &'a Increment,
     ) -> Result<Self> {
         let pid = mappings.source();
@@ -219,14 +244,19 @@ impl<'a, 'p> Dump<'a, 'p> {
         let any = status::read(pid)?.vm_lck_kb.is_none_or(|kb| kb > 0);
         let locked = if any { mappings.flagged("lo")? } else { Vec::new() };
         let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
-        let route = Route::choose(pid, saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add))?;
-        let copier = Copier::new(parasite, pid, image, route)?;
+        let most = saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add);
+        let out = Out::new(parasite, mappings, images, ids, most)?;
+        // What was sent cannot be erased, so smaps is waited for.
+        let dropped = match &out {
+            Out::Server(_) => mappings.flagged("dp")?.iter().map(|d| d.start).collect(),
+            Out::Images { .. } => Vec::new(),
+        };
         Ok(Self {
-            copier,
+            out,
+            dropped,
             increment,
             untold: Vec::new(),
             mappings,
-            records,
             guards: Vec::new(),
             at: 0,
             spans: Vec::new(),
@@ -252,7 +282,7 @@ impl<'a, 'p> Dump<'a, 'p> {
                 for (part, left) in self.increment.split(range, clean) {
                     if left {
                         let len = part.end - part.start;
-                        self.records.add(part.start, len, PE_PARENT)?;
+                        self.out.entry(part, PE_PARENT)?;
                         self.stats.left += len / PAGE;
                     } else {
                         self.pages(v, *kind, part)?;
@@ -282,6 +312,9 @@ impl<'a, 'p> Dump<'a, 'p> {
 
     /// Saves pages of one mapping.
     fn pages(&mut self, v: &Vma, kind: Kind, range: Range<u64>) -> Result<()> {
+        if self.dropped.contains(&v.start) {
+            return Ok(());
+        }
         let plain = matches!(kind, Kind::Anonymous { .. }) && !self.locked.iter().any(|l| l.contains(&range.start));
         let mut at = range.start;
         while at < range.end {
@@ -294,42 +327,43 @@ impl<'a, 'p> Dump<'a, 'p> {
                 None => range.end,
             };
             let lazy = plain && page != Some(at);
-            self.records.add(at, end - at, if lazy { PE_PRESENT | PE_LAZY } else { PE_PRESENT })?;
+            self.out.pages(at..end, if lazy { PE_PRESENT | PE_LAZY } else { PE_PRESENT }, v.read)?;
             self.stats.lazy += if lazy { (end - at) / PAGE } else { 0 };
             at = end;
         }
         let bytes = range.end - range.start;
         self.stats.written += bytes / PAGE;
-        let begin = self.copier.end();
+        let Out::Images { copier, .. } = &self.out else { return Ok(()) };
+        let end = copier.end();
         match self.spans.last_mut() {
-            Some((start, places)) if *start == v.start => places.end = begin + bytes,
-            _ => self.spans.push((v.start, begin..begin + bytes)),
+            Some((start, places)) if *start == v.start => places.end = end,
+            _ => self.spans.push((v.start, end - bytes..end)),
         }
-        self.copier.add(range, v.read)
+        Ok(())
     }
 
     /// Saves the vDSO's code as it is without what the parasite keeps in its padding.
     fn vdso(&mut self, v: &Vma) -> Result<()> {
         let mut bytes = vec![0; v.len() as usize];
-        self.copier.read(v.start, &mut bytes)?;
+        self.out.read(v.start, &mut bytes)?;
         vdso::without_additions(&mut bytes);
-        self.records.add(v.start, v.len(), PE_PRESENT)?;
         self.stats.written += v.len() / PAGE;
-        self.copier.put(&bytes)
+        self.out.put(v.start, &bytes, PE_PRESENT)
     }
 
     fn finish(mut self) -> Result<PageStats> {
-        self.copier.finish()?;
-        // Droppable memory is known only now, from smaps: what was saved of it becomes zeros, as if it had been dropped.
-        let droppable = self.mappings.flagged("dp")?;
-        for (start, places) in self.spans.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
-            tracing::debug!("pid {}: erasing droppable memory at {start:#x}", self.mappings.pid());
-            self.copier.erase(places)?;
+        if let Out::Images { copier, .. } = &mut self.out {
+            copier.finish()?;
+            // Droppable memory is known only now, from smaps: what was saved of it becomes zeros, as if it had been dropped.
+            let droppable = self.mappings.flagged("dp")?;
+            for (start, places) in self.spans.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
+                tracing::debug!("pid {}: erasing droppable memory at {start:#x}", self.mappings.pid());
+                copier.erase(places)?;
+            }
         }
-        self.records.finish()?;
         self.mappings.found_guards(self.guards);
         self.stats.scanned = self.stats.written + self.stats.left;
-        self.stats.outside = self.copier.outside / PAGE;
+        self.stats.outside = self.out.finish()?;
         Ok(self.stats)
     }
 }

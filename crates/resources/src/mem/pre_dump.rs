@@ -6,16 +6,19 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::MutexGuard;
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_kernel::HostPid;
 use dormouse_pages::runs::{PE_PARENT, PE_PRESENT};
-use dormouse_pages::{PageRun, Want};
+use dormouse_pages::server::MapId;
+use dormouse_pages::{PageClient, PageRun, Want};
 
 use super::increment::{Increment, Registered, Watch};
 use super::mappings::{Kind, Mappings};
+use super::out::lost;
 use super::pages::{PageIds, PageStats, is_saved};
 use super::records::Records;
 use crate::{Result, call};
@@ -74,6 +77,9 @@ impl Snapshot {
     /// # Errors
     /// An image cannot be written, or somebody asked us to stop.
     pub fn write(self, images: &ImageDir, ids: &PageIds) -> Result<PageStats> {
+        if let Some(client) = ids.server() {
+            return self.send(client);
+        }
         let id = ids.next();
         let mut records = Records::new(images.writer(ImageKind::Pagemap, self.pid.0 as u64)?, id)?;
         let image = images.create_file(ImageKind::Pages, id.into())?;
@@ -97,6 +103,57 @@ impl Snapshot {
     }
 }
 
+impl Snapshot {
+    /// Copies the pages to a page server.
+    fn send(self, mut client: MutexGuard<'_, PageClient>) -> Result<PageStats> {
+        let mut stats = PageStats::default();
+        let opened = client.open(MapId::Task(self.pid.0 as u64));
+        opened.map_err(lost(&client))?;
+        let mut buffer = vec![0; BUFFER];
+        for (range, left) in self.runs {
+            stats.scanned += (range.end - range.start) / PAGE;
+            if left {
+                let sent = client.entry(range.start, range.end - range.start, PE_PARENT);
+                sent.map_err(lost(&client))?;
+                stats.left += (range.end - range.start) / PAGE;
+                continue;
+            }
+            let mut at = range.start;
+            while at < range.end {
+                let Some(read) = next_pages(&self.memory, at, range.end, &mut buffer)? else { break };
+                if read == 0 {
+                    at += PAGE;
+                    continue;
+                }
+                let sent = client.pages(at, read, PE_PRESENT, |from, to| {
+                    to.copy_from_slice(&buffer[from as usize..][..to.len()]);
+                    Ok::<(), std::io::Error>(())
+                });
+                sent.map_err(lost(&client))?;
+                stats.written += read / PAGE;
+                at += read;
+            }
+        }
+        stats.outside = stats.written;
+        Ok(stats)
+    }
+}
+
+/// Reads whole pages from `at` on into `buffer`: bytes; 0 if the first one cannot be read, which says nothing about others;
+/// `None` if the process has ended.
+fn next_pages(memory: &File, at: u64, end: u64, buffer: &mut [u8]) -> Result<Option<u64>> {
+    loop {
+        cancel::check()?;
+        let now = (end - at).min(buffer.len() as u64) as usize;
+        match memory.read_at(&mut buffer[..now], at) {
+            Ok(0) => return Ok(None),
+            Ok(read) => return Ok(Some(read as u64 & !(PAGE - 1))),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return Ok(Some(0)),
+        }
+    }
+}
+
 /// The pages image.
 struct Out {
     image: File,
@@ -108,21 +165,11 @@ impl Out {
     fn copy(&mut self, memory: &File, range: Range<u64>, records: &mut Records) -> Result<()> {
         let mut at = range.start;
         while at < range.end {
-            cancel::check()?;
-            let now = (range.end - at).min(BUFFER as u64) as usize;
-            match memory.read_at(&mut self.buffer[..now], at) {
-                Ok(read) if read as u64 >= PAGE => {
-                    let whole = read as u64 & !(PAGE - 1);
-                    self.put(at, whole, records)?;
-                    at += whole;
-                }
-                // The process has ended: there is nothing more to read.
-                Ok(0) => return Ok(()),
-                // This page cannot be read; those behind it may be.
-                Ok(_) => at += PAGE,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(_) => at += PAGE,
+            let Some(read) = next_pages(memory, at, range.end, &mut self.buffer)? else { break };
+            if read > 0 {
+                self.put(at, read, records)?;
             }
+            at += read.max(PAGE);
         }
         Ok(())
     }

@@ -15,11 +15,14 @@ use dormouse_infect::cancel;
 use dormouse_infect::host::mem::{MappedObject, anonymous_object, new_memfd_with, send_file};
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::maps::Vma;
+use dormouse_pages::PageClient;
 use dormouse_pages::runs::PE_PRESENT;
+use dormouse_pages::server::MapId;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::map_files::MapFiles;
+use super::out::lost;
 use super::pages::PageIds;
 use super::records::Records;
 use super::sysv::{Segments, SysvDump};
@@ -121,22 +124,24 @@ impl<'a> SharedDump<'a> {
         self.sysv.finish(self.images, ipc_ns)?;
         let (mut found, mut written) = (0, 0);
         for object in self.objects.values().filter(|o| o.size > 0) {
+            found += object.size.div_ceil(PAGE);
+            if let Some(mut client) = self.ids.server() {
+                written += object.send(&mut client)?;
+                continue;
+            }
             let id = self.ids.next();
             let records = Records::new(self.images.writer(ImageKind::ShmemPagemap, object.shmid)?, id)?;
             let image = self.images.create_file(ImageKind::Pages, id.into())?;
-            let pages = object.save(records, &image)?;
-            found += object.size.div_ceil(PAGE);
-            written += pages;
+            written += object.save(records, &image)?;
         }
         Ok((found, written))
     }
 }
 
 impl Object {
-    /// Saves all pages but holes; how many.
-    fn save(&self, mut records: Records, image: &File) -> Result<u64> {
+    /// Gives all areas that are not holes to `each`: (offset, end at a page's border).
+    fn areas(&self, mut each: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
         let failed = || format!("cannot read shared memory {}", self.shmid);
-        let mut end = 0;
         let mut at = 0;
         while at < self.size {
             let data = match lseek(&self.file, at as i64, Whence::SeekData) {
@@ -149,15 +154,47 @@ impl Object {
             }
             let hole = lseek(&self.file, data as i64, Whence::SeekHole).map_err(|e| call(failed())(e.into()))?;
             at = (hole as u64).min(self.size).next_multiple_of(PAGE);
-            records.add(data, at - data, PE_PRESENT)?;
-            copy(&self.file, data, at.min(self.size) - data, image, end).map_err(call(failed()))?;
+            each(data, at)?;
             cancel::check()?;
-            end += at - data;
         }
+        Ok(())
+    }
+
+    /// Saves all pages but holes; how many.
+    fn save(&self, mut records: Records, image: &File) -> Result<u64> {
+        let mut end = 0;
+        self.areas(|data, at| {
+            records.add(data, at - data, PE_PRESENT)?;
+            let failed = || format!("cannot save shared memory {}", self.shmid);
+            copy(&self.file, data, at.min(self.size) - data, image, end).map_err(call(failed()))?;
+            end += at - data;
+            Ok(())
+        })?;
         // Behind the last byte of an object the rest of its last page is zeros.
         image.set_len(end).map_err(call("cannot write a pages image"))?;
         records.finish()?;
         Ok(end / PAGE)
+    }
+
+    /// Sends all pages but holes to a page server; how many.
+    fn send(&self, client: &mut PageClient) -> Result<u64> {
+        let opened = client.open(MapId::Shared(self.shmid));
+        opened.map_err(lost(client))?;
+        let mut pages = 0;
+        self.areas(|data, at| {
+            let sent = client.pages(data, at - data, PE_PRESENT, |from, bytes| {
+                let left = self.size.saturating_sub(data + from).min(bytes.len() as u64) as usize;
+                bytes[left..].fill(0);
+                self.file.read_exact_at(&mut bytes[..left], data + from)
+            });
+            pages += (at - data) / PAGE;
+            sent.map_err(call(format!(
+                "cannot send shared memory {} to the page server at {}",
+                self.shmid,
+                client.name()
+            )))
+        })?;
+        Ok(pages)
     }
 }
 

@@ -1,0 +1,88 @@
+//! The command `page-server`: takes the pages of one dump that is made elsewhere, and ends.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::net::{TcpListener, TcpStream};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use dormouse_images::ImageDir;
+use dormouse_infect::host::fd::copy_number;
+use dormouse_resources::mem;
+
+use crate::args::PageServerArgs;
+use crate::run::{Place, write_pid};
+
+/// Where the server's one client comes from.
+enum Source {
+    Listener(TcpListener),
+    Connected(TcpStream),
+}
+
+/// `dormouse page-server`
+///
+/// # Errors
+/// The directories or the log are not accessible; what fails later is told here.
+pub fn serve(args: &PageServerArgs, notes: &[String]) -> Result<ExitCode> {
+    let place = Place::enter(&args.common, notes)?;
+    Ok(match run(args, &place) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            place.log.failure(&error, None);
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn run(args: &PageServerArgs, place: &Place) -> Result<()> {
+    let images = ImageDir::open(&place.path)?;
+    if let Some(before) = &args.prev_images_dir {
+        images.unlink_parent()?;
+        images.link_parent(before)?;
+    }
+    let source = source(args)?;
+    if args.daemon {
+        nix::unistd::daemon(true, false).context("cannot go into the background")?;
+    }
+    if let Some(file) = &args.pidfile {
+        write_pid(file, std::process::id().cast_signed())?;
+    }
+    if let Some(fd) = args.status_fd {
+        // A NUL byte says that connections are taken, as CRIU's does.
+        let mut status =
+            File::from(copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--status-fd)"))?);
+        status.write_all(&[0]).with_context(|| format!("cannot write to descriptor {fd} (--status-fd)"))?;
+        let _ = nix::unistd::close(fd);
+    }
+    let mut stream = match source {
+        Source::Listener(listener) => {
+            let (stream, peer) = listener.accept().context("cannot accept a connection")?;
+            tracing::info!("Accepted connection from {peer}");
+            stream
+        }
+        Source::Connected(stream) => stream,
+    };
+    // Not every socket that a user gives us is one of TCP.
+    let _ = stream.set_nodelay(true);
+    let served = mem::serve(&images, &mut stream)?;
+    tracing::info!("Session over: {} pages in {} page maps", served.pages, served.maps);
+    if args.auto_dedup && images.parent()?.is_some() {
+        let bytes = mem::dedup(&images)?;
+        tracing::info!("{bytes} bytes of pages taken out of the dumps before");
+    }
+    Ok(())
+}
+
+fn source(args: &PageServerArgs) -> Result<Source> {
+    if let Some(fd) = args.ps_socket {
+        let socket = copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--ps-socket)"))?;
+        let _ = nix::unistd::close(fd);
+        return Ok(Source::Connected(TcpStream::from(socket)));
+    }
+    let address = args.address.as_deref().unwrap_or("0.0.0.0");
+    let listener = TcpListener::bind((address, args.port));
+    let listener = listener.with_context(|| format!("cannot listen at {address}:{}", args.port))?;
+    let port = listener.local_addr().context("cannot learn our own port")?.port();
+    tracing::info!("Listening at {address}:{port}");
+    Ok(Source::Listener(listener))
+}

@@ -1,0 +1,205 @@
+//! Where the pages of a task go: into images of this directory, or to a page server, which makes the images elsewhere.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::MutexGuard;
+
+use dormouse_blob_abi::PAGE;
+use dormouse_images::{ImageDir, ImageKind};
+use dormouse_infect::cancel;
+use dormouse_infect::parasite::Parasite;
+use dormouse_kernel::HostPid;
+use dormouse_pages::PageClient;
+use dormouse_pages::server::MapId;
+
+use super::copier::Copier;
+use super::mappings::Mappings;
+use super::pages::PageIds;
+use super::records::Records;
+use super::route::Route;
+use crate::{ResourceError, Result, call};
+
+/// A destination.
+pub enum Out<'a, 'p> {
+    /// `pagemap-<pid>.img` and a pages image.
+    Images {
+        /// The pages.
+        copier: Copier<'a, 'p>,
+        /// The page map.
+        records: Records,
+    },
+    /// A page server.
+    Server(ToServer<'a>),
+}
+
+/// Pages on their way to a page server.
+pub struct ToServer<'a> {
+    client: MutexGuard<'a, PageClient>,
+    pid: HostPid,
+    memory: File,
+    sent: u64,
+}
+
+impl<'a, 'p> Out<'a, 'p> {
+    /// Begins the page map of the parasite's process, of whose memory at most `most` bytes are saved.
+    ///
+    /// # Errors
+    /// An image cannot be made, the server is gone, or the process is.
+    pub fn new(
+        parasite: &'a mut Parasite<'p>,
+        mappings: &Mappings,
+        images: &ImageDir,
+        ids: &'a PageIds,
+        most: u64,
+    ) -> Result<Self> {
+        let pid = mappings.pid();
+        if let Some(client) = ids.server() {
+            return Ok(Self::Server(ToServer::open(client, pid)?));
+        }
+        let id = ids.next();
+        let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
+        let image = images.create_file(ImageKind::Pages, id.into())?;
+        // A copy of the process may stand for it.
+        let source = mappings.source();
+        let route = Route::choose(source, most)?;
+        Ok(Self::Images { copier: Copier::new(parasite, source, image, route)?, records })
+    }
+
+    /// Leaves pages to the checkpoint before.
+    ///
+    /// # Errors
+    /// As [`Self::pages`].
+    pub fn entry(&mut self, range: Range<u64>, flags: u32) -> Result<()> {
+        match self {
+            Self::Images { records, .. } => records.add(range.start, range.end - range.start, flags),
+            Self::Server(to) => to.entry(range, flags),
+        }
+    }
+
+    /// Saves pages; `readable` if the process itself may read them.
+    ///
+    /// # Errors
+    /// The memory cannot be read, the image not written, the server is gone, or somebody asked us to stop.
+    pub fn pages(&mut self, range: Range<u64>, flags: u32, readable: bool) -> Result<()> {
+        match self {
+            Self::Images { copier, records } => {
+                records.add(range.start, range.end - range.start, flags)?;
+                copier.add(range, readable)
+            }
+            Self::Server(to) => to.pages(range, flags),
+        }
+    }
+
+    /// Saves bytes of ours in place of those that are at `addr`.
+    ///
+    /// # Errors
+    /// As [`Self::pages`].
+    pub fn put(&mut self, addr: u64, bytes: &[u8], flags: u32) -> Result<()> {
+        match self {
+            Self::Images { copier, records } => {
+                records.add(addr, bytes.len() as u64, flags)?;
+                copier.put(bytes)
+            }
+            Self::Server(to) => to.put(addr, bytes, flags),
+        }
+    }
+
+    /// Memory of the process.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Images { copier, .. } => copier.read(addr, bytes),
+            Self::Server(to) => to.read(addr, bytes),
+        }
+    }
+
+    /// Pages that this program copied; everything is written.
+    ///
+    /// # Errors
+    /// As [`Self::pages`].
+    pub fn finish(self) -> Result<u64> {
+        match self {
+            Self::Images { copier, records } => {
+                records.finish()?;
+                Ok(copier.outside / PAGE)
+            }
+            Self::Server(to) => Ok(to.sent / PAGE),
+        }
+    }
+}
+
+/// What stands against a page server.
+pub(super) fn lost(client: &PageClient) -> impl FnOnce(std::io::Error) -> ResourceError {
+    call(format!("the page server at {} is gone; start it again and retry", client.name()))
+}
+
+impl<'a> ToServer<'a> {
+    /// Begins the page map of a process.
+    ///
+    /// # Errors
+    /// The server is gone, or the process.
+    pub fn open(mut client: MutexGuard<'a, PageClient>, pid: HostPid) -> Result<Self> {
+        let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
+        let opened = client.open(MapId::Task(pid.0 as u64));
+        opened.map_err(lost(&client))?;
+        Ok(Self { client, pid, memory, sent: 0 })
+    }
+
+    fn entry(&mut self, range: Range<u64>, flags: u32) -> Result<()> {
+        let sent = self.client.entry(range.start, range.end - range.start, flags);
+        sent.map_err(lost(&self.client))
+    }
+
+    fn pages(&mut self, range: Range<u64>, flags: u32) -> Result<()> {
+        let (memory, pid, len) = (&self.memory, self.pid, range.end - range.start);
+        let sent = self.client.pages(range.start, len, flags, |at, bytes| {
+            cancel::check()?;
+            let addr = range.start + at;
+            let what = || format!("cannot read the memory of pid {pid} at {addr:#x}");
+            memory.read_exact_at(bytes, addr).map_err(call(what())).map_err(Sending::Read)
+        });
+        self.sent += len;
+        self.judge(sent)
+    }
+
+    fn put(&mut self, addr: u64, bytes: &[u8], flags: u32) -> Result<()> {
+        let sent = self.client.pages(addr, bytes.len() as u64, flags, |at, to| {
+            to.copy_from_slice(&bytes[at as usize..][..to.len()]);
+            Ok::<(), Sending>(())
+        });
+        self.judge(sent)
+    }
+
+    fn judge(&self, sent: std::result::Result<(), Sending>) -> Result<()> {
+        sent.map_err(|e| match e {
+            Sending::Send(e) => lost(&self.client)(e),
+            Sending::Read(e) => e,
+        })
+    }
+
+    fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<()> {
+        let what = || format!("cannot read the memory of pid {} at {addr:#x}", self.pid);
+        self.memory.read_exact_at(bytes, addr).map_err(call(what()))
+    }
+}
+
+/// What went wrong: on this side or the other.
+enum Sending {
+    Send(std::io::Error),
+    Read(ResourceError),
+}
+
+impl From<std::io::Error> for Sending {
+    fn from(e: std::io::Error) -> Self {
+        Self::Send(e)
+    }
+}
+
+impl From<dormouse_infect::InfectError> for Sending {
+    fn from(e: dormouse_infect::InfectError) -> Self {
+        Self::Read(e.into())
+    }
+}
