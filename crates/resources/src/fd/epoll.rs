@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::epoll as host;
+use dormouse_kernel::proc::fdinfo::{self, FdInfo};
 use dormouse_kernel::{HostPid, TargetFd, proc};
 use dormouse_sys::nr;
 
@@ -16,6 +18,11 @@ use crate::{Blocker, Result, TaskImage, call, invalid};
 
 /// `EPOLL_CTL_ADD`.
 const ADD: u64 = 1;
+
+/// How often we look again before a running process's epoll counts as one that cannot be dumped.
+const LOOKS: u32 = 20;
+/// The time between two looks.
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// The kind.
 pub struct Epoll;
@@ -40,12 +47,12 @@ fn watch(text: &str) -> Option<pb::EventpollTfdEntry> {
 }
 
 /// Everything an epoll watches, with the numbers under which its process has the files; or why that cannot be told.
-fn watches(view: &FdView) -> Result<std::result::Result<Vec<pb::EventpollTfdEntry>, Blocker>> {
+fn watches(view: &FdView, info: &FdInfo) -> Result<std::result::Result<Vec<pb::EventpollTfdEntry>, Blocker>> {
     let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
     let mut found = Vec::new();
     let mut moved = Vec::new();
     let mut counts: HashMap<u32, u32> = HashMap::new();
-    for text in view.info.all("tfd") {
+    for text in info.all("tfd") {
         let parsed = std::str::from_utf8(text).ok().and_then(watch);
         let watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
         let count = counts.entry(watch.tfd).or_default();
@@ -164,14 +171,21 @@ impl FdKind for Epoll {
         if look.is_queued() {
             return Ok(None);
         }
-        Ok(watches(view)?.err())
+        let mut found = watches(view, &view.info)?.err();
+        // The process runs: a descriptor that it has opened or closed while we looked is no obstacle. What is one stays.
+        for _ in 0..LOOKS {
+            let (Some(_), Place::Fd(fd)) = (&found, view.place) else { break };
+            std::thread::sleep(PAUSE);
+            found = watches(view, &fdinfo::read(view.pid, fd)?)?.err();
+        }
+        Ok(found)
     }
 
     fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {
         let mut tfd = if table.look().is_queued() {
             queued_watches(view, table.task_order())?
         } else {
-            watches(view)?.map_err(|b| invalid!("{b}"))?
+            watches(view, &view.info)?.map_err(|b| invalid!("{b}"))?
         };
         for t in &mut tfd {
             t.id = id;
