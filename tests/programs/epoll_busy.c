@@ -16,7 +16,7 @@ static void *churn(void *unused)
 		if (turns % 2)
 			MUST(!epoll_ctl(ep, EPOLL_CTL_DEL, fd, &e));
 		MUST(!close(fd));
-		if (turns % 64 == 0)
+		if (turns % 4096 == 0)
 			test_sleep_ms(1);
 	}
 	return unused;
