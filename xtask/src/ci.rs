@@ -23,6 +23,7 @@ type Step = (&'static str, fn() -> Result<()>);
 
 const STEPS: &[Step] = &[
     ("test", test),
+    ("demo", || cmd::run(cmd::cargo().args(["xtask", "demo"]))),
     ("format", || cmd::run(cmd::cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", || if tidy::run()? { Ok(()) } else { bail!("see above") }),
     ("clippy", clippy),

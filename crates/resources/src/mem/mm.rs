@@ -1,6 +1,7 @@
 //! `mm_entry`: where code, data, heap, stack, arguments and environment lie, the auxiliary vector, and all mappings.
 
 use std::collections::HashMap;
+use std::os::fd::RawFd;
 
 use dormouse_images::pb;
 use dormouse_infect::arena::{Batch, OpId};
@@ -122,6 +123,12 @@ pub fn thp_op(b: &mut Batch, mm: &pb::MmEntry) {
     b.must("PR_SET_THP_DISABLE", nr::PRCTL, &[PR_SET_THP_DISABLE, disabled]);
 }
 
+/// Is this descriptor the executable of this process, by the same path?
+fn is_this_program(exe: RawFd) -> bool {
+    let own = std::fs::read_link("/proc/self/exe");
+    own.is_ok_and(|own| std::fs::read_link(format!("/proc/self/fd/{exe}")).is_ok_and(|other| own == other))
+}
+
 /// `struct prctl_mm_map` (prctl(2), PR_SET_MM_MAP, Linux 3.18): all fields of the address space in one call. Changing the
 /// executable by it needs CAP_SYS_ADMIN or, since Linux 5.9, CAP_CHECKPOINT_RESTORE, in the task's user namespace.
 ///
@@ -129,6 +136,8 @@ pub fn thp_op(b: &mut Batch, mm: &pb::MmEntry) {
 /// The executable is not there.
 pub fn mm_map_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, mm: &pb::MmEntry) -> Result<()> {
     let (exe, name) = c.files.exe_fd(mm.exe_file_id)?;
+    // A tree that runs this very program, as the demo does, has it already; while it is mapped it cannot be set again.
+    let exe = if is_this_program(exe) { u64::from(u32::MAX) } else { exe as u64 };
     let auxv = c.arena.put_words(&mm.mm_saved_auxv);
     let words = [
         mm.mm_start_code,
@@ -143,7 +152,7 @@ pub fn mm_map_op(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, mm: &pb::MmEntry) ->
         mm.mm_env_start,
         mm.mm_env_end,
         auxv,
-        (mm.mm_saved_auxv.len() as u64 * 8) | (exe as u64) << 32,
+        (mm.mm_saved_auxv.len() as u64 * 8) | exe << 32,
     ];
     let map = c.arena.put_words(&words);
     let args = [PR_SET_MM, PR_SET_MM_MAP, map, words.len() as u64 * 8, 0];
