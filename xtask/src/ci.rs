@@ -8,9 +8,6 @@ use dormouse_blob_check::Arch;
 
 use crate::{cmd, dist, tidy, vm};
 
-/// Where README.md tells users how to run the tests: CI runs what they would run.
-const TEST_COMMAND: &str = "cargo xtask test";
-
 /// Which steps.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Options {
@@ -22,8 +19,8 @@ pub struct Options {
 type Step = (&'static str, fn() -> Result<()>);
 
 const STEPS: &[Step] = &[
-    ("test", test),
-    ("demo", || cmd::run(cmd::cargo().args(["xtask", "demo"]))),
+    ("test", || as_in_readme("cargo xtask test")),
+    ("demo", || as_in_readme("cargo xtask demo")),
     ("format", || cmd::run(cmd::cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", || if tidy::run()? { Ok(()) } else { bail!("see above") }),
     ("clippy", clippy),
@@ -62,15 +59,14 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The test command as README.md has it.
-fn test() -> Result<()> {
+/// A command that README.md gives users: CI runs what they would run.
+fn as_in_readme(command: &str) -> Result<()> {
     let readme = std::fs::read_to_string(cmd::root().join("README.md")).context("cannot read README.md")?;
-    let without_comment = |line: &str| line.split('#').next().unwrap_or_default().trim() == TEST_COMMAND;
+    let without_comment = |line: &str| line.split('#').next().unwrap_or_default().trim() == command;
     if !readme.lines().any(without_comment) {
-        bail!("README.md has no line `{TEST_COMMAND}`: users would run something else than this");
+        bail!("README.md has no line `{command}`: users would run something else than this");
     }
-    let words: Vec<_> = TEST_COMMAND.split(' ').skip(1).collect();
-    cmd::run(cmd::cargo().args(words))
+    cmd::run(cmd::cargo().args(command.split(' ').skip(1)))
 }
 
 /// The workspace on this machine, and the blobs each for its bare-metal target.
