@@ -11,7 +11,7 @@ use dormouse_infect::host::fd::copy_number;
 use dormouse_resources::mem;
 
 use crate::args::PageServerArgs;
-use crate::run::{Place, write_pid};
+use crate::run::{Place, told, write_pid};
 
 /// Where the server's one client comes from.
 enum Source {
@@ -25,13 +25,7 @@ enum Source {
 /// The directories or the log are not accessible; what fails later is told here.
 pub fn serve(args: &PageServerArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
-    Ok(match run(args, &place) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            place.log.failure(&error, None);
-            ExitCode::FAILURE
-        }
-    })
+    Ok(told(&place, run(args, &place)))
 }
 
 fn run(args: &PageServerArgs, place: &Place) -> Result<()> {

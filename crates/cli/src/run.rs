@@ -52,7 +52,7 @@ impl Kind {
     }
 
     /// The last line of a log that tells of a failure, as CRIU has it.
-    fn failed(self) -> &'static str {
+    pub fn failed(self) -> &'static str {
         match self {
             Kind::Dump => "Dumping FAILED.",
             Kind::PreDump => "Pre-dumping FAILED.",
@@ -201,39 +201,35 @@ fn put_to_sleep(args: &DumpArgs, kind: Kind, run: &Run<'_>) -> u8 {
     0
 }
 
+/// The exit code of a command without a last line of its own in the log, which gets what failed.
+pub fn told(place: &Place, outcome: Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            place.log.failure(&error, None);
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// `dormouse dedup`
 ///
 /// # Errors
 /// The directories or the log are not accessible; what fails later is told here.
 pub fn dedup(args: &DedupArgs, notes: &[String]) -> Result<ExitCode> {
     let place = Place::enter(&args.common, notes)?;
-    let held = cleanup::hold(&place.path);
-    let Ok(_held) = held.inspect_err(|error| place.log.failure(error, None)) else {
-        return Ok(ExitCode::FAILURE);
-    };
-    let images = dormouse_images::ImageDir::open(&place.path)?;
-    match images.parent() {
-        Ok(Some(_)) => {}
-        Ok(None) => {
-            let what = format!("{} builds on no other dump: it has no link \"parent\"", place.path.display());
-            place.log.failure(&anyhow::Error::msg(what), None);
-            return Ok(ExitCode::FAILURE);
-        }
-        Err(error) => {
-            place.log.failure(&error.into(), None);
-            return Ok(ExitCode::FAILURE);
-        }
+    Ok(told(&place, take_out(&place.path)))
+}
+
+fn take_out(path: &Path) -> Result<()> {
+    let _held = cleanup::hold(path)?;
+    let images = dormouse_images::ImageDir::open(path)?;
+    if images.parent()?.is_none() {
+        bail!("{} builds on no other dump: it has no link \"parent\"", path.display());
     }
-    match dormouse_resources::mem::dedup(&images) {
-        Ok(bytes) => {
-            tracing::info!("Deduplicated: {bytes} bytes taken out of the dumps before");
-            Ok(ExitCode::SUCCESS)
-        }
-        Err(error) => {
-            place.log.failure(&error.into(), None);
-            Ok(ExitCode::FAILURE)
-        }
-    }
+    let bytes = dormouse_resources::mem::dedup(&images)?;
+    tracing::info!("Deduplicated: {bytes} bytes taken out of the dumps before");
+    Ok(())
 }
 
 /// Dumps in this process. `post_dump_failed` is set if that is because of a "post-dump" script.

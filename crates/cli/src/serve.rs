@@ -181,7 +181,8 @@ impl Here {
             let last = match order.verb {
                 "restore" => "Restoring FAILED.",
                 "check" => "Does not look good.",
-                _ => "Dumping FAILED.",
+                "pre-dump" => run::Kind::PreDump.failed(),
+                _ => run::Kind::Dump.failed(),
             };
             place.log.failure(&failure.error, Some(last));
         }

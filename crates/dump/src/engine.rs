@@ -25,19 +25,16 @@ use crate::{After, DumpError, Report, Request, Server, inventory, live, prefligh
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let start = Instant::now();
     if request.live && (request.chain.track || request.chain.before.is_some()) {
-        return Err(DumpError::Target(
+        return Err(DumpError::Impossible(
             "--live with --track-mem or --prev-images-dir is not there yet, since copies are written after the tree goes on; leave out --live, or \
              --track-mem and --prev-images-dir"
                 .into(),
         ));
     }
     if request.live && request.chain.server.is_some() {
-        return Err(DumpError::Target("--live with --page-server is not there yet; leave out one of them".into()));
+        return Err(DumpError::Impossible("--live with --page-server is not there yet; leave out one of them".into()));
     }
-    let images = ImageDir::open(&request.images_dir)?;
-    // A checkpoint that was here before is none from now on, whatever happens.
-    images.remove(ImageKind::Inventory, 0)?;
-    images.remove(ImageKind::DormouseChecksums, 0)?;
+    let images = tracking::empty_directory(&request.images_dir)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
     let blockers = preflight::blockers(request.pid, &request.options)?;
     if !blockers.is_empty() {
@@ -50,8 +47,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut tree = Tree::freeze(request.pid, request.timeout)?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
-    let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
-    tracking.take_over(&pids)?;
+    tracking.take_over(&tree)?;
     let saved = save(request, &images, &page_ids, &mut tree, wiped, &mut tracking)?;
     let Frozen { mut report, links, connections, later } = saved;
     cancel::check()?;

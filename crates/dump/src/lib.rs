@@ -155,6 +155,9 @@ pub enum DumpError {
     /// There is no such process, or it is of no kind that can be dumped.
     #[error("{0}")]
     Target(String),
+    /// What was asked for does not go together, or is not possible here.
+    #[error("{0}")]
+    Impossible(String),
     /// A kernel call of the host failed.
     #[error("{what}: {cause}")]
     Call {
@@ -174,9 +177,13 @@ impl DumpError {
         match self {
             Self::Target(_) => Some(libc::ESRCH),
             Self::Call { cause, .. } => cause.raw_os_error(),
-            Self::Refused(_) | Self::Resource(_) | Self::Infect(_) | Self::Proc(_) | Self::Image(_) | Self::Hook(_) => {
-                None
-            }
+            Self::Refused(_)
+            | Self::Resource(_)
+            | Self::Infect(_)
+            | Self::Proc(_)
+            | Self::Image(_)
+            | Self::Impossible(_)
+            | Self::Hook(_) => None,
         }
     }
 }
@@ -222,4 +229,15 @@ pub fn pre_dump(request: &Request<'_>) -> Result<Report, DumpError> {
 
 pub(crate) fn describe(o: &Obstacle) -> String {
     o.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_missing_process_is_called_missing() {
+        assert_eq!(DumpError::Target("there is no process 7".into()).errno(), Some(libc::ESRCH));
+        assert_eq!(DumpError::Impossible("--live with --page-server is not there yet".into()).errno(), None);
+    }
 }

@@ -96,7 +96,7 @@ impl Later {
         let start = Instant::now();
         self.mappings.read_ahead()?;
         if self.mappings.are_wiped()? {
-            return Err(DumpError::Target(format!(
+            return Err(DumpError::Impossible(format!(
                 "cannot dump pid {} while it runs: some of its memory was advised not to be copied (MADV_WIPEONFORK) after it \
                  was looked at; dump it again, or without --live",
                 self.pid

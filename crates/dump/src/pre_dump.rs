@@ -2,11 +2,9 @@
 
 use std::time::Instant;
 
-use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::freeze::{self, Task, Tree};
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::rseq;
-use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::tree;
 use dormouse_resources::mem::{Mappings, PageIds, Snapshot};
 
@@ -17,13 +15,11 @@ use crate::{Chain, DumpError, Report, Request, Server, describe, inventory};
 /// See [`crate::pre_dump`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let start = Instant::now();
-    let images = ImageDir::open(&request.images_dir)?;
-    images.remove(ImageKind::Inventory, 0)?;
-    images.remove(ImageKind::DormouseChecksums, 0)?;
+    let images = tracking::empty_directory(&request.images_dir)?;
     let chain = Chain { track: true, ..request.chain.clone() };
     let mut tracking = Tracking::begin(&images, &chain, true)?;
     if !tracking.is_possible() {
-        return Err(DumpError::Target(
+        return Err(DumpError::Impossible(
             "this kernel does not tell which pages are written to, without which a pre-dump is of no use: it needs Linux \
              6.7 with userfaultfd, or CONFIG_MEM_SOFT_DIRTY; make a full dump instead"
                 .into(),
@@ -46,8 +42,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         freezing_us: frozen.elapsed().as_micros() as u64,
         ..Report::default()
     };
-    let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
-    tracking.take_over(&pids)?;
+    tracking.take_over(&tree)?;
     let snapshots = tree.tasks.iter_mut().filter(|t| !t.zombie).map(|t| look(&mut tracking, t, &ids));
     let snapshots = snapshots.collect::<Result<Vec<Snapshot>, _>>()?;
     tree.thaw();

@@ -4,15 +4,15 @@
 //! names. A watch that was lost, or is about another checkpoint than the one that is built on, only means that all is saved.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::os::fd::AsFd as _;
+use std::path::Path;
 
 use dormouse_images::{ImageDir, ImageKind, checksums, pb};
+use dormouse_infect::freeze::Tree;
 use dormouse_infect::keeper::{self, Item, Keeper};
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::stat;
 use dormouse_kernel::{Features, HostPid, Session, Support};
-use dormouse_pages::server::MapId;
 use dormouse_pages::{ProbeFeatures as _, Uffd};
 use dormouse_resources::checkpoint::optional;
 use dormouse_resources::mem::{self, Increment, PageIds, Watch};
@@ -54,6 +54,17 @@ struct Before {
     soft_dirty: bool,
 }
 
+/// The images directory of a run. A checkpoint that was there before is none from now on, whatever happens.
+///
+/// # Errors
+/// It is not there, or may not be written to.
+pub fn empty_directory(path: &Path) -> Result<ImageDir, DumpError> {
+    let images = ImageDir::open(path)?;
+    images.remove(ImageKind::Inventory, 0)?;
+    images.remove(ImageKind::DormouseChecksums, 0)?;
+    Ok(images)
+}
+
 impl Tracking {
     /// Links `images` to the checkpoint before and looks for its watch. `goes_on` if the tree will.
     ///
@@ -61,7 +72,7 @@ impl Tracking {
     /// There is no such checkpoint, or it cannot be read.
     pub fn begin(images: &ImageDir, chain: &Chain, goes_on: bool) -> Result<Self, DumpError> {
         if chain.checksums && chain.server.is_some() {
-            return Err(DumpError::Target(
+            return Err(DumpError::Impossible(
                 "--checksums with --page-server is not there yet, since the pages are elsewhere; leave out one of them"
                     .into(),
             ));
@@ -80,7 +91,7 @@ impl Tracking {
         let mut before = None;
         if let Some(path) = &chain.before {
             images.link_parent(path)?;
-            let dir = images.parent()?.ok_or_else(|| DumpError::Target("the link \"parent\" vanished".into()))?;
+            let dir = images.parent()?.ok_or_else(|| DumpError::Impossible("the link \"parent\" vanished".into()))?;
             before = Some(Before::open(dir, chain.track)?);
         }
         Ok(Self {
@@ -102,14 +113,15 @@ impl Tracking {
     ///
     /// # Errors
     /// A keeper may not be ended.
-    pub fn take_over(&mut self, pids: &[HostPid]) -> Result<(), DumpError> {
+    pub fn take_over(&mut self, tree: &Tree) -> Result<(), DumpError> {
         if !self.go_on || self.method != Method::Protection {
             return Ok(());
         }
+        let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
         let known = self.before.as_mut().and_then(|b| b.keeper.take());
         let known = known.into_iter().collect::<Vec<_>>();
         let is_known = |keeper: &Keeper| known.iter().any(|k| k.pid() == keeper.pid());
-        let strays: Vec<Keeper> = Keeper::all_of(pids).into_iter().filter(|keeper| !is_known(keeper)).collect();
+        let strays: Vec<Keeper> = Keeper::all_of(&pids).into_iter().filter(|keeper| !is_known(keeper)).collect();
         for keeper in known.into_iter().chain(strays) {
             let what = format!("cannot end pid {}, which watches writes for the dump before", keeper.pid());
             keeper.end().map_err(|cause| DumpError::Call { what, cause })?;
@@ -136,7 +148,7 @@ impl Tracking {
     ) -> Result<Increment, DumpError> {
         let mut increment = Increment { go_on: self.go_on, ..Increment::default() };
         if let Some(before) = self.before.as_mut().filter(|b| b.tracked) {
-            increment.before = held(&before.dir, pid, ids)?;
+            increment.before = mem::held_by(&before.dir, pid, ids)?;
             match self.method {
                 Method::Protection => {
                     if before.watch_of(pid).is_some() {
@@ -210,7 +222,7 @@ impl Before {
     fn open(dir: ImageDir, track: bool) -> Result<Self, DumpError> {
         let inventory = optional(dir.read_all::<pb::InventoryEntry>(ImageKind::Inventory, 0))?;
         let Some(inventory) = inventory.first() else {
-            return Err(DumpError::Target(format!(
+            return Err(DumpError::Impossible(format!(
                 "{} holds no complete dump or pre-dump (inventory.img is missing); name another directory with \
                  --prev-images-dir, or leave it out",
                 dir.path().display()
@@ -267,17 +279,6 @@ fn raise_limit() {
         // Where this is not possible, a descriptor that is missing is an error that says so.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
-}
-
-/// The pages of a task that the checkpoint before holds. A page server does not tell which it has, but refuses to leave out one
-/// that it has not.
-fn held(before: &ImageDir, pid: HostPid, ids: &PageIds) -> Result<Vec<Range<u64>>, DumpError> {
-    let Some(mut client) = ids.server() else { return Ok(mem::held_by(before, pid)?) };
-    let has = client.has_before(MapId::Task(pid.0 as u64)).map_err(|cause| DumpError::Call {
-        what: format!("the page server at {} is gone; start it again and retry", client.name()),
-        cause,
-    })?;
-    Ok(std::iter::once(0..u64::MAX).filter(|_| has).collect())
 }
 
 /// Writes the checksums. The images are complete without them, so that they are missing is no failure.

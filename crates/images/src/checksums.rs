@@ -97,22 +97,15 @@ fn sum(dir: &Path, name: &str) -> Result<pb::ImageChecksums, ImageError> {
     };
     let mut file = File::open(&path).map_err(failed)?;
     let mut entry = pb::ImageChecksums { name: name.to_owned(), ..Default::default() };
-    let mut block = vec![0; BLOCK];
+    let mut block = Vec::with_capacity(BLOCK);
     loop {
-        let mut have = 0;
-        while have < BLOCK {
-            match file.read(&mut block[have..]) {
-                Ok(0) => break,
-                Ok(n) => have += n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(failed(e)),
-            }
-        }
+        block.clear();
+        let have = file.by_ref().take(BLOCK as u64).read_to_end(&mut block).map_err(failed)?;
         if have == 0 {
             return Ok(entry);
         }
         entry.size += have as u64;
-        entry.blocks.push(crc32fast::hash(&block[..have]));
+        entry.blocks.push(crc32fast::hash(&block));
     }
 }
 

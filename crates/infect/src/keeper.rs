@@ -4,7 +4,7 @@
 //! It has no other business: no socket, no file, no working directory but `/`. Whoever may trace it takes copies of its
 //! descriptors with pidfd_getfd(2) and ends it by SIGKILL, which leaves nothing to clean up.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -17,7 +17,7 @@ use crate::host::fd::{pidfd_getfd, pidfd_open};
 use crate::host::mem::new_memfd;
 
 /// Name of the process.
-const COMM: &str = "dormouse-keep";
+const COMM: &CStr = c"dormouse-keep";
 /// Where the table's memfd is in the keeper; the kept descriptors follow.
 const TABLE: RawFd = 3;
 /// No table is longer.
@@ -117,7 +117,7 @@ unsafe fn keep(numbers: &mut [RawFd], polls: &mut [libc::pollfd], ready: RawFd) 
     unsafe {
         libc::setsid();
         libc::prctl(libc::PR_SET_PDEATHSIG, 0);
-        libc::prctl(libc::PR_SET_NAME, c"dormouse-keep".as_ptr());
+        libc::prctl(libc::PR_SET_NAME, COMM.as_ptr());
         for signal in 1..32 {
             libc::signal(signal, libc::SIG_DFL);
         }
@@ -174,8 +174,10 @@ impl Keeper {
     pub fn all_of(pids: &[HostPid]) -> Vec<Self> {
         let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
         let all = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
-        let is_one =
-            |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c.trim_end() == COMM);
+        let is_one = |pid: &i32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|c| c.trim_end().as_bytes() == COMM.to_bytes())
+        };
         let uid = nix::unistd::geteuid().as_raw();
         let ours = |pid: &i32| std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == uid);
         let concerns = |r: &Row| pids.contains(&r.pid) && stat::read(r.pid).is_ok_and(|s| s.starttime == r.start);

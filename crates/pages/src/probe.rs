@@ -11,6 +11,7 @@ use dormouse_kernel::proc::maps;
 use dormouse_kernel::{CapSet, Features, HostPid, Support};
 
 use crate::scan;
+use crate::uffd::{FEATURE_WP_ASYNC, handshake};
 
 /// Gives [`Features`] its probe; the value's own crate has no unsafe code.
 pub trait ProbeFeatures {
@@ -118,30 +119,15 @@ impl Drop for Mapping {
     }
 }
 
-/// `struct uffdio_api` of `linux/userfaultfd.h`.
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-const _: () = assert!(size_of::<UffdioApi>() == 24);
-
-/// `UFFDIO_API`, 0xc018aa3f.
-const UFFDIO_API: libc::Ioctl = nix::request_code_readwrite!(0xAA, 0x3F, size_of::<UffdioApi>()) as libc::Ioctl;
-
 fn userfaultfd_wp_async() -> Support {
     const UFFD_USER_MODE_ONLY: libc::c_int = 1;
-    const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
     // SAFETY: userfaultfd takes flags only.
     let fd = match check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) }) {
         Ok(fd) => own(fd),
         Err(error) => return judge(Err::<(), _>(error), &[libc::ENOSYS]),
     };
-    let mut api = UffdioApi { api: 0xAA, features: 0, ioctls: 0 };
-    // SAFETY: the structure has the kernel's layout and lives over the call.
-    match check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) }.into()) {
-        Ok(_) if api.features & UFFD_FEATURE_WP_ASYNC != 0 => Support::Yes,
+    match handshake(&fd, 0) {
+        Ok(features) if features & FEATURE_WP_ASYNC != 0 => Support::Yes,
         Ok(_) => Support::No,
         Err(error) => unknown(&error),
     }

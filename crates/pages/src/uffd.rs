@@ -44,7 +44,8 @@ const UFFDIO_WRITEPROTECT: libc::Ioctl =
     nix::request_code_readwrite!(0xAA, 0x06, size_of::<UffdioWriteprotect>()) as libc::Ioctl;
 const MODE_WP: u64 = 1 << 1;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const FEATURE_WP_ASYNC: u64 = 1 << 15;
+/// `UFFD_FEATURE_WP_ASYNC`, Linux 6.7.
+pub(crate) const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 /// Flags of userfaultfd(2) that need no privilege; asynchronous protection does not stop the kernel either way.
 pub const FLAGS: u64 = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | 1;
@@ -54,16 +55,25 @@ pub const FLAGS: u64 = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | 1;
 #[derive(Debug)]
 pub struct Uffd(OwnedFd);
 
+/// Tells a userfaultfd which features are wanted (`UFFDIO_API`); those that the kernel has. 0 only asks.
+///
+/// # Errors
+/// `EINVAL` if a wanted feature is not there.
+pub(crate) fn handshake(fd: &OwnedFd, wanted: u64) -> io::Result<u64> {
+    let mut api = UffdioApi { api: 0xAA, features: wanted, ioctls: 0 };
+    // SAFETY: the structure has the kernel's layout and lives over the call.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(api.features) }
+}
+
 impl Uffd {
     /// Takes a descriptor that userfaultfd(2) has just made, and asks it for asynchronous protection.
     ///
     /// # Errors
     /// `EINVAL` before Linux 6.7.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        let mut api = UffdioApi { api: 0xAA, features: FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED, ioctls: 0 };
-        // SAFETY: the structure has the kernel's layout and lives over the call.
-        let r = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
-        if r < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(fd)) }
+        handshake(&fd, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED)?;
+        Ok(Self(fd))
     }
 
     /// Takes a descriptor that [`Uffd::new`] has taken before.

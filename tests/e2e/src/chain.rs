@@ -186,12 +186,8 @@ fn taken_over(case: &Case<'_>) -> Result<Outcome> {
     if !case.path("img.1/dormouse-tracker.img").exists() || !says(case, "pre-dump", 1, "watches writes")? {
         return Ok(Outcome::needs("userfaultfd with asynchronous write protection"));
     }
-    let mut command = case.command(&case.args.bin);
-    fs::create_dir_all(case.path("img.3"))?;
-    command.args(["dump", "-t", &pid.to_string(), "-R", "--track-mem", "--prev-images-dir", "../img.1"]);
-    command.args(["-o", "dump.log", "-v4", "-D"]).arg(case.path("img.3"));
-    let child = case.start_tool(command, "dump")?;
-    let ran = case.wait_tool(child, "dump", &case.path("img.3/dump.log"), TOOL_LIMIT)?;
+    // The one before the last, as if this were the second link.
+    let ran = link(case, "dump", 3, &words(pid, 2, &["-R"]))?;
     ensure!(ran.ok() && ran.said.contains("was lost"), "dump: {}", ran.errors());
     finish(case, pid, 4, &[])?;
     Ok(Outcome::PASSED)

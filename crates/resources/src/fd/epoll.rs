@@ -46,17 +46,24 @@ fn watch(text: &str) -> Option<pb::EventpollTfdEntry> {
     watch.inode.map(|_| watch)
 }
 
+/// What the fdinfo of an epoll lists, each with how many before it have the same number.
+fn listed(view: &FdView, info: &FdInfo) -> Result<Vec<(pb::EventpollTfdEntry, u32)>> {
+    let mut counts: HashMap<u32, u32> = HashMap::new();
+    let of = |text: &[u8]| {
+        let parsed = std::str::from_utf8(text).ok().and_then(watch);
+        let watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
+        let count = counts.entry(watch.tfd).or_default();
+        Ok((watch, std::mem::replace(count, *count + 1)))
+    };
+    info.all("tfd").map(of).collect()
+}
+
 /// Everything an epoll watches, with the numbers under which its process has the files; or why that cannot be told.
 fn watches(view: &FdView, info: &FdInfo) -> Result<std::result::Result<Vec<pb::EventpollTfdEntry>, Blocker>> {
     let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
     let mut found = Vec::new();
     let mut moved = Vec::new();
-    let mut counts: HashMap<u32, u32> = HashMap::new();
-    for text in info.all("tfd") {
-        let parsed = std::str::from_utf8(text).ok().and_then(watch);
-        let watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
-        let count = counts.entry(watch.tfd).or_default();
-        let nth = std::mem::replace(count, *count + 1);
+    for (watch, nth) in listed(view, info)? {
         if is_watched(view, epoll, watch.tfd as i32, watch.tfd, nth)? {
             found.push(watch);
         } else {
@@ -100,14 +107,7 @@ fn is_watched_by(file: (HostPid, TargetFd), view: &FdView, epoll: TargetFd, adde
 /// all these numbers, so that the restore finds it.
 fn queued_watches(view: &FdView, tasks: &[HostPid]) -> Result<Vec<pb::EventpollTfdEntry>> {
     let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
-    let mut all = Vec::new();
-    let mut counts: HashMap<u32, u32> = HashMap::new();
-    for text in view.info.all("tfd") {
-        let parsed = std::str::from_utf8(text).ok().and_then(watch);
-        let watch = parsed.ok_or_else(|| invalid!("{}: its fdinfo cannot be read", view.subject()))?;
-        let count = counts.entry(watch.tfd).or_default();
-        all.push((watch, std::mem::replace(count, *count + 1)));
-    }
+    let all = listed(view, &view.info)?;
     let mut tables: Vec<Vec<i32>> = Vec::new();
     for pid in tasks {
         let table = proc::fds(*pid)?;

@@ -12,11 +12,13 @@ use dormouse_infect::InfectError;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::maps::Vma;
+use dormouse_pages::server::MapId;
 use dormouse_pages::{PageScanner, Uffd, category, uffd};
 use dormouse_sys::nr;
 
 use super::mappings::{Kind, Mappings};
-use super::pages::is_saved;
+use super::out::lost;
+use super::pages::{PageIds, is_saved};
 use crate::checkpoint::read_page_map;
 use crate::{Result, call};
 
@@ -192,11 +194,15 @@ pub fn protection(parasite: &mut Parasite<'_>) -> Result<Option<Uffd>> {
 }
 
 /// The pages of a task that a checkpoint holds, by itself or by those before it, ascending; none if it does not know the
-/// task.
+/// task. A page server does not tell which it has, but refuses to leave out one that it has not.
 ///
 /// # Errors
-/// An image of it is damaged or missing.
-pub fn held_by(dir: &ImageDir, pid: HostPid) -> Result<Vec<Range<u64>>> {
+/// An image of it is damaged or missing, or the page server is gone.
+pub fn held_by(dir: &ImageDir, pid: HostPid, ids: &PageIds) -> Result<Vec<Range<u64>>> {
+    if let Some(mut client) = ids.server() {
+        let has = client.has_before(MapId::Task(pid.0 as u64)).map_err(lost(&client))?;
+        return Ok(std::iter::once(0..u64::MAX).filter(|_| has).collect());
+    }
     let map = match read_page_map(dir, dir.path(), ImageKind::Pagemap, pid.0 as u64) {
         Err(crate::ResourceError::Image(ImageError::Missing { .. })) => return Ok(Vec::new()),
         map => map?,

@@ -141,14 +141,26 @@ impl<'a> ToServer<'a> {
     ///
     /// # Errors
     /// The server is gone, or the process.
-    pub fn open(mut client: MutexGuard<'a, PageClient>, pid: HostPid) -> Result<Self> {
+    pub fn open(client: MutexGuard<'a, PageClient>, pid: HostPid) -> Result<Self> {
         let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
+        Self::of_memory(client, pid, memory)
+    }
+
+    /// The same of a process that may have ended since its memory was opened.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn of_memory(mut client: MutexGuard<'a, PageClient>, pid: HostPid, memory: File) -> Result<Self> {
         let opened = client.open(MapId::Task(pid.0 as u64));
         opened.map_err(lost(&client))?;
         Ok(Self { client, pid, memory, sent: 0 })
     }
 
-    fn entry(&mut self, range: Range<u64>, flags: u32) -> Result<()> {
+    /// Leaves pages to the checkpoint before.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn entry(&mut self, range: Range<u64>, flags: u32) -> Result<()> {
         let sent = self.client.entry(range.start, range.end - range.start, flags);
         sent.map_err(lost(&self.client))
     }
@@ -165,7 +177,11 @@ impl<'a> ToServer<'a> {
         self.judge(sent)
     }
 
-    fn put(&mut self, addr: u64, bytes: &[u8], flags: u32) -> Result<()> {
+    /// Sends bytes of ours.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn put(&mut self, addr: u64, bytes: &[u8], flags: u32) -> Result<()> {
         let sent = self.client.pages(addr, bytes.len() as u64, flags, |at, to| {
             to.copy_from_slice(&bytes[at as usize..][..to.len()]);
             Ok::<(), Sending>(())

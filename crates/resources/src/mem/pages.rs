@@ -105,6 +105,10 @@ pub fn dump_pages(
 ) -> Result<PageStats> {
     let pid = mappings.pid();
     let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
+    let why = |stopped| match stopped {
+        Stopped::Scan(e) => scan_failed()(e),
+        Stopped::Dump(e) => e,
+    };
     let scanner = increment.scanner(mappings.source()).map_err(scan_failed())?;
     let mut dump = Dump::new(parasite, mappings, images, ids, increment)?;
     for group in groups(mappings.lines(), &scanner, increment, &mut dump.untold)? {
@@ -113,17 +117,11 @@ pub fn dump_pages(
             Group::Walk(range) => {
                 let walk =
                     scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
-                walk.map_err(|stopped| match stopped {
-                    Stopped::Scan(e) => scan_failed()(e),
-                    Stopped::Dump(e) => e,
-                })?;
+                walk.map_err(why)?;
             }
             Group::Protect(range) => {
                 let walk = scanner.scan_protect(range.start, range.end, |run| Ok::<_, Stopped>(dump.run(&run)?));
-                walk.map_err(|stopped| match stopped {
-                    Stopped::Scan(e) => scan_failed()(e),
-                    Stopped::Dump(e) => e,
-                })?;
+                walk.map_err(why)?;
                 dump.guards(&scanner, range).map_err(scan_failed())?;
             }
             Group::Guards(range) => dump.guards(&scanner, range).map_err(scan_failed())?,
@@ -184,14 +182,9 @@ fn groups<'a>(
             groups.push(Group::Vdso(v));
         } else if is_saved(v, *kind) && registered(v, *kind)? && increment.go_on {
             groups.push(Group::Protect(v.start..v.end));
-        } else if is_saved(v, *kind) {
-            match groups.last_mut() {
-                Some(Group::Walk(range)) if v.start == range.end || far => range.end = v.end,
-                _ => groups.push(Group::Walk(v.start..v.end)),
-            }
-        } else if may_have_guards(*kind) && v.len() >= LARGE_GAP {
+        } else if !is_saved(v, *kind) && may_have_guards(*kind) && v.len() >= LARGE_GAP {
             groups.push(Group::Guards(v.start..v.end));
-        } else if may_have_guards(*kind) {
+        } else if is_saved(v, *kind) || may_have_guards(*kind) {
             // Small shared mappings are walked over with what is around them.
             match groups.last_mut() {
                 Some(Group::Walk(range)) if v.start == range.end || far => range.end = v.end,

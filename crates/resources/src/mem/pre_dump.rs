@@ -6,19 +6,17 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::MutexGuard;
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_kernel::HostPid;
 use dormouse_pages::runs::{PE_PARENT, PE_PRESENT};
-use dormouse_pages::server::MapId;
-use dormouse_pages::{PageClient, PageRun, Want};
+use dormouse_pages::{PageRun, Want};
 
 use super::increment::{Increment, Registered, Watch};
 use super::mappings::{Kind, Mappings};
-use super::out::lost;
+use super::out::ToServer;
 use super::pages::{PageIds, PageStats, is_saved};
 use super::records::Records;
 use crate::{Result, call};
@@ -75,65 +73,30 @@ impl Snapshot {
     /// Copies the pages, while the process may be running.
     ///
     /// # Errors
-    /// An image cannot be written, or somebody asked us to stop.
+    /// An image cannot be written, the page server is gone, or somebody asked us to stop.
     pub fn write(self, images: &ImageDir, ids: &PageIds) -> Result<PageStats> {
-        if let Some(client) = ids.server() {
-            return self.send(client);
-        }
-        let id = ids.next();
-        let mut records = Records::new(images.writer(ImageKind::Pagemap, self.pid.0 as u64)?, id)?;
-        let image = images.create_file(ImageKind::Pages, id.into())?;
-        let mut out = Out { image, end: 0, buffer: vec![0; BUFFER] };
-        let mut stats = PageStats::default();
-        for (range, left) in self.runs {
-            let bytes = range.end - range.start;
-            stats.scanned += bytes / PAGE;
-            if left {
-                records.add(range.start, bytes, PE_PARENT)?;
-                stats.left += bytes / PAGE;
-                continue;
-            }
-            let before = out.end;
-            out.copy(&self.memory, range, &mut records)?;
-            stats.written += (out.end - before) / PAGE;
-        }
-        records.finish()?;
-        stats.outside = stats.written;
-        Ok(stats)
-    }
-}
-
-impl Snapshot {
-    /// Copies the pages to a page server.
-    fn send(self, mut client: MutexGuard<'_, PageClient>) -> Result<PageStats> {
-        let mut stats = PageStats::default();
-        let opened = client.open(MapId::Task(self.pid.0 as u64));
-        opened.map_err(lost(&client))?;
+        let mut sink = Sink::new(self.pid, &self.memory, images, ids)?;
         let mut buffer = vec![0; BUFFER];
+        let mut stats = PageStats::default();
         for (range, left) in self.runs {
-            stats.scanned += (range.end - range.start) / PAGE;
+            let pages = (range.end - range.start) / PAGE;
+            stats.scanned += pages;
             if left {
-                let sent = client.entry(range.start, range.end - range.start, PE_PARENT);
-                sent.map_err(lost(&client))?;
-                stats.left += (range.end - range.start) / PAGE;
+                sink.entry(range)?;
+                stats.left += pages;
                 continue;
             }
             let mut at = range.start;
             while at < range.end {
                 let Some(read) = next_pages(&self.memory, at, range.end, &mut buffer)? else { break };
-                if read == 0 {
-                    at += PAGE;
-                    continue;
+                if read > 0 {
+                    sink.put(at, &buffer[..read as usize])?;
+                    stats.written += read / PAGE;
                 }
-                let sent = client.pages(at, read, PE_PRESENT, |from, to| {
-                    to.copy_from_slice(&buffer[from as usize..][..to.len()]);
-                    Ok::<(), std::io::Error>(())
-                });
-                sent.map_err(lost(&client))?;
-                stats.written += read / PAGE;
-                at += read;
+                at += read.max(PAGE);
             }
         }
+        sink.finish()?;
         stats.outside = stats.written;
         Ok(stats)
     }
@@ -154,30 +117,46 @@ fn next_pages(memory: &File, at: u64, end: u64, buffer: &mut [u8]) -> Result<Opt
     }
 }
 
-/// The pages image.
-struct Out {
-    image: File,
-    end: u64,
-    buffer: Vec<u8>,
+/// Where the copies go.
+enum Sink<'a> {
+    Images { image: File, end: u64, records: Records },
+    Server(ToServer<'a>),
 }
 
-impl Out {
-    fn copy(&mut self, memory: &File, range: Range<u64>, records: &mut Records) -> Result<()> {
-        let mut at = range.start;
-        while at < range.end {
-            let Some(read) = next_pages(memory, at, range.end, &mut self.buffer)? else { break };
-            if read > 0 {
-                self.put(at, read, records)?;
-            }
-            at += read.max(PAGE);
+impl<'a> Sink<'a> {
+    fn new(pid: HostPid, memory: &File, images: &ImageDir, ids: &'a PageIds) -> Result<Self> {
+        if let Some(client) = ids.server() {
+            let memory = memory.try_clone().map_err(call("cannot copy a descriptor"))?;
+            return Ok(Self::Server(ToServer::of_memory(client, pid, memory)?));
         }
-        Ok(())
+        let id = ids.next();
+        let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
+        Ok(Self::Images { image: images.create_file(ImageKind::Pages, id.into())?, end: 0, records })
     }
 
-    fn put(&mut self, addr: u64, len: u64, records: &mut Records) -> Result<()> {
-        let bytes = &self.buffer[..len as usize];
-        self.image.write_all_at(bytes, self.end).map_err(call("cannot write a pages image"))?;
-        self.end += len;
-        records.add(addr, len, PE_PRESENT)
+    /// Leaves pages to the checkpoint before.
+    fn entry(&mut self, range: Range<u64>) -> Result<()> {
+        match self {
+            Self::Images { records, .. } => records.add(range.start, range.end - range.start, PE_PARENT),
+            Self::Server(to) => to.entry(range, PE_PARENT),
+        }
+    }
+
+    fn put(&mut self, addr: u64, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Images { image, end, records } => {
+                image.write_all_at(bytes, *end).map_err(call("cannot write a pages image"))?;
+                *end += bytes.len() as u64;
+                records.add(addr, bytes.len() as u64, PE_PRESENT)
+            }
+            Self::Server(to) => to.put(addr, bytes, PE_PRESENT),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        match self {
+            Self::Images { records, .. } => records.finish(),
+            Self::Server(_) => Ok(()),
+        }
     }
 }
