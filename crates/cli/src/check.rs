@@ -280,7 +280,7 @@ fn feature(name: &str, place: &Place) -> Result<ExitCode> {
         let known: Vec<&str> = ROWS.iter().flat_map(|row| row.names).copied().collect();
         bail!("unknown feature {name}; known are {}", known.join(", "));
     };
-    let support = support(row, &Features::probe(), place);
+    let support = support(row, &Features::probe(), Some(place));
     match (support, row.need) {
         (Support::Yes, Need::Always | Need::Sometimes) => {
             say(&format!("{name} is supported\n"));
@@ -297,7 +297,7 @@ fn feature(name: &str, place: &Place) -> Result<ExitCode> {
 /// Everything, as a table. `strict`: what only some trees need counts, too.
 fn machine(strict: bool, place: &Place) -> ExitCode {
     let features = Features::probe();
-    let found: Vec<(&Row, Support)> = ROWS.iter().map(|row| (row, support(row, &features, place))).collect();
+    let found: Vec<(&Row, Support)> = ROWS.iter().map(|row| (row, support(row, &features, Some(place)))).collect();
     let missing = |need: Need| found.iter().any(|(row, support)| row.need == need && !support.is_yes());
     let (last, code) = match (missing(Need::Always), strict && missing(Need::Sometimes)) {
         (true, _) => (BAD, ExitCode::FAILURE),
@@ -329,24 +329,23 @@ fn table(found: &[(&Row, Support)]) -> String {
 /// Can a feature be used: is it there, and used by something?
 pub fn can_use(name: &str) -> bool {
     let row = ROWS.iter().find(|row| row.names.contains(&name) && row.need != Need::NotYet);
-    let found = Features::probe().list().into_iter().find(|(known, _)| row.is_some_and(|row| row.names[0] == *known));
-    found.is_some_and(|(_, support)| support.is_yes())
+    row.is_some_and(|row| support(row, &Features::probe(), None).is_yes())
 }
 
 /// For a caller of the service: what is missing of what is always needed, with the next step.
 pub fn missing(place: &Place) -> Vec<String> {
     let features = Features::probe();
-    let needed = ROWS.iter().filter(|row| row.need == Need::Always && !support(row, &features, place).is_yes());
+    let needed = ROWS.iter().filter(|row| row.need == Need::Always && !support(row, &features, Some(place)).is_yes());
     needed.map(|row| format!("{} ({}) is missing; {}", row.names[0], row.purpose, row.next)).collect()
 }
 
 /// What the probes say about a row.
-fn support(row: &Row, features: &Features, place: &Place) -> Support {
+fn support(row: &Row, features: &Features, place: Option<&Place>) -> Support {
     match row.names[0] {
         "checkpoint_restore" if features.caps.can_checkpoint_restore() => Support::Yes,
         "checkpoint_restore" => Support::No,
         "mem_dirty_track" if features.pagemap_scan.is_yes() && features.userfaultfd_wp_async.is_yes() => Support::Yes,
-        "mnt_id" => mnt_id(place).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32)),
+        "mnt_id" => place.and_then(|place| mnt_id(place).ok()).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32)),
         name => {
             let found = features.list().into_iter().find(|(known, _)| *known == name).map(|(_, support)| support);
             found.or_else(|| probes::support(name)).unwrap_or(Support::Unknown(0))
@@ -376,6 +375,14 @@ mod tests {
         for name in known {
             assert!(ROWS.iter().any(|row| row.names.contains(&name)), "{name} is probed and not shown");
         }
+    }
+
+    #[test]
+    fn a_feature_of_several_parts_can_be_used_if_all_are_there() {
+        let features = Features::probe();
+        let parts = features.pagemap_scan.is_yes() && features.userfaultfd_wp_async.is_yes();
+        assert_eq!(can_use("mem_dirty_track"), parts);
+        assert!(!can_use("no such feature"));
     }
 
     #[test]

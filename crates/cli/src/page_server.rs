@@ -29,42 +29,74 @@ pub fn serve(args: &PageServerArgs, notes: &[String]) -> Result<ExitCode> {
 }
 
 fn run(args: &PageServerArgs, place: &Place) -> Result<()> {
-    let images = ImageDir::open(&place.path)?;
-    if let Some(before) = &args.prev_images_dir {
-        images.unlink_parent()?;
-        images.link_parent(before)?;
-    }
-    let source = source(args)?;
+    let server = Server::new(args, place)?;
     if args.daemon {
         nix::unistd::daemon(true, false).context("cannot go into the background")?;
     }
-    if let Some(file) = &args.pidfile {
-        write_pid(file, std::process::id().cast_signed())?;
-    }
-    if let Some(fd) = args.status_fd {
-        // A NUL byte says that connections are taken, as CRIU's does.
-        let mut status =
-            File::from(copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--status-fd)"))?);
-        status.write_all(&[0]).with_context(|| format!("cannot write to descriptor {fd} (--status-fd)"))?;
-        let _ = nix::unistd::close(fd);
-    }
-    let mut stream = match source {
-        Source::Listener(listener) => {
-            let (stream, peer) = listener.accept().context("cannot accept a connection")?;
-            tracing::info!("Accepted connection from {peer}");
-            stream
+    server.serve(args)
+}
+
+/// A server that waits for its client.
+pub struct Server {
+    images: ImageDir,
+    source: Source,
+}
+
+impl Server {
+    /// Prepares the images and listens.
+    ///
+    /// # Errors
+    /// The images cannot be written, or the address or the socket that was named cannot be used.
+    pub fn new(args: &PageServerArgs, place: &Place) -> Result<Self> {
+        let images = ImageDir::open(&place.path)?;
+        if let Some(before) = &args.prev_images_dir {
+            images.unlink_parent()?;
+            images.link_parent(before)?;
         }
-        Source::Connected(stream) => stream,
-    };
-    // Not every socket that a user gives us is one of TCP.
-    let _ = stream.set_nodelay(true);
-    let served = mem::serve(&images, &mut stream)?;
-    tracing::info!("Session over: {} pages in {} page maps", served.pages, served.maps);
-    if args.auto_dedup && images.parent()?.is_some() {
-        let bytes = mem::dedup(&images)?;
-        tracing::info!("{bytes} bytes of pages taken out of the dumps before");
+        Ok(Self { images, source: source(args)? })
     }
-    Ok(())
+
+    /// The port at which it listens.
+    pub fn port(&self) -> Option<u16> {
+        match &self.source {
+            Source::Listener(listener) => listener.local_addr().ok().map(|address| address.port()),
+            Source::Connected(_) => None,
+        }
+    }
+
+    /// Takes the pages of one dump.
+    ///
+    /// # Errors
+    /// The client does not keep to the protocol, or what it sends cannot be written.
+    pub fn serve(self, args: &PageServerArgs) -> Result<()> {
+        if let Some(file) = &args.pidfile {
+            write_pid(file, std::process::id().cast_signed())?;
+        }
+        if let Some(fd) = args.status_fd {
+            // A NUL byte says that connections are taken, as CRIU's does.
+            let mut status =
+                File::from(copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--status-fd)"))?);
+            status.write_all(&[0]).with_context(|| format!("cannot write to descriptor {fd} (--status-fd)"))?;
+            let _ = nix::unistd::close(fd);
+        }
+        let mut stream = match self.source {
+            Source::Listener(listener) => {
+                let (stream, peer) = listener.accept().context("cannot accept a connection")?;
+                tracing::info!("Accepted connection from {peer}");
+                stream
+            }
+            Source::Connected(stream) => stream,
+        };
+        // Not every socket that a user gives us is one of TCP.
+        let _ = stream.set_nodelay(true);
+        let served = mem::serve(&self.images, &mut stream)?;
+        tracing::info!("Session over: {} pages in {} page maps", served.pages, served.maps);
+        if args.auto_dedup && self.images.parent()?.is_some() {
+            let bytes = mem::dedup(&self.images)?;
+            tracing::info!("{bytes} bytes of pages taken out of the dumps before");
+        }
+        Ok(())
+    }
 }
 
 fn source(args: &PageServerArgs) -> Result<Source> {

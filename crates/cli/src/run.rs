@@ -14,6 +14,7 @@ use dormouse_dump::{After, DumpError};
 use dormouse_images::pb;
 use dormouse_infect::supervise::supervised;
 use dormouse_kernel::{HostPid, Session};
+use dormouse_resources::DumpOptions;
 use dormouse_restore::RestoreError;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -127,6 +128,8 @@ pub struct Run<'a> {
     pub accounts: bool,
     /// For this user and with no other rights, see [`dormouse_restore::Request`].
     pub only_user: Option<u32>,
+    /// The connection over which it was asked for, see [`dormouse_resources::DumpOptions`].
+    pub service_socket: Option<u32>,
 }
 
 impl<'a> Run<'a> {
@@ -136,7 +139,7 @@ impl<'a> Run<'a> {
     /// There is no randomness for its identity.
     pub fn new(place: &'a Place) -> Result<Self> {
         let session = Session::new().context("cannot draw a session id (getrandom)")?;
-        Ok(Self { place, session, notify: &|_, _| Ok(()), accounts: true, only_user: None })
+        Ok(Self { place, session, notify: &|_, _| Ok(()), accounts: true, only_user: None, service_socket: None })
     }
 
     fn scripts(&self, common: &'a Common) -> Scripts<'a> {
@@ -256,7 +259,7 @@ pub fn sleep(
         session: run.session,
         pid: HostPid(args.tree),
         images_dir: run.place.path.clone(),
-        options: args.options(),
+        options: DumpOptions { service_socket: run.service_socket, ..args.options() },
         after,
         live: args.live,
         timeout: args.timeout(),

@@ -16,13 +16,13 @@ use dormouse_kernel::Session;
 use dormouse_rpc::peer::Peer;
 use dormouse_rpc::service::{Service, tell_systemd};
 use dormouse_rpc::worker::Worker;
-use dormouse_rpc::{Done, Failure, Order, Work};
+use dormouse_rpc::{Done, Failure, Order, PageServer, Work};
 use nix::sys::signal::SigSet;
 
-use crate::args::{self, Command, Foreign, ServiceArgs, WorkerArgs};
+use crate::args::{self, Command, Foreign, Parsed, ServiceArgs, WorkerArgs};
 use crate::log::Log;
-use crate::run::{self, Place, Run};
-use crate::{check, cleanup, config, namespaces, version};
+use crate::run::{self, Place, Run, told};
+use crate::{check, cleanup, config, namespaces, page_server, version};
 
 /// Where the service listens if nothing else is said; CRIU's.
 const ADDRESS: &str = "./criu_service.socket";
@@ -61,12 +61,8 @@ pub fn service(args: &ServiceArgs, notes: &[String]) -> Result<ExitCode> {
         tracing::info!("The service socket is bound to {address}");
         tell_systemd(&format!("READY=1\nMAINPID={}\nSTATUS=Listening at {address}", std::process::id()))
     };
-    let outcome = service.run(&["service-worker"], ready);
-    if let Some(file) = pidfile {
-        // It names no process from now on.
-        let _ = std::fs::remove_file(file);
-    }
-    match outcome {
+    // As in CRIU, the pid file stays: whoever stops a service reads it, and removes it.
+    match service.run(&["service-worker"], ready) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             log.failure(&error, None);
@@ -176,6 +172,7 @@ impl Here {
             notify: order.notify,
             accounts: true,
             only_user: order.only_user,
+            service_socket: order.service_socket,
         });
         if let Err(failure) = &outcome {
             let last = match order.verb {
@@ -191,16 +188,21 @@ impl Here {
     }
 }
 
+/// The command that an order stands for.
+fn command(order: &Order<'_>) -> Result<Parsed, Failure> {
+    let foreign = Foreign {
+        words: &order.words,
+        config_file: order.config_file.as_deref(),
+        defaults: &order.defaults,
+        log_to_stderr: order.log_to_stderr,
+    };
+    let parsed = args::parse_foreign(order.verb, &foreign);
+    parsed.inspect_err(|error| log_refusal(order, error)).map_err(Failure::bad_request)
+}
+
 impl Work for Here {
     fn run(&self, order: &Order<'_>) -> Result<Done, Failure> {
-        let foreign = Foreign {
-            words: &order.words,
-            config_file: order.config_file.as_deref(),
-            defaults: &order.defaults,
-            log_to_stderr: order.log_to_stderr,
-        };
-        let parsed = args::parse_foreign(order.verb, &foreign);
-        let parsed = parsed.inspect_err(|error| log_refusal(order, error)).map_err(Failure::bad_request)?;
+        let parsed = command(order)?;
         match &parsed.command {
             Command::Dump(args) | Command::PreDump(args) => self.at(&args.common, &parsed.notes, order, |run| {
                 let _held = cleanup::hold(&run.place.path)?;
@@ -225,6 +227,17 @@ impl Work for Here {
             }),
             _ => Err(anyhow!("{} cannot be asked for by a request; use the command", order.verb).into()),
         }
+    }
+
+    fn page_server(&self, order: &Order<'_>) -> Result<PageServer, Failure> {
+        let parsed = command(order)?;
+        let Command::PageServer(args) = parsed.command else {
+            return Err(anyhow!("{} is no page server; ask for one", order.verb).into());
+        };
+        let place = Place::enter(&args.common, &parsed.notes).map_err(Failure::bad_request)?.held();
+        let server = page_server::Server::new(&args, &place).inspect_err(|error| place.log.failure(error, None))?;
+        let port = server.port();
+        Ok(PageServer { port, serve: Box::new(move || i32::from(told(&place, server.serve(&args)) != ExitCode::SUCCESS)) })
     }
 
     fn become_program(&self, words: &[String]) -> Error {

@@ -79,6 +79,25 @@ pub fn fork_tied(work: impl FnOnce() -> i32) -> io::Result<Pid> {
     }
 }
 
+/// Runs `work` in a child with a session of its own, which goes on when this process has ended, and exits with the code that
+/// it gives. The child's descriptors are copies of ours.
+///
+/// Must be called while this process has one thread.
+///
+/// # Errors
+/// fork(2)'s.
+pub fn fork_loose(work: impl FnOnce() -> i32) -> io::Result<Pid> {
+    // SAFETY: one thread, so the child may run any code.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            // It cannot lead a process group yet, which is all that this could fail for.
+            let _ = nix::unistd::setsid();
+            std::process::exit(work())
+        }
+        ForkResult::Parent { child } => Ok(child),
+    }
+}
+
 /// Waits for the end of a child; its exit code, 128 + signal if it was killed.
 ///
 /// # Errors

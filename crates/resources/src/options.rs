@@ -25,6 +25,9 @@ pub struct DumpOptions {
     pub external: Vec<String>,
     /// Datagram sockets may be connected to named ones outside of the tree (`--ext-unix-sk`).
     pub ext_unix_sk: bool,
+    /// Inode of our end of the connection over which a service was asked for this dump. Who has the other end, and is in
+    /// the tree, is answered when it is restored.
+    pub service_socket: Option<u32>,
     /// Directory of the checkpoint before this one (`--prev-images-dir`), relative to the images directory.
     pub prev_images_dir: Option<PathBuf>,
     /// TCP connections may be dumped, and are to go on when they are restored (`--tcp-established`).
@@ -54,6 +57,7 @@ impl Default for DumpOptions {
             irmap_scan_path: Vec::new(),
             external: Vec::new(),
             ext_unix_sk: false,
+            service_socket: None,
             prev_images_dir: None,
             tcp_established: false,
             tcp_close: false,

@@ -37,6 +37,16 @@ pub struct Order<'a> {
     pub notify: Notify<'a>,
     /// The caller is this user and no other: nothing may be restored with other rights.
     pub only_user: Option<u32>,
+    /// Inode of our end of the connection, which a caller that dumps itself has the other end of.
+    pub service_socket: Option<u32>,
+}
+
+/// A page server that listens, or is connected already.
+pub struct PageServer {
+    /// Where it listens.
+    pub port: Option<u16>,
+    /// Serves one dump; the exit code.
+    pub serve: Box<dyn FnOnce() -> i32>,
 }
 
 /// What came of an order.
@@ -75,6 +85,12 @@ pub trait Work {
     /// # Errors
     /// It failed, and everything is as before.
     fn run(&self, order: &Order<'_>) -> Result<Done, Failure>;
+
+    /// Makes a page server, which is not at work yet.
+    ///
+    /// # Errors
+    /// It cannot listen, or its images cannot be written.
+    fn page_server(&self, order: &Order<'_>) -> Result<PageServer, Failure>;
 
     /// Becomes the program that a caller wants to have in its worker's place after a restore; returns why that failed.
     fn become_program(&self, words: &[String]) -> anyhow::Error;

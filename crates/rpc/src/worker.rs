@@ -5,17 +5,18 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use dormouse_client::channel::{Channel, ReceiveError};
 use dormouse_images::pb;
 use dormouse_infect::cancel;
-use dormouse_infect::supervise::supervised;
+use dormouse_infect::supervise::{fork_loose, supervised};
 use dormouse_kernel::Session;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::fstat;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pb::CriuReqType as Kind;
@@ -102,7 +103,7 @@ impl Worker<'_> {
             Kind::PreDump | Kind::SinglePreDump => self.dump(kind, "pre-dump", opts),
             Kind::Restore => self.restore(opts),
             Kind::Check => self.simple(kind, "check", opts),
-            Kind::PageServer | Kind::PageServerChld => self.simple(kind, "page-server", opts),
+            Kind::PageServer | Kind::PageServerChld => self.page_server(opts),
             Kind::CpuinfoDump | Kind::CpuinfoCheck => self.simple(kind, "cpuinfo", opts),
             Kind::WaitPid => self.wait_pid(request.pid()),
             Kind::FeatureCheck => {
@@ -180,6 +181,33 @@ impl Worker<'_> {
         }
     }
 
+    /// It serves in a child, which goes on when this worker has ended and can be waited for until then. The answer has the
+    /// type `PAGE_SERVER` in both cases, as in CRIU.
+    fn page_server(&self, opts: &pb::CriuOpts) -> bool {
+        let started = || {
+            let order = self.order("page-server", opts).map_err(Failure::bad_request)?;
+            let server = self.work.page_server(&order)?;
+            let (port, connection) = (server.port, self.channel.as_fd().as_raw_fd());
+            let child = fork_loose(|| {
+                // The caller is to see when the worker closes it.
+                let _ = nix::unistd::close(connection);
+                (server.serve)()
+            });
+            let child = child.context("cannot start a process for the page server; try again later")?;
+            Ok::<_, Failure>((child.as_raw(), port))
+        };
+        match started() {
+            Ok((pid, port)) => {
+                let ps = pb::CriuPageServerInfo { pid: Some(pid), port: port.map(i32::from), ..Default::default() };
+                self.answer(pb::CriuResp { ps: Some(ps), ..succeeded(Kind::PageServer) })
+            }
+            Err(failure) => {
+                self.answer(failed(Kind::PageServer, &failure));
+                false
+            }
+        }
+    }
+
     fn run(&self, verb: &'static str, opts: &pb::CriuOpts) -> Result<Done, Failure> {
         let broken = Cell::new(false);
         let notify = |stage: &str, root: Option<i32>| {
@@ -203,6 +231,13 @@ impl Worker<'_> {
     /// What is to be done, from the options.
     fn order<'n>(&self, verb: &'static str, opts: &pb::CriuOpts) -> Result<Order<'n>> {
         let mut words = options::words(opts, self.own)?;
+        if verb == "dump" && matches!(opts.pid(), pid if pid == 0 || pid == self.peer.pid) && opts.notify_scripts() {
+            bail!(
+                "the caller, pid {}, is what is to be dumped, so it cannot reply to notifications meanwhile; unset \
+                 notify_scripts, or let another process ask",
+                self.peer.pid
+            );
+        }
         if verb == "dump" || verb == "pre-dump" {
             let pid = if opts.pid() == 0 { self.peer.pid } else { opts.pid() };
             words.push(format!("--tree={pid}").into());
@@ -227,6 +262,7 @@ impl Worker<'_> {
             log_to_stderr: log_to_stderr || is_check_without_log(verb, opts),
             session: self.session,
             notify: &|_, _| Ok(()),
+            service_socket: fstat(&self.channel).ok().map(|found| found.st_ino as u32),
             only_user: (!self.own && self.peer.uid != 0).then_some(self.peer.uid),
         })
     }

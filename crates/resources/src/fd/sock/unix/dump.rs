@@ -11,7 +11,7 @@ use dormouse_kernel::netlink::Netlink;
 use dormouse_kernel::netlink::unix::{UnixSocket, list};
 use dormouse_kernel::{HostPid, TargetFd};
 
-use super::{CLOSE, ESTABLISHED, EXTERNAL, LISTEN, kind_name, name, queue, shown};
+use super::{CLOSE, ESTABLISHED, EXTERNAL, LISTEN, SERVICE, kind_name, name, queue, shown};
 use crate::fd::sock::{inode, namespace_blocker, opts};
 use crate::fd::{FdView, FileTable, Look, Place};
 use crate::{Blocker, Result, call, invalid};
@@ -98,6 +98,7 @@ pub fn blocker(view: &FdView, look: &mut Look<'_>) -> Result<Option<Blocker>> {
         return Ok(Some(blocker));
     }
     let (skip, external) = (look.options.skip_in_flight, is_external(look, inode(view)));
+    let service = look.options.service_socket;
     let listed = look.unix()?;
     // One that is not listed was made since.
     let Some(s) = listed.by_inode.get(&inode(view)) else { return Ok(None) };
@@ -116,7 +117,7 @@ pub fn blocker(view: &FdView, look: &mut Look<'_>) -> Result<Option<Blocker>> {
             )
         }));
     }
-    let Some(peer) = s.peer.filter(|p| *p != 0) else { return Ok(None) };
+    let Some(peer) = s.peer.filter(|p| *p != 0 && Some(*p) != service) else { return Ok(None) };
     let (peer, own) = (listed.of(peer), s.clone());
     // Nobody outside of the tree may have it either: it may wait in a queue of the tree's.
     let holder = if external { None } else { look.holder_outside(peer.inode) };
@@ -164,13 +165,18 @@ fn refusal(own: &UnixSocket, peer: &UnixSocket, whose: impl Display, allowed: bo
 /// The record of a socket.
 pub fn entry(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::UnixSkEntry> {
     let what = view.subject();
-    let skip = table.look().options.skip_in_flight;
+    let (skip, service) = (table.look().options.skip_in_flight, table.look().options.service_socket);
     let seen = &mut table.sockets().unix;
     let listed = seen.listed()?;
     let s = listed.by_inode.get(&inode(view)).cloned();
     let s = s.ok_or_else(|| invalid!("cannot dump {what}: the kernel does not list it (sock_diag(7))"))?;
-    let (state, is_datagram) = (u32::from(s.state), s.kind as i32 == libc::SOCK_DGRAM);
+    let (mut state, is_datagram) = (u32::from(s.state), s.kind as i32 == libc::SOCK_DGRAM);
     let mut peer = s.peer.unwrap_or(0);
+    // As in CRIU, it is dumped like one that was never connected.
+    let is_service = peer != 0 && service == Some(peer);
+    if is_service {
+        (state, peer) = (CLOSE, 0);
+    }
     if !matches!(state, ESTABLISHED | CLOSE | LISTEN) {
         return Err(invalid!("cannot dump {what}: its state {state} is not known; close it and retry"));
     }
@@ -214,7 +220,7 @@ pub fn entry(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::Un
         let Place::Fd(fd) = view.place else { return Err(invalid!("{what}: no descriptor")) };
         seen.todo.push_back(Noted { id, at: (view.pid, fd), kind: s.kind.into(), ends, what: what.clone() });
     }
-    if let Some(ext) = ext(&view.own, id, &s, waits_at.is_some(), &what)? {
+    if !is_service && let Some(ext) = ext(&view.own, id, &s, waits_at.is_some(), &what)? {
         seen.ext.insert(id, ext);
     }
     let shutdown = i32::from(s.shutdown & 3);
@@ -224,7 +230,7 @@ pub fn entry(view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::Un
         r#type: s.kind.into(),
         state,
         flags: view.flags() as u32,
-        uflags: 0,
+        uflags: if is_service { SERVICE } else { 0 },
         backlog: s.unsent,
         peer,
         fown: super::super::super::table::fown(view)?,

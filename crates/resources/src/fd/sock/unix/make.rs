@@ -7,14 +7,14 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use dormouse_images::pb;
+use dormouse_images::{pb, rpc};
 use dormouse_infect::host::proxy;
 use dormouse_infect::host::sock::{self, Opt};
 use dormouse_infect::host::unix::{self, Credentials};
 
 use super::super::{make, small};
 use super::{
-    ESTABLISHED, EXTERNAL, LISTEN, address, as_another, bare, bind, holder, is_datagram, is_path, key, label, maker,
+    ESTABLISHED, EXTERNAL, LISTEN, SERVICE, address, as_another, bare, bind, holder, is_datagram, is_path, key, label, maker,
 };
 use crate::fd::Files;
 use crate::{Result, call, invalid};
@@ -101,7 +101,9 @@ pub fn all(files: &mut Files<'_>) -> Result<()> {
         if files.sockets.unix.made.contains_key(&s.id) {
             continue;
         }
-        if is_datagram(s) {
+        if s.uflags & SERVICE != 0 {
+            answered(files, s)?;
+        } else if is_datagram(s) {
             datagram(files, &sockets, s)?;
         } else if s.state != ESTABLISHED {
             let fd = new(s)?;
@@ -114,7 +116,8 @@ pub fn all(files: &mut Files<'_>) -> Result<()> {
             files.sockets.unix.made.insert(s.id, fd);
         }
     }
-    for s in sockets.all.iter().filter(|s| !is_datagram(s) && s.state == ESTABLISHED) {
+    let established = |s: &&&Socket| !is_datagram(s) && s.state == ESTABLISHED && s.uflags & SERVICE == 0;
+    for s in sockets.all.iter().filter(established) {
         if files.sockets.unix.made.contains_key(&s.id) {
             continue;
         }
@@ -162,6 +165,21 @@ fn pair(files: &Files<'_>, s: &Socket) -> Result<(OwnedFd, OwnedFd)> {
     let kind = s.r#type as i32 | libc::SOCK_NONBLOCK;
     as_another(maker(files, s, None), s, |who| proxy::pair(who, kind), || unix::pair(kind))
         .map_err(call(format!("cannot make {}", label(s))))
+}
+
+/// The connection of a process that had itself dumped: what it waits for is that this succeeded, and that it was restored.
+fn answered(files: &mut Files<'_>, s: &Socket) -> Result<()> {
+    let fail = || call(format!("cannot answer the process that had itself dumped through {}", label(s)));
+    let (fd, end) = unix::pair(s.r#type as i32 | libc::SOCK_NONBLOCK).map_err(fail())?;
+    let answer = pb::CriuResp {
+        r#type: pb::CriuReqType::Dump.into(),
+        success: true,
+        dump: Some(pb::CriuDumpResp { restored: Some(true) }),
+        ..Default::default()
+    };
+    sock::send(&end, &rpc::encode(&answer)).map_err(fail())?;
+    files.sockets.unix.made.insert(s.id, fd);
+    Ok(())
 }
 
 /// Lets a socket take connections.

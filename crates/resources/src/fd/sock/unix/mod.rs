@@ -33,8 +33,10 @@ pub use settle::settle;
 
 /// Not of the tree: only its name is known (`USK_EXTERN`).
 const EXTERNAL: u32 = 1;
-/// Connected to CRIU's service when it was dumped (`USK_SERVICE`), or dumped by a plugin (`USK_CALLBACK`).
-const UNSUPPORTED: u32 = 2 | 4;
+/// Connected to the service that dumped it (`USK_SERVICE`): restored with the answer in it.
+const SERVICE: u32 = 2;
+/// Dumped by a plugin (`USK_CALLBACK`).
+const UNSUPPORTED: u32 = 4;
 
 /// Connected, or waiting to be accepted; the numbers are TCP's.
 const ESTABLISHED: u32 = 1;
@@ -216,7 +218,7 @@ fn check(image: &TreeImage, s: &pb::UnixSkEntry) -> Result<()> {
     }
     if s.uflags & UNSUPPORTED != 0 {
         return Err(invalid!(
-            "{what}: it was connected to CRIU's service or saved by a plugin, which is not supported"
+            "{what}: it was saved by a plugin of CRIU, which is not supported; restore it with CRIU and that plugin"
         ));
     }
     if !matches!(s.r#type as i32, libc::SOCK_STREAM | libc::SOCK_DGRAM | libc::SOCK_SEQPACKET) {
