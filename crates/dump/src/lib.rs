@@ -10,6 +10,7 @@ mod inventory;
 mod live;
 mod pre_dump;
 mod preflight;
+mod record;
 mod task;
 mod tracking;
 

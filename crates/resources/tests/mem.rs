@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::arena::Batch;
 use dormouse_infect::freeze::Tree;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::{Features, Support};
@@ -49,7 +50,11 @@ impl Dumped {
             let mut parasite = Parasite::infect(leader, state).expect("infect");
             let mappings = Mappings::read(zoo.pid, parasite.own_range()).expect("mappings");
             let stats = mem::dump_pages(&mut parasite, &mappings, &images, &ids, &Increment::default()).expect("pages");
-            let draft = mem::MmDraft::take(&mut parasite, &mappings, &mut files, &mut shared).expect("mm");
+            let mut draft = mem::MmDraft::take(&mappings, &mut files, &mut shared).expect("mm");
+            let mut batch = Batch::new();
+            let ask = mem::MmAsk::new(&mut batch);
+            parasite.run(&mut batch).expect("the process answers");
+            draft.told(zoo.pid, ask.collect(&batch));
             let mm = draft.finish(&mappings).expect("mm");
             parasite.cure().expect("cure");
             (mm, stats, stack)

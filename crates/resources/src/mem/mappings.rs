@@ -67,8 +67,8 @@ type Smaps = std::result::Result<Vec<Smap>, ProcError>;
 #[derive(Debug)]
 pub struct Mappings {
     pid: HostPid,
-    /// Where pages and flags are read: the process itself, or a copy of it.
-    source: HostPid,
+    /// A copy of the process, if pages and flags are read from that.
+    copy: OnceLock<HostPid>,
     vmas: Vec<(Vma, Kind)>,
     own: Range<u64>,
     stacks: Vec<u64>,
@@ -99,7 +99,7 @@ impl Mappings {
         let vmas = others(pid, &own)?.into_iter().map(|v| classify(v, shm)).collect();
         Ok(Self {
             pid,
-            source: pid,
+            copy: OnceLock::new(),
             vmas,
             own,
             stacks: Vec::new(),
@@ -114,11 +114,11 @@ impl Mappings {
     ///
     /// # Errors
     /// The copy is gone.
-    pub fn are_those_of(&mut self, copy: HostPid) -> Result<bool> {
+    pub fn are_those_of(&self, copy: HostPid) -> Result<bool> {
         let theirs = others(copy, &self.own)?;
         let same = theirs.iter().map(|v| (v.start, v.end)).eq(self.vmas.iter().map(|(v, _)| (v.start, v.end)));
         if same {
-            self.source = copy;
+            let _ = self.copy.set(copy);
         }
         Ok(same)
     }
@@ -128,13 +128,13 @@ impl Mappings {
     /// # Errors
     /// There can be no thread.
     pub fn read_ahead(&self) -> Result<()> {
-        *self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(read_smaps(self.source)?);
+        *self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(read_smaps(self.source())?);
         Ok(())
     }
 
     /// The process whose pages and flags are read.
     pub fn source(&self) -> HostPid {
-        self.source
+        self.copy.get().copied().unwrap_or(self.pid)
     }
 
     /// Whether there is memory that a copy of the process does not keep (MADV_WIPEONFORK).
@@ -222,7 +222,7 @@ impl Mappings {
             return Ok(smaps);
         }
         let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.source))?;
+        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.source()))?;
         let read: Vec<Smap> =
             read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
         let equal = |(a, (b, _)): (&Smap, &(Vma, Kind))| (a.start, a.end) == (b.start, b.end);
@@ -261,7 +261,7 @@ impl Mappings {
     }
 
     fn scan_guards(&self) -> std::io::Result<Vec<Range<u64>>> {
-        let scanner = PageScanner::open(self.source)?;
+        let scanner = PageScanner::open(self.source())?;
         let mut runs = Vec::new();
         if scanner.knows_guards() {
             for (v, _) in self.vmas.iter().filter(|(_, kind)| may_have_guards(*kind)) {

@@ -33,7 +33,7 @@ pub use fill::HostFill;
 pub use increment::{Increment, Watch, held_by, protection};
 pub use map_files::MapFiles;
 pub use mappings::{Kind, Mapping, Mappings};
-pub use mm::MmDraft;
+pub use mm::{MmAsk, MmDraft, MmTold};
 pub use page_server::{Served, serve};
 pub use pages::{PageIds, PageStats, dump_pages};
 pub use pre_dump::Snapshot;
