@@ -111,7 +111,7 @@ fn trace<'a>(
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
     let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
-    let recorder = Recorder::new(images, &request.options, page_ids)?;
+    let recorder = Recorder::new(images, &request.options, page_ids, request.live)?;
     thread::scope(|scope| {
         let (steps, recording) = recorder.start(scope)?;
         let mut tracer = Tracer {

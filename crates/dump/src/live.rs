@@ -92,7 +92,8 @@ impl Later {
                 pid
             )));
         }
-        let pages = dump_pages(&mut self.copy, &mappings, images, ids, &Increment::default())?;
+        let (pages, spans) = dump_pages(&mut self.copy, &mappings, images, ids, &Increment::default())?;
+        spans.erase_droppable(&mappings)?;
         report.pages_scanned += pages.scanned;
         report.pages_written += pages.written;
         images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?;

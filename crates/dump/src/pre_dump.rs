@@ -85,7 +85,7 @@ fn look(tracking: &mut Tracking, task: &mut Task, ids: &PageIds) -> Result<Snaps
     } else {
         tracking.task(pid, None, ids)?
     };
-    let snapshot = Snapshot::take(&Mappings::lines_of(pid, 0..0)?, &increment)?;
+    let snapshot = Snapshot::take(&Mappings::read(pid, 0..0)?, &increment)?;
     tracking.done(pid, increment);
     Ok(snapshot)
 }

@@ -13,7 +13,7 @@ use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::DumpOptions;
 use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::FileTable;
-use dormouse_resources::mem::{Mappings, MmDraft, MmTold, PageIds, SharedDump};
+use dormouse_resources::mem::{Mappings, MmDraft, MmTold, PageIds, SharedDump, Spans};
 use dormouse_resources::task::zombie_core;
 
 use crate::DumpError;
@@ -50,10 +50,10 @@ pub struct Told {
 }
 
 /// Where the pages of a process are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub enum Pages {
-    /// In the images.
-    Written,
+    /// In the images, there.
+    Written(Spans),
     /// In a copy of the process.
     Later,
 }
@@ -153,14 +153,21 @@ pub struct Recorder<'a> {
     pstree: Option<ImageWriter>,
     ext: Vec<pb::ThreadExt>,
     looked: Option<Looked>,
+    /// Processes are to leave copies.
+    live: bool,
 }
 
 impl<'a> Recorder<'a> {
-    /// One that writes to `images`.
+    /// One that writes to `images`; `live` if processes are to leave copies.
     ///
     /// # Errors
     /// An image cannot be made, or `/proc` not read.
-    pub fn new(images: &'a ImageDir, options: &'a DumpOptions, page_ids: &'a PageIds) -> Result<Self, DumpError> {
+    pub fn new(
+        images: &'a ImageDir,
+        options: &'a DumpOptions,
+        page_ids: &'a PageIds,
+        live: bool,
+    ) -> Result<Self, DumpError> {
         let mut ids = Ids::default();
         // The first numbers are those of this program, as in CRIU's images.
         let own_ids = ids.of(HostPid::current())?;
@@ -176,6 +183,7 @@ impl<'a> Recorder<'a> {
             pstree: Some(images.writer(ImageKind::Pstree, 0)?),
             ext: Vec::new(),
             looked: None,
+            live,
         })
     }
 
@@ -244,13 +252,17 @@ impl<'a> Recorder<'a> {
         let fds = has_own_files.then(|| self.files.add_task(pid, &process.fds)).transpose()?;
         self.files.name_rings(pid, draft.rings(&mappings))?;
         let fs = self.files.fs_entry(pid, status::read(pid)?.umask.unwrap_or(USUAL_UMASK))?;
-        self.looked = Some(Looked { pid, mappings, draft });
         let number = pid.0 as u64;
         self.images.write_one(ImageKind::Ids, number, &ids)?;
         self.images.write_one(ImageKind::Fs, number, &fs)?;
         if let Some(fds) = &fds {
             self.images.write_all(ImageKind::Fdinfo, ids.files_id.into(), fds)?;
         }
+        // The flags of mappings take long, so copies are asked for them, when the tree runs again.
+        if !self.live {
+            mappings.read_flags()?;
+        }
+        self.looked = Some(Looked { pid, mappings, draft });
         Ok(())
     }
 
@@ -272,7 +284,10 @@ impl<'a> Recorder<'a> {
         draft.told(pid, told);
         match pages {
             Pages::Later => self.drafted.push(Drafted { pid, mappings, draft }),
-            Pages::Written => self.images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?,
+            Pages::Written(spans) => {
+                spans.erase_droppable(&mappings)?;
+                self.images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?;
+            }
         }
         Ok(())
     }

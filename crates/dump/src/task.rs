@@ -13,7 +13,7 @@ use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::{stat, status, timers};
-use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds};
+use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
@@ -112,21 +112,18 @@ impl Tracer<'_> {
         let pid = threads.pid;
         let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
         let start = Instant::now();
-        let read = if self.live { Mappings::lines_of } else { Mappings::read };
         let increment = self.tracking.task(pid, Some(parasite), self.page_ids)?;
         if increment.registers() {
-            increment.register_all(&Mappings::lines_of(pid, parasite.own_range())?)?;
+            increment.register_all(&Mappings::read(pid, parasite.own_range())?)?;
         }
-        let mappings = Arc::new(read(pid, parasite.own_range())?.with_stacks(stacks));
+        let mappings = Arc::new(Mappings::read(pid, parasite.own_range())?.with_stacks(stacks));
         self.steps.look(standing, Arc::clone(&mappings))?;
-        if !self.live {
-            self.write_pages(parasite, &mappings, increment)?;
-        }
+        let written = if self.live { None } else { Some(self.write_pages(parasite, &mappings, increment)?) };
         let (told, subreaper) = self.ask(threads, parasite, others)?;
         self.report.threads += threads.states.len();
         tracing::debug!("pid {pid}: {} threads asked, {} us", threads.states.len(), start.elapsed().as_micros());
-        if !self.live {
-            return Ok((told, Pages::Written));
+        if let Some((_, spans)) = written {
+            return Ok((told, Pages::Written(spans)));
         }
         if subreaper || self.reapers.contains(&threads.parent) {
             self.reapers.insert(pid);
@@ -145,23 +142,23 @@ impl Tracer<'_> {
             }
             Err(why) => {
                 mappings.read_ahead()?;
-                let pages = self.write_pages(parasite, mappings, Increment::default())?;
+                let (pages, spans) = self.write_pages(parasite, mappings, Increment::default())?;
                 self.report.held.push(format!("pid {pid}: {pages} pages were copied while it stood still: {why}"));
-                Ok(Pages::Written)
+                Ok(Pages::Written(spans))
             }
         }
     }
 
-    /// Writes a process's own pages; how many.
+    /// Writes a process's own pages; how many, and where they lie.
     fn write_pages(
         &mut self,
         parasite: &mut Parasite<'_>,
         mappings: &Mappings,
         increment: Increment,
-    ) -> Result<u64, DumpError> {
+    ) -> Result<(u64, Spans), DumpError> {
         let start = Instant::now();
         let pid = mappings.pid();
-        let pages = mem::dump_pages(parasite, mappings, self.images, self.page_ids, &increment)?;
+        let (pages, spans) = mem::dump_pages(parasite, mappings, self.images, self.page_ids, &increment)?;
         self.tracking.done(pid, increment);
         self.report.memory_us += start.elapsed().as_micros() as u64;
         let (written, us) = (pages.written, start.elapsed().as_micros());
@@ -169,7 +166,7 @@ impl Tracer<'_> {
         self.report.pages_scanned += pages.scanned;
         self.report.pages_written += pages.written;
         self.report.pages_left += pages.left;
-        Ok(pages.written)
+        Ok((pages.written, spans))
     }
 
     /// Asks every thread, the leader about the process too, and has their records written; what the process told of its memory,

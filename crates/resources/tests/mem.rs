@@ -49,7 +49,9 @@ impl Dumped {
             let stack = dormouse_infect::arch::sp(&state.regs);
             let mut parasite = Parasite::infect(leader, state).expect("infect");
             let mappings = Mappings::read(zoo.pid, parasite.own_range()).expect("mappings");
-            let stats = mem::dump_pages(&mut parasite, &mappings, &images, &ids, &Increment::default()).expect("pages");
+            let (stats, spans) =
+                mem::dump_pages(&mut parasite, &mappings, &images, &ids, &Increment::default()).expect("pages");
+            spans.erase_droppable(&mappings).expect("droppable memory");
             let mut draft = mem::MmDraft::take(&mappings, &mut files, &mut shared).expect("mm");
             let mut batch = Batch::new();
             let ask = mem::MmAsk::new(&mut batch);

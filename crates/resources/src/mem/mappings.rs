@@ -1,7 +1,7 @@
 //! The mappings of a stopped process, told from `/proc/PID/maps` and, for their flags, from smaps.
 //!
 //! Maps is cheap and says what most steps need. Smaps walks every page of the process (25 ms a gigabyte, 5 µs a mapping),
-//! so another thread reads it while the pages are being written.
+//! so it is read beside the pages being written.
 
 use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
@@ -79,22 +79,12 @@ pub struct Mappings {
 }
 
 impl Mappings {
-    /// Reads the mappings of a stopped process; what lies in `own`, the parasite's range, is left out.
+    /// Reads the mappings of a stopped process; what lies in `own`, the parasite's range, is left out. What only smaps tells is
+    /// read when it is first asked for.
     ///
     /// # Errors
     /// The process is gone, or what /proc says of it is not understood.
     pub fn read(pid: HostPid, own: Range<u64>) -> Result<Self> {
-        // Begun before anything else, since it takes the longest.
-        let reader = read_smaps(pid)?;
-        let this = Self::lines_of(pid, own)?;
-        Ok(Self { reader: Mutex::new(Some(reader)), ..this })
-    }
-
-    /// As [`Mappings::read`], but what only smaps tells is read when it is first asked for.
-    ///
-    /// # Errors
-    /// As of [`Mappings::read`].
-    pub fn lines_of(pid: HostPid, own: Range<u64>) -> Result<Self> {
         let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
         let vmas = others(pid, &own)?.into_iter().map(|v| classify(v, shm)).collect();
         Ok(Self {
@@ -123,7 +113,15 @@ impl Mappings {
         Ok(same)
     }
 
-    /// Begins to read smaps beside what else is done.
+    /// Reads what only smaps tells.
+    ///
+    /// # Errors
+    /// As of [`Mappings::read`]; the mappings have changed although the process is stopped.
+    pub fn read_flags(&self) -> Result<()> {
+        self.smaps().map(drop)
+    }
+
+    /// Begins to read it in a thread, beside what else is done.
     ///
     /// # Errors
     /// There can be no thread.

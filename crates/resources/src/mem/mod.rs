@@ -35,7 +35,7 @@ pub use map_files::MapFiles;
 pub use mappings::{Kind, Mapping, Mappings};
 pub use mm::{MmAsk, MmDraft, MmTold};
 pub use page_server::{Served, serve};
-pub use pages::{PageIds, PageStats, dump_pages};
+pub use pages::{PageIds, PageStats, Spans, dump_pages};
 pub use pre_dump::Snapshot;
 pub use shared::{Shared, SharedDump};
 pub use smaps::has_wiped;
