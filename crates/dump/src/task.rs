@@ -12,7 +12,8 @@ use dormouse_infect::parasite::{Parasite, VISITORS, Visit};
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::{stat, status, timers};
+use dormouse_kernel::proc::status::{self, Status};
+use dormouse_kernel::proc::{stat, timers};
 use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
@@ -78,19 +79,28 @@ impl Tracer<'_> {
         for (thread, state) in task.threads.iter().zip(&mut states) {
             rseq::abort_section(pid, thread, state)?;
         }
-        // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
-        let shared = task.threads.first().expect("a live task has a leader").pending(true)?;
-        let asked =
-            task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
         let mut confinements = Vec::with_capacity(task.threads.len());
+        let mut asked = Vec::with_capacity(task.threads.len());
         for thread in &task.threads {
-            confinements.push(seccomp::suspend(thread, &status::read_thread(pid, thread.tid())?)?);
+            let status = status::read_thread(pid, thread.tid())?;
+            confinements.push(seccomp::suspend(thread, &status)?);
+            asked.push((status, thread.rseq()?));
         }
         let confined = self.filters.add(&confinements);
         let (parent, stopped) = (task.ppid, task.stopped);
         let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
-        let threads =
-            Threads { pid, parent, states: &states, stopped, shared: &shared, asked: &asked, confined: &confined };
+        // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
+        let pending = (leader.pending(true)?, leader.pending(false)?);
+        let threads = Threads {
+            pid,
+            parent,
+            states: &states,
+            stopped,
+            shared: &pending.0,
+            own: &pending.1,
+            asked: &asked,
+            confined: &confined,
+        };
         let start = Instant::now();
         let mut parasite = Parasite::infect(leader, states[0].clone())?;
         tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
@@ -198,8 +208,8 @@ impl Tracer<'_> {
         let tc = process.collect(&batch, &parasite.arena, &view)?;
         let subreaper = tc.child_subreaper == Some(true);
         let state = &threads.states[0];
-        let (pending, rseq) = &threads.asked[0];
-        let thread_view = ThreadView { pid, tid: pid, state, pending, rseq: rseq.as_ref(), status: &status };
+        let rseq = threads.asked[0].1.as_ref();
+        let thread_view = ThreadView { pid, tid: pid, state, pending: threads.own, rseq, status: &status };
         let (mut core, ext) = leader.collect(&batch, &parasite.arena, &thread_view)?;
         core.tc = Some(tc);
         threads.confined[0].note(&mut core);
@@ -220,9 +230,11 @@ struct Threads<'a> {
     stopped: Option<i32>,
     /// Pending signals of the process.
     shared: &'a [[u8; 128]],
+    /// Pending signals of its leader.
+    own: &'a [[u8; 128]],
     confined: &'a [Confined],
-    /// Pending signals and restartable sequence of each thread.
-    asked: &'a [(Vec<[u8; 128]>, Option<RseqConfig>)],
+    /// Status and restartable sequence of each thread.
+    asked: &'a [(Status, Option<RseqConfig>)],
 }
 
 /// Asks some threads side by side; the number of the first among all is `first`.
@@ -250,9 +262,10 @@ fn visited(
     parasite.run_side_by_side(&mut visits)?;
     let mut all = Vec::with_capacity(group.len());
     for (k, (batch, ask)) in asked.into_iter().enumerate() {
-        let (tid, state, (pending, rseq)) = (group[k].tid(), &states[k], &threads.asked[first + k]);
-        let status = status::read_thread(pid, tid)?;
-        let view = ThreadView { pid, tid, state, pending, rseq: rseq.as_ref(), status: &status };
+        let (tid, state, (status, rseq)) = (group[k].tid(), &states[k], &threads.asked[first + k]);
+        // As late as can be: what comes after it is lost if the tree ends.
+        let pending = group[k].pending(false)?;
+        let view = ThreadView { pid, tid, state, pending: &pending, rseq: rseq.as_ref(), status };
         let (mut core, ext) = ask.collect(&batch, &parasite.arena, &view)?;
         threads.confined[first + k].note(&mut core);
         all.push(Told { tid, core, ext });

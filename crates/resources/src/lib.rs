@@ -17,5 +17,5 @@ pub mod tree;
 pub use checkpoint::{TaskImage, TreeImage};
 pub use ctx::{Own, RestoreCtx};
 pub use error::{Blocker, ResourceError, Result};
-pub(crate) use error::{call, invalid};
+pub(crate) use error::{call, invalid, unwritten};
 pub use options::{DumpOptions, RestoreOptions};

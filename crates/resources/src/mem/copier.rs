@@ -12,7 +12,7 @@ use dormouse_kernel::{HostPid, TargetFd};
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::route::{Because, Route};
-use crate::{Result, call};
+use crate::{Result, call, unwritten};
 
 /// Bytes that are copied at once where the target does not do it.
 const BUFFER: usize = 256 << 10;
@@ -105,7 +105,7 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// The image cannot be written.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.flush()?;
-        self.image.write_all_at(bytes, self.chunks.end()).map_err(call("cannot write a pages image"))?;
+        self.image.write_all_at(bytes, self.chunks.end()).map_err(unwritten)?;
         self.chunks.skip(bytes.len() as u64);
         Ok(())
     }
@@ -180,7 +180,7 @@ impl<'a, 'p> Copier<'a, 'p> {
             let what = || format!("cannot read the memory of pid {} at {:#x}", self.pid, addr + done);
             let bytes = &mut self.buffer[..now];
             self.memory.read_exact_at(bytes, addr + done).map_err(call(what()))?;
-            self.image.write_all_at(bytes, offset + done).map_err(call("cannot write a pages image"))?;
+            self.image.write_all_at(bytes, offset + done).map_err(unwritten)?;
             done += now as u64;
         }
         self.outside += len;

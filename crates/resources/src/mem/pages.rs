@@ -23,7 +23,7 @@ use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
 use super::out::{Out, lost};
 use super::vdso;
-use crate::{ResourceError, Result, call};
+use crate::{ResourceError, Result, call, unwritten};
 
 /// From this size on, a mapping that holds nothing to save is left out of a walk.
 const LARGE_GAP: u64 = 2 << 20;
@@ -112,7 +112,7 @@ impl Spans {
         let droppable = mappings.flagged("dp")?;
         for (start, places) in self.places.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
             tracing::debug!("pid {}: erasing droppable memory at {start:#x}", mappings.pid());
-            erase(image, places).map_err(call("cannot write a pages image"))?;
+            erase(image, places).map_err(unwritten)?;
         }
         Ok(())
     }
