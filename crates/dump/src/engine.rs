@@ -44,7 +44,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
     let frozen = Instant::now();
-    let mut tree = Tree::freeze(request.pid, request.timeout)?;
+    let mut tree = Tree::freeze(request.pid, request.timeout, request.freeze_cgroup.as_deref())?;
     let freezing_us = frozen.elapsed().as_micros() as u64;
     tracing::info!("froze {} processes in {freezing_us} us", tree.tasks.len());
     tracking.take_over(&tree)?;
@@ -111,7 +111,7 @@ fn save(
         files: FileTable::new(images, &request.options).with_ids(own_ids),
         shared: SharedDump::new(images, page_ids),
         filters: FilterTable::default(),
-        cgroups: CgroupDump::new(&request.options.cgroups)?,
+        cgroups: CgroupDump::new(&request.options.cgroups)?.with_freezer(tree.freezer())?,
         page_ids,
         tracking,
         live: request.live,
@@ -164,6 +164,9 @@ fn save(
         images.write_all(ImageKind::DormouseThreads, 0, &ext)?;
     }
     inventory::write_clocks(images)?;
+    if request.options.cpu.image {
+        dormouse_resources::cpu::dump(images)?;
+    }
     savings.filters.finish(images)?;
     savings.cgroups.finish(images)?;
     Ok(Frozen { report: savings.report, links, connections, later })

@@ -41,7 +41,7 @@ impl Dumped {
         let ids = PageIds::new();
         let mut files = FileTable::new(&images, &options);
         let mut shared = SharedDump::new(&images, &ids);
-        let mut tree = Tree::freeze(zoo.pid, Some(std::time::Duration::from_secs(10))).expect("freeze");
+        let mut tree = Tree::freeze(zoo.pid, Some(std::time::Duration::from_secs(10)), None).expect("freeze");
         let (mm, stats, stack) = {
             let leader = &mut tree.tasks[0].threads[0];
             let state = leader.state().expect("state");
