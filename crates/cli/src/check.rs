@@ -181,6 +181,12 @@ const ROWS: &[Row] = &[
         next: "use a kernel with CONFIG_HUGETLBFS",
     },
     Row {
+        names: &["aio_remap"],
+        need: Need::Sometimes,
+        purpose: "AIO contexts",
+        next: "use a kernel with CONFIG_AIO, and raise fs.aio-max-nr",
+    },
+    Row {
         names: &["network_lock_nftables"],
         need: Need::Sometimes,
         purpose: "TCP connections (else --network-lock skip)",
@@ -209,7 +215,6 @@ const ROWS: &[Row] = &[
 
 /// Features that CRIU knows and nothing here uses yet, whatever the kernel can.
 const CRIUS: &[&str] = &[
-    "aio_remap",
     "apparmor_stacking",
     "autofs",
     "breakpoints",

@@ -182,6 +182,7 @@ impl Here {
                 "restore" => "Restoring FAILED.",
                 "check" => "Does not look good.",
                 "pre-dump" => run::Kind::PreDump.failed(),
+                "cpuinfo dump" | "cpuinfo check" => "CPU information FAILED.",
                 _ => run::Kind::Dump.failed(),
             };
             place.log.failure(&failure.error, Some(last));
@@ -222,6 +223,10 @@ impl Work for Here {
             Command::Check(args) => self.at(&args.common, &parsed.notes, order, |run| {
                 let missing = check::missing(run.place);
                 if missing.is_empty() { Ok(Done::default()) } else { Err(anyhow!(missing.join("\n")).into()) }
+            }),
+            Command::Cpuinfo(args) => self.at(&args.common, &parsed.notes, order, |run| {
+                crate::cpuinfo::run(args, &run.place.path)?;
+                Ok(Done::default())
             }),
             _ => Err(anyhow!("{} cannot be asked for by a request; use the command", order.verb).into()),
         }

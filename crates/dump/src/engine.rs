@@ -7,11 +7,13 @@ use std::time::Instant;
 use dormouse_images::ImageDir;
 use dormouse_infect::cancel;
 use dormouse_infect::freeze::Tree;
+use dormouse_infect::freezer::Freezer;
 use dormouse_infect::host::process;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::ptrace::Tracee;
 use dormouse_kernel::TargetFd;
 use dormouse_kernel::proc::fdinfo;
+use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
 use dormouse_resources::mem::PageIds;
 use dormouse_resources::task::seccomp::FilterTable;
@@ -39,7 +41,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut tree = None;
     let traced = trace(request, &images, &page_ids, &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
-    let Frozen { mut report, links, connections, later } = save(request, &images, &page_ids, traced)?;
+    let Frozen { mut report, links, connections, later } = save(request, &images, &page_ids, traced, tree.freezer())?;
     cancel::check()?;
     let connected = !connections.is_empty();
     let mut held = Some((tree, connections));
@@ -143,7 +145,7 @@ fn stop_and_ask(
     standstill: &mut Option<Standstill>,
 ) -> Result<(), Unsaved> {
     let since = Instant::now();
-    let tree = Tree::freeze(request.pid, request.timeout)?;
+    let tree = Tree::freeze(request.pid, request.timeout, request.freeze_cgroup.as_deref())?;
     let tree = &mut standstill.insert(Standstill { tree, since }).tree;
     tracer.report.freezing_us = since.elapsed().as_micros() as u64;
     tracer.report.tasks = tree.tasks.len();
@@ -176,7 +178,13 @@ struct Frozen {
 /// Writes every image that is left but the inventory.
 ///
 /// The links that keep files without a name vanish with the guard, unless the checkpoint becomes complete.
-fn save(request: &Request<'_>, images: &ImageDir, page_ids: &PageIds, traced: Traced<'_>) -> Result<Frozen, DumpError> {
+fn save(
+    request: &Request<'_>,
+    images: &ImageDir,
+    page_ids: &PageIds,
+    traced: Traced<'_>,
+    freezer: Option<&Freezer>,
+) -> Result<Frozen, DumpError> {
     let Traced { mut recorder, filters, copies, mut report } = traced;
     recorder.finish_tree()?;
     let Recorder { mut files, mut shared, cgroups, drafted, own_ids, .. } = recorder;
@@ -193,8 +201,11 @@ fn save(request: &Request<'_>, images: &ImageDir, page_ids: &PageIds, traced: Tr
     }
     page_ids.finish()?;
     inventory::write_clocks(images)?;
+    if request.options.cpu.image {
+        cpu::dump(images)?;
+    }
     filters.finish(images)?;
-    cgroups.finish(images)?;
+    cgroups.with_freezer(freezer)?.finish(images)?;
     let later = copies.into_iter().zip(drafted).map(|(copy, drafted)| Later { copy, drafted }).collect();
     Ok(Frozen { report, links, connections, later })
 }

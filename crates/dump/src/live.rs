@@ -69,6 +69,8 @@ fn obstacle(mappings: &Mappings, reaps: bool) -> Result<Option<&'static str>, Du
         Some("it is under seccomp, which would end the copy")
     } else if status.vm_lck_kb.is_none_or(|kb| kb > 0) {
         Some("some of its memory is locked (mlock(2)), which copies are not")
+    } else if mappings.have_aio_rings() {
+        Some("it has AIO contexts, whose rings are not the copy's own")
     } else if mappings.have_reserved_pages() {
         Some("it has huge pages that are reserved by number, of which there may be none left for a copy")
     } else {

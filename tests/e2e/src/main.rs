@@ -9,8 +9,10 @@ mod caller;
 mod case;
 mod chain;
 mod concurrent;
+mod cpu;
 mod damage;
 mod exchange;
+mod frozen;
 mod gifts;
 mod inside;
 mod kill;
@@ -82,10 +84,10 @@ fn collect(args: &Args) -> Vec<report::Test> {
     let mut tests = Vec::new();
     for group in &args.groups {
         match group {
-            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests())),
+            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests())),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
-            Group::Refuse => tests.extend(refuse::tests()),
+            Group::Refuse => tests.extend(refuse::tests().into_iter().chain(cpu::tests())),
             Group::Kill => tests.extend(kill::tests()),
             Group::Damage => tests.extend(damage::tests()),
             Group::Exchange => tests.extend(exchange::tests()),

@@ -45,6 +45,8 @@ pub enum Kind {
     Ring,
     /// System V shared memory; its inode is its number.
     Sysv,
+    /// The ring of an AIO context.
+    AioRing,
     /// None that can be dumped; [`blockers`] says why.
     Special,
 }
@@ -141,6 +143,11 @@ impl Mappings {
     /// The process is gone.
     pub fn are_wiped(&self) -> Result<bool> {
         Ok(self.smaps()?.iter().any(Smap::is_wiped))
+    }
+
+    /// Whether there are rings of AIO contexts.
+    pub fn have_aio_rings(&self) -> bool {
+        self.vmas.iter().any(|(_, kind)| *kind == Kind::AioRing)
     }
 
     /// Whether there is private memory in huge pages that are reserved by number.
@@ -300,7 +307,8 @@ pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
         }
         b"/anon_hugepage (deleted)" if v.dev_major == 0 => Kind::HugeAnonymous,
         name if name.starts_with(b"/memfd:") && v.dev_major == 0 => Kind::Memfd,
-        b"/secretmem (deleted)" | b"/[aio] (deleted)" => Kind::Special,
+        b"/secretmem (deleted)" => Kind::Special,
+        b"/[aio] (deleted)" if v.dev_major == 0 => Kind::AioRing,
         name if name.starts_with(b"/dmabuf:") => Kind::Special,
         name if name.starts_with(b"socket:") => Kind::Ring,
         name if on_shm && v.shared && name.starts_with(b"/SYSV") => Kind::Sysv,
@@ -325,6 +333,8 @@ fn entry(v: &Vma, smap: &Smap, kind: Kind) -> pb::VmaEntry {
         Kind::SharedAnonymous | Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
         Kind::Ring => (vma::VMA_REGULAR | vma::VMA_SOCKET, false),
         Kind::Sysv => (vma::VMA_REGULAR | vma::VMA_SYSVIPC | vma::VMA_ANON_SHARED, true),
+        // Not marked as regular, as in CRIU.
+        Kind::AioRing => (vma::VMA_AIORING, false),
         Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
     };
     if codes.has("ss") {

@@ -9,6 +9,7 @@ use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::{misc, stat};
 use dormouse_sys::nr;
 
+use super::aio;
 use super::map_files::MapFiles;
 use super::mappings::{Kind, Mappings};
 use super::shared::SharedDump;
@@ -103,6 +104,9 @@ impl MmDraft {
         let Self { mut mm, mapped } = self;
         for m in mappings.finished()? {
             let (fdflags, shmid) = mapped[m.line];
+            if m.kind == Kind::AioRing {
+                mm.aios.push(aio::entry(m.map)?);
+            }
             mm.vmas.push(pb::VmaEntry { fdflags, shmid, ..m.entry });
         }
         mm.vmas.extend(mappings.guard_entries()?);
@@ -198,8 +202,9 @@ fn mapped(
     let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
     let mut all = Vec::with_capacity(mappings.len());
     for (map, kind) in mappings.lines() {
-        let fdflags =
-            (map.has_file() && !matches!(kind, Kind::Special | Kind::Ring)).then(|| dir.access(map)).transpose()?;
+        let fdflags = (map.has_file() && !matches!(kind, Kind::Special | Kind::Ring | Kind::AioRing))
+            .then(|| dir.access(map))
+            .transpose()?;
         let number = match kind {
             Kind::File | Kind::SharedAnonymous | Kind::Memfd => {
                 let key = (map.dev_major, map.dev_minor, map.inode);
@@ -228,6 +233,7 @@ fn mapped(
             | Kind::Vdso
             | Kind::Vvar
             | Kind::Vsyscall
+            | Kind::AioRing
             // What cannot be dumped is refused with its flags.
             | Kind::Special => 0,
         };

@@ -3,6 +3,7 @@
 //! Dump: [`blockers`] before anything is touched, then for each stopped process [`Mappings`], [`dump_pages`] and
 //! [`MmDraft`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
 
+mod aio;
 mod blockers;
 mod chunks;
 mod copier;

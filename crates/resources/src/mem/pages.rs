@@ -153,6 +153,7 @@ pub fn dump_pages(
     for group in groups(mappings.lines(), &scanner, increment, &mut dump.untold)? {
         match group {
             Group::Vdso(v) => dump.vdso(v)?,
+            Group::AioRing(v) => dump.pages(v, Kind::AioRing, v.start..v.end)?,
             Group::Walk(range) => {
                 let walk =
                     scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
@@ -193,6 +194,8 @@ impl From<ResourceError> for Stopped {
 enum Group<'a> {
     /// All of it is saved, whatever the page tables say.
     Vdso(&'a Vma),
+    /// The same.
+    AioRing(&'a Vma),
     /// A walk finds pages to save and guard pages.
     Walk(Range<u64>),
     /// As a walk, over one mapping, whose pages are then protected to tell later writes.
@@ -219,6 +222,8 @@ fn groups<'a>(
     for (v, kind) in lines {
         if *kind == Kind::Vdso {
             groups.push(Group::Vdso(v));
+        } else if *kind == Kind::AioRing {
+            groups.push(Group::AioRing(v));
         } else if is_saved(v, *kind) && registered(v, *kind)? && increment.go_on {
             groups.push(Group::Protect(v.start..v.end));
         } else if !is_saved(v, *kind) && may_have_guards(*kind) && v.len() >= LARGE_GAP {
