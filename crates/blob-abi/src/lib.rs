@@ -50,6 +50,9 @@ pub enum OpKind {
     /// Parasite: a system call as [`OpKind::Syscall`] that makes a descriptor, which is then closed as one that
     /// [`OpKind::TakeFd`] has received.
     MakeFd = 15,
+    /// Restorer: puts the ring of a new AIO context in the place of its copy: args address, bytes, requests for io_setup(2),
+    /// descriptor of `/dev/null`.
+    AioRing = 16,
 }
 
 /// What counts as success of an operation.

@@ -181,6 +181,12 @@ const ROWS: &[Row] = &[
         next: "use a kernel with CONFIG_HUGETLBFS",
     },
     Row {
+        names: &["aio_remap"],
+        need: Need::Sometimes,
+        purpose: "AIO contexts",
+        next: "use a kernel with CONFIG_AIO, and raise fs.aio-max-nr",
+    },
+    Row {
         names: &["network_lock_nftables"],
         need: Need::Sometimes,
         purpose: "TCP connections (else --network-lock skip)",
@@ -209,7 +215,6 @@ const ROWS: &[Row] = &[
 
 /// Features that CRIU knows and nothing here uses yet, whatever the kernel can.
 const CRIUS: &[&str] = &[
-    "aio_remap",
     "apparmor_stacking",
     "autofs",
     "breakpoints",
@@ -345,7 +350,9 @@ fn support(row: &Row, features: &Features, place: Option<&Place>) -> Support {
         "checkpoint_restore" if features.caps.can_checkpoint_restore() => Support::Yes,
         "checkpoint_restore" => Support::No,
         "mem_dirty_track" if features.pagemap_scan.is_yes() && features.userfaultfd_wp_async.is_yes() => Support::Yes,
-        "mnt_id" => place.and_then(|place| mnt_id(place).ok()).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32)),
+        "mnt_id" => {
+            place.and_then(|place| mnt_id(place).ok()).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32))
+        }
         name => {
             let found = features.list().into_iter().find(|(known, _)| *known == name).map(|(_, support)| support);
             found.or_else(|| probes::support(name)).unwrap_or(Support::Unknown(0))

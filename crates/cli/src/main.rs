@@ -8,6 +8,7 @@ mod args;
 mod check;
 mod cleanup;
 mod config;
+mod cpuinfo;
 mod demo;
 mod image_cmds;
 mod log;
@@ -50,6 +51,7 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
         Command::Dedup(args) => run::dedup(&args, &parsed.notes),
         Command::Restore(args) => run::restore(&args, &parsed.notes),
         Command::Check(args) => check::check(&args, &parsed.notes),
+        Command::Cpuinfo(args) => cpuinfo::cpuinfo(&args, &parsed.notes),
         Command::Service(args) => serve::service(&args, &parsed.notes),
         Command::Swrk { fd } => serve::own_worker(fd),
         Command::ServiceWorker(args) => serve::worker(&args),

@@ -12,6 +12,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 use dormouse_dump::{After, DumpError};
 use dormouse_images::pb;
+use dormouse_infect::freezer::Freezer;
 use dormouse_infect::supervise::supervised;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::DumpOptions;
@@ -166,11 +167,15 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     };
     let run = Run::new(&place)?;
+    // A process that is killed leaves the group as it is at that moment; then this puts it back.
+    let group = args.freeze_cgroup.as_deref().and_then(|path| Freezer::open(path).ok());
     let code = supervised(|| put_to_sleep(args, kind, &run).into()).context("cannot start a process for the dump")?;
     if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {
         let what =
             format!("the dumping process was ended by signal {signal}; look after pid {} and dump it again", args.tree);
         place.log.failure(&anyhow::Error::msg(what), Some(kind.failed()));
+    } else if let Some(group) = group {
+        group.leave();
     }
     Ok(u8::try_from(code).unwrap_or(1).into())
 }
@@ -263,6 +268,7 @@ pub fn sleep(
         after,
         live: args.live,
         timeout: args.timeout(),
+        freeze_cgroup: args.freeze_cgroup.clone(),
         chain: args.chain(),
         hooks: &hook,
     };

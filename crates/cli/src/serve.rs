@@ -179,6 +179,7 @@ impl Here {
                 "restore" => "Restoring FAILED.",
                 "check" => "Does not look good.",
                 "pre-dump" => run::Kind::PreDump.failed(),
+                "cpuinfo dump" | "cpuinfo check" => "CPU information FAILED.",
                 _ => run::Kind::Dump.failed(),
             };
             place.log.failure(&failure.error, Some(last));
@@ -225,6 +226,10 @@ impl Work for Here {
                 let missing = check::missing(run.place);
                 if missing.is_empty() { Ok(Done::default()) } else { Err(anyhow!(missing.join("\n")).into()) }
             }),
+            Command::Cpuinfo(args) => self.at(&args.common, &parsed.notes, order, |run| {
+                crate::cpuinfo::run(args, &run.place.path)?;
+                Ok(Done::default())
+            }),
             _ => Err(anyhow!("{} cannot be asked for by a request; use the command", order.verb).into()),
         }
     }
@@ -237,7 +242,10 @@ impl Work for Here {
         let place = Place::enter(&args.common, &parsed.notes).map_err(Failure::bad_request)?.held();
         let server = page_server::Server::new(&args, &place).inspect_err(|error| place.log.failure(error, None))?;
         let port = server.port();
-        Ok(PageServer { port, serve: Box::new(move || i32::from(told(&place, server.serve(&args)) != ExitCode::SUCCESS)) })
+        Ok(PageServer {
+            port,
+            serve: Box::new(move || i32::from(told(&place, server.serve(&args)) != ExitCode::SUCCESS)),
+        })
     }
 
     fn become_program(&self, words: &[String]) -> Error {

@@ -10,6 +10,7 @@ mod inventory;
 mod live;
 mod pre_dump;
 mod preflight;
+mod record;
 mod task;
 mod tracking;
 
@@ -56,6 +57,8 @@ pub struct Request<'a> {
     pub live: bool,
     /// Give up, and let the tree go on, if it is not frozen after this time.
     pub timeout: Option<Duration>,
+    /// Directory of a control group that stands still as a whole while the tree is stopped.
+    pub freeze_cgroup: Option<PathBuf>,
     /// What this dump has to do with others.
     pub chain: Chain,
     /// Called at "pre-dump" and "post-dump"; an error ends the dump.

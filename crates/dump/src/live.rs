@@ -10,26 +10,17 @@ use dormouse_infect::InfectError;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::{status, tree};
 use dormouse_kernel::{HostPid, side_by_side};
-use dormouse_resources::mem::{Increment, Mappings, MmDraft, PageIds, dump_pages, has_wiped};
+use dormouse_resources::mem::{Increment, Mappings, PageIds, dump_pages, has_wiped};
 
+use crate::record::Drafted;
 use crate::{DumpError, Report};
 
 /// A copy of a process, and what is known of its memory.
 pub struct Later {
-    pid: HostPid,
-    copy: Parasite<'static>,
-    mappings: Mappings,
-    draft: MmDraft,
-}
-
-/// The mappings of a process that leaves no copy, and why.
-pub struct Held {
-    /// Its mappings.
-    pub mappings: Mappings,
-    /// Its record.
-    pub draft: MmDraft,
-    /// Why there is no copy.
-    pub why: String,
+    /// The copy.
+    pub copy: Parasite<'static>,
+    /// What is known.
+    pub drafted: Drafted,
 }
 
 /// The processes of the tree that hold memory which a copy would find wiped. To be asked for before the tree is stopped: it
@@ -40,35 +31,33 @@ pub fn wiped(root: HostPid) -> HashSet<HostPid> {
     pids.into_iter().zip(wiped).filter_map(|(pid, wiped)| wiped.then_some(pid)).collect()
 }
 
-/// Has the parasite's process leave a copy of itself. `reaps` if the process, or one above it in the tree, would be told
-/// of the copy's end; `wiped` if it holds memory that the copy would find wiped.
+/// Has the parasite's process leave a copy of itself; without one, why there can be none. `reaps` if the process, or one above
+/// it in the tree, would be told of the copy's end; `wiped` if it holds memory that the copy would find wiped.
 pub fn leave_copy(
     parasite: &mut Parasite<'_>,
-    mut mappings: Mappings,
-    draft: MmDraft,
+    mappings: &Mappings,
     (reaps, wiped): (bool, bool),
-) -> Result<Result<Later, Held>, DumpError> {
+) -> Result<Result<Parasite<'static>, String>, DumpError> {
     let pid = mappings.pid();
-    let held = |mappings, draft, why: &str| Ok(Err(Held { mappings, draft, why: why.to_owned() }));
     if wiped {
-        return held(mappings, draft, "some of its memory is empty in copies (MADV_WIPEONFORK)");
+        return Ok(Err("some of its memory is empty in copies (MADV_WIPEONFORK)".into()));
     }
-    if let Some(why) = obstacle(&mappings, reaps)? {
-        return held(mappings, draft, why);
+    if let Some(why) = obstacle(mappings, reaps)? {
+        return Ok(Err(why.into()));
     }
     let start = Instant::now();
     let copy = match parasite.fork() {
         Ok(copy) => copy,
         Err(e @ (InfectError::Remote { .. } | InfectError::Unexpected { .. })) => {
-            return held(mappings, draft, &format!("it cannot be copied: {e}"));
+            return Ok(Err(format!("it cannot be copied: {e}")));
         }
         Err(e) => return Err(e.into()),
     };
     if !mappings.are_those_of(copy.pid())? {
-        return held(mappings, draft, "some of its memory is not inherited by copies (MADV_DONTFORK)");
+        return Ok(Err("some of its memory is not inherited by copies (MADV_DONTFORK)".into()));
     }
     tracing::debug!("pid {pid}: copied as pid {} in {} us", copy.pid(), start.elapsed().as_micros());
-    Ok(Ok(Later { pid, copy, mappings, draft }))
+    Ok(Ok(copy))
 }
 
 /// What a copy would not keep, or would give away.
@@ -80,6 +69,8 @@ fn obstacle(mappings: &Mappings, reaps: bool) -> Result<Option<&'static str>, Du
         Some("it is under seccomp, which would end the copy")
     } else if status.vm_lck_kb.is_none_or(|kb| kb > 0) {
         Some("some of its memory is locked (mlock(2)), which copies are not")
+    } else if mappings.have_aio_rings() {
+        Some("it has AIO contexts, whose rings are not the copy's own")
     } else if mappings.have_reserved_pages() {
         Some("it has huge pages that are reserved by number, of which there may be none left for a copy")
     } else {
@@ -94,20 +85,22 @@ impl Later {
     /// An image cannot be written, or the copy was ended from outside.
     pub fn save(mut self, images: &ImageDir, ids: &PageIds, report: &mut Report) -> Result<(), DumpError> {
         let start = Instant::now();
-        self.mappings.read_ahead()?;
-        if self.mappings.are_wiped()? {
+        let Drafted { pid, mappings, draft } = self.drafted;
+        mappings.read_ahead()?;
+        if mappings.are_wiped()? {
             return Err(DumpError::Impossible(format!(
                 "cannot dump pid {} while it runs: some of its memory was advised not to be copied (MADV_WIPEONFORK) after it \
                  was looked at; dump it again, or without --live",
-                self.pid
+                pid
             )));
         }
-        let pages = dump_pages(&mut self.copy, &self.mappings, images, ids, &Increment::default())?;
+        let (pages, spans) = dump_pages(&mut self.copy, &mappings, images, ids, &Increment::default())?;
+        spans.erase_droppable(&mappings)?;
         report.pages_scanned += pages.scanned;
         report.pages_written += pages.written;
-        images.write_one(ImageKind::Mm, self.pid.0 as u64, &self.draft.finish(&self.mappings)?)?;
+        images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?;
         report.memory_us += start.elapsed().as_micros() as u64;
-        tracing::debug!("pid {}: {} pages of its copy written", self.pid, pages.written);
+        tracing::debug!("pid {pid}: {} pages of its copy written", pages.written);
         Ok(())
     }
 }

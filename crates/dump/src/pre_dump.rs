@@ -34,7 +34,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let session = &request.session;
     let frozen = Instant::now();
-    let mut tree = Tree::freeze(request.pid, request.timeout)?;
+    let mut tree = Tree::freeze(request.pid, request.timeout, request.freeze_cgroup.as_deref())?;
     let mut report = Report {
         root_pid: request.pid.0,
         tasks: tree.tasks.len(),
@@ -85,7 +85,7 @@ fn look(tracking: &mut Tracking, task: &mut Task, ids: &PageIds) -> Result<Snaps
     } else {
         tracking.task(pid, None, ids)?
     };
-    let snapshot = Snapshot::take(&Mappings::lines_of(pid, 0..0)?, &increment)?;
+    let snapshot = Snapshot::take(&Mappings::read(pid, 0..0)?, &increment)?;
     tracking.done(pid, increment);
     Ok(snapshot)
 }

@@ -1,111 +1,225 @@
-//! Saving one process: what can be seen from outside, what only it can tell, its memory; then it is cured.
+//! The tracer's part of saving one process: what only it can tell, and its memory; then it is cured.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Instant;
 
-use dormouse_images::{ImageDir, pb};
+use dormouse_images::ImageDir;
 use dormouse_infect::arch;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::freeze::Task;
 use dormouse_infect::parasite::{Parasite, VISITORS, Visit};
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
-use dormouse_kernel::proc::{stat, status, timers};
-use dormouse_kernel::{HostPid, TargetFd};
-use dormouse_resources::cgroup::CgroupDump;
-use dormouse_resources::fd::FileTable;
-use dormouse_resources::mem::{self, Increment, Mappings, MmDraft, PageIds, SharedDump};
-use dormouse_resources::task::seccomp::{self, FilterTable};
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::status::{self, Status};
+use dormouse_kernel::proc::{stat, timers};
+use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
+use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
-use crate::live::{self, Later};
+use crate::live;
+use crate::record::{Pages, Standing, Steps, Stopped, Told};
 use crate::tracking::Tracking;
 use crate::{DumpError, Report};
 
-/// What all tasks of a dump write into.
-pub struct Savings<'a> {
+/// What the tracer has for all tasks of a dump.
+pub struct Tracer<'a> {
     /// The directory.
     pub images: &'a ImageDir,
-    /// File descriptions.
-    pub files: FileTable<'a>,
-    /// Shared memory objects.
-    pub shared: SharedDump<'a>,
-    /// Seccomp filters.
-    pub filters: FilterTable,
-    /// Control groups.
-    pub cgroups: CgroupDump<'a>,
     /// Numbers of pages images.
     pub page_ids: &'a PageIds,
     /// What the checkpoint before holds, and who was written to since.
     pub tracking: &'a mut Tracking,
+    /// Who records what is found.
+    pub steps: Steps,
+    /// Seccomp filters.
+    pub filters: FilterTable,
     /// Processes are to leave copies, whose memory is written later.
     pub live: bool,
     /// Processes with memory that is empty in copies.
     pub wiped: HashSet<HostPid>,
     /// Child subreapers of the tree, and what is below them.
     pub reapers: HashSet<HostPid>,
+    /// Those copies, in the order of the tree.
+    pub copies: Vec<Parasite<'static>>,
     /// Counters.
     pub report: Report,
 }
 
-/// The records of one process.
-pub struct Saved {
-    /// Its threads, leader first.
-    pub cores: Vec<(HostPid, pb::CoreEntry)>,
-    /// What the image format has no place for.
-    pub ext: Vec<pb::ThreadExt>,
-    /// Address space.
-    pub memory: Memory,
-    /// Root, working directory, umask.
-    pub fs: pb::FsEntry,
-    /// Descriptor table, unless it is that of another task.
-    pub fds: Option<Vec<pb::FdinfoEntry>>,
+/// Why a process was not saved.
+#[derive(Debug)]
+pub enum Unsaved {
+    /// The recorder has failed, and will tell why.
+    Unrecorded,
+    /// Something else has.
+    Failed(DumpError),
 }
 
-/// What became of a process's memory.
-pub enum Memory {
-    /// Its pages are written.
-    Written(Box<pb::MmEntry>),
-    /// A copy keeps them.
-    Later(Box<Later>),
+impl<E: Into<DumpError>> From<E> for Unsaved {
+    fn from(e: E) -> Self {
+        Self::Failed(e.into())
+    }
 }
 
-/// Saves a stopped process and leaves it stopped, as it was. Its descriptors are saved only if no task before had the
-/// same table.
-pub fn save(savings: &mut Savings<'_>, task: &mut Task, has_own_files: bool) -> Result<Saved, DumpError> {
-    let pid = task.pid;
-    let mut states = task.threads.iter().map(Tracee::state).collect::<Result<Vec<State>, _>>()?;
-    for (thread, state) in task.threads.iter().zip(&mut states) {
-        rseq::abort_section(pid, thread, state)?;
+impl From<Stopped> for Unsaved {
+    fn from(_: Stopped) -> Self {
+        Self::Unrecorded
     }
-    // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
-    let shared = task.threads.first().expect("a live task has a leader").pending(true)?;
-    let asked =
-        task.threads.iter().map(|t| Ok((t.pending(false)?, t.rseq()?))).collect::<Result<Vec<_>, DumpError>>()?;
-    let mut confinements = Vec::with_capacity(task.threads.len());
-    for thread in &task.threads {
-        confinements.push(seccomp::suspend(thread, &status::read_thread(pid, thread.tid())?)?);
+}
+
+impl Tracer<'_> {
+    /// Saves a stopped process and leaves it stopped, as it was.
+    ///
+    /// # Errors
+    /// It could not be entered or asked, an image not be written, or it was not possible to put it back.
+    pub fn save(&mut self, task: &mut Task, standing: Standing) -> Result<(), Unsaved> {
+        let pid = task.pid;
+        let mut states = task.threads.iter().map(Tracee::state).collect::<Result<Vec<State>, _>>()?;
+        for (thread, state) in task.threads.iter().zip(&mut states) {
+            rseq::abort_section(pid, thread, state)?;
+        }
+        let mut confinements = Vec::with_capacity(task.threads.len());
+        let mut asked = Vec::with_capacity(task.threads.len());
+        for thread in &task.threads {
+            let status = status::read_thread(pid, thread.tid())?;
+            confinements.push(seccomp::suspend(thread, &status)?);
+            asked.push((status, thread.rseq()?));
+        }
+        let confined = self.filters.add(&confinements);
+        let (parent, stopped) = (task.ppid, task.stopped);
+        let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
+        // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
+        let pending = (leader.pending(true)?, leader.pending(false)?);
+        let threads = Threads {
+            pid,
+            parent,
+            states: &states,
+            stopped,
+            shared: &pending.0,
+            own: &pending.1,
+            asked: &asked,
+            confined: &confined,
+        };
+        let start = Instant::now();
+        let mut parasite = Parasite::infect(leader, states[0].clone())?;
+        tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
+        let saved = self.with_parasite(&threads, &mut parasite, others, standing);
+        // Cured whatever has happened; the first error is the one that counts.
+        let cured = parasite.cure();
+        let (told, pages) = saved?;
+        cured?;
+        Ok(self.steps.asked(told, pages)?)
     }
-    let stopped = task.stopped;
-    let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
-    let parent = task.ppid;
-    let threads = Threads { pid, parent, states: &states, stopped, shared: &shared, asked: &asked, has_own_files };
-    let start = Instant::now();
-    let mut parasite = Parasite::infect(leader, states[0].clone())?;
-    tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
-    let saved = with_parasite(savings, &threads, &mut parasite, others);
-    // Cured whatever has happened; the first error is the one that counts.
-    let cured = parasite.cure();
-    let mut saved = saved?;
-    cured?;
-    for (tid, core) in &mut saved.cores {
-        let set = savings.cgroups.set_of(pid, *tid)?;
-        if let Some(thread) = &mut core.thread_core {
-            thread.cg_set = Some(set);
+
+    fn with_parasite(
+        &mut self,
+        threads: &Threads<'_>,
+        parasite: &mut Parasite<'_>,
+        others: &mut [Tracee],
+        standing: Standing,
+    ) -> Result<(MmTold, Pages), Unsaved> {
+        let pid = threads.pid;
+        let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
+        let start = Instant::now();
+        let increment = self.tracking.task(pid, Some(parasite), self.page_ids)?;
+        if increment.registers() {
+            increment.register_all(&Mappings::read(pid, parasite.own_range())?)?;
+        }
+        let mappings = Arc::new(Mappings::read(pid, parasite.own_range())?.with_stacks(stacks));
+        self.steps.look(standing, Arc::clone(&mappings))?;
+        let written = if self.live { None } else { Some(self.write_pages(parasite, &mappings, increment)?) };
+        let (told, subreaper) = self.ask(threads, parasite, others)?;
+        self.report.threads += threads.states.len();
+        tracing::debug!("pid {pid}: {} threads asked, {} us", threads.states.len(), start.elapsed().as_micros());
+        if let Some((_, spans)) = written {
+            return Ok((told, Pages::Written(spans)));
+        }
+        if subreaper || self.reapers.contains(&threads.parent) {
+            self.reapers.insert(pid);
+        }
+        Ok((told, self.leave_copy(parasite, &mappings)?))
+    }
+
+    /// Leaves a copy of the process, or writes its memory now where that cannot be.
+    fn leave_copy(&mut self, parasite: &mut Parasite<'_>, mappings: &Mappings) -> Result<Pages, DumpError> {
+        let pid = mappings.pid();
+        let what = (self.reapers.contains(&pid), self.wiped.contains(&pid));
+        match live::leave_copy(parasite, mappings, what)? {
+            Ok(copy) => {
+                self.copies.push(copy);
+                Ok(Pages::Later)
+            }
+            Err(why) => {
+                mappings.read_ahead()?;
+                let (pages, spans) = self.write_pages(parasite, mappings, Increment::default())?;
+                self.report.held.push(format!("pid {pid}: {pages} pages were copied while it stood still: {why}"));
+                Ok(Pages::Written(spans))
+            }
         }
     }
-    savings.filters.add(saved.cores.iter_mut().map(|(_, core)| core).zip(&confinements));
-    Ok(saved)
+
+    /// Writes a process's own pages; how many, and where they lie.
+    fn write_pages(
+        &mut self,
+        parasite: &mut Parasite<'_>,
+        mappings: &Mappings,
+        increment: Increment,
+    ) -> Result<(u64, Spans), DumpError> {
+        let start = Instant::now();
+        let pid = mappings.pid();
+        let (pages, spans) = mem::dump_pages(parasite, mappings, self.images, self.page_ids, &increment)?;
+        self.tracking.done(pid, increment);
+        self.report.memory_us += start.elapsed().as_micros() as u64;
+        let (written, us) = (pages.written, start.elapsed().as_micros());
+        tracing::debug!("pid {pid}: {written} of {} pages written in {us} us", pages.scanned);
+        self.report.pages_scanned += pages.scanned;
+        self.report.pages_written += pages.written;
+        self.report.pages_left += pages.left;
+        Ok((pages.written, spans))
+    }
+
+    /// Asks every thread, the leader about the process too, and has their records written; what the process told of its memory,
+    /// and whether it is a child subreaper.
+    fn ask(
+        &self,
+        threads: &Threads<'_>,
+        parasite: &mut Parasite<'_>,
+        others: &mut [Tracee],
+    ) -> Result<(MmTold, bool), Unsaved> {
+        let pid = threads.pid;
+        let stat = stat::read(pid)?;
+        let status = status::read(pid)?;
+        let posix_timers = timers::read(pid)?;
+        let mark = parasite.arena.mark();
+        let mut batch = Batch::new();
+        let process = ProcessAsk::new(&mut batch, &mut parasite.arena, &posix_timers);
+        let leader = ThreadAsk::new(&mut batch, &mut parasite.arena);
+        let mm = MmAsk::new(&mut batch);
+        parasite.run(&mut batch)?;
+        let view = ProcessView {
+            pid,
+            stat: &stat,
+            status: &status,
+            state: &threads.states[0],
+            stopped: threads.stopped,
+            pending: threads.shared,
+        };
+        let tc = process.collect(&batch, &parasite.arena, &view)?;
+        let subreaper = tc.child_subreaper == Some(true);
+        let state = &threads.states[0];
+        let rseq = threads.asked[0].1.as_ref();
+        let thread_view = ThreadView { pid, tid: pid, state, pending: threads.own, rseq, status: &status };
+        let (mut core, ext) = leader.collect(&batch, &parasite.arena, &thread_view)?;
+        core.tc = Some(tc);
+        threads.confined[0].note(&mut core);
+        self.steps.threads(vec![Told { tid: pid, core, ext }])?;
+        parasite.arena.reset(mark);
+        for (group, first) in others.chunks_mut(VISITORS).zip((1..).step_by(VISITORS)) {
+            self.steps.threads(visited(threads, parasite, group, first)?)?;
+        }
+        Ok((mm.collect(&batch), subreaper))
+    }
 }
 
 /// What is known of the threads of a process.
@@ -116,132 +230,12 @@ struct Threads<'a> {
     stopped: Option<i32>,
     /// Pending signals of the process.
     shared: &'a [[u8; 128]],
-    has_own_files: bool,
-    /// Pending signals and restartable sequence of each thread.
-    asked: &'a [(Vec<[u8; 128]>, Option<RseqConfig>)],
+    /// Pending signals of its leader.
+    own: &'a [[u8; 128]],
+    confined: &'a [Confined],
+    /// Status and restartable sequence of each thread.
+    asked: &'a [(Status, Option<RseqConfig>)],
 }
-
-fn with_parasite(
-    savings: &mut Savings<'_>,
-    threads: &Threads<'_>,
-    parasite: &mut Parasite<'_>,
-    others: &mut [Tracee],
-) -> Result<Saved, DumpError> {
-    let pid = threads.pid;
-    let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
-    let start = Instant::now();
-    let read = if savings.live { Mappings::lines_of } else { Mappings::read };
-    let increment = savings.tracking.task(pid, Some(parasite), savings.page_ids)?;
-    if increment.registers() {
-        increment.register_all(&Mappings::lines_of(pid, parasite.own_range())?)?;
-    }
-    let mappings = read(pid, parasite.own_range())?.with_stacks(stacks);
-    if !savings.live {
-        write_pages(savings, parasite, &mappings, increment)?;
-    }
-    let (cores, ext, task_umask) = cores(threads, parasite, others)?;
-    savings.report.threads += cores.len();
-    tracing::debug!("pid {pid}: {} threads asked, {} us", cores.len(), start.elapsed().as_micros());
-    let mut draft = MmDraft::take(parasite, &mappings, &mut savings.files, &mut savings.shared)?;
-    let skip = [TargetFd(parasite.own_fd())];
-    let fds = threads.has_own_files.then(|| savings.files.add_task(pid, &skip)).transpose()?;
-    savings.files.name_rings(pid, draft.rings(&mappings))?;
-    let fs = savings.files.fs_entry(pid, task_umask)?;
-    tracing::debug!("pid {pid}: mappings and descriptors recorded, {} us", start.elapsed().as_micros());
-    let memory = if savings.live {
-        let subreaper = cores[0].1.tc.as_ref().is_some_and(|tc| tc.child_subreaper == Some(true));
-        if subreaper || savings.reapers.contains(&threads.parent) {
-            savings.reapers.insert(pid);
-        }
-        copied(savings, parasite, mappings, draft)?
-    } else {
-        Memory::Written(Box::new(draft.finish(&mappings)?))
-    };
-    Ok(Saved { cores, ext, memory, fs, fds })
-}
-
-/// Leaves a copy of the process, or writes its memory now where that cannot be.
-fn copied(
-    savings: &mut Savings<'_>,
-    parasite: &mut Parasite<'_>,
-    mappings: Mappings,
-    draft: MmDraft,
-) -> Result<Memory, DumpError> {
-    let pid = mappings.pid();
-    let what = (savings.reapers.contains(&pid), savings.wiped.contains(&pid));
-    match live::leave_copy(parasite, mappings, draft, what)? {
-        Ok(later) => Ok(Memory::Later(Box::new(later))),
-        Err(live::Held { mappings, draft, why }) => {
-            mappings.read_ahead()?;
-            let pages = write_pages(savings, parasite, &mappings, Increment::default())?;
-            savings.report.held.push(format!("pid {pid}: {pages} pages were copied while it stood still: {why}"));
-            Ok(Memory::Written(Box::new(draft.finish(&mappings)?)))
-        }
-    }
-}
-
-/// Writes a process's own pages; how many.
-fn write_pages(
-    savings: &mut Savings<'_>,
-    parasite: &mut Parasite<'_>,
-    mappings: &Mappings,
-    increment: Increment,
-) -> Result<u64, DumpError> {
-    let start = Instant::now();
-    let pid = mappings.pid();
-    let pages = mem::dump_pages(parasite, mappings, savings.images, savings.page_ids, &increment)?;
-    savings.tracking.done(pid, increment);
-    savings.report.memory_us += start.elapsed().as_micros() as u64;
-    let (written, us) = (pages.written, start.elapsed().as_micros());
-    tracing::debug!("pid {pid}: {written} of {} pages written in {us} us", pages.scanned);
-    savings.report.pages_scanned += pages.scanned;
-    savings.report.pages_written += pages.written;
-    savings.report.pages_left += pages.left;
-    Ok(pages.written)
-}
-
-type Cores = (Vec<(HostPid, pb::CoreEntry)>, Vec<pb::ThreadExt>, u32);
-
-/// Asks every thread, the leader about the process too, and makes their records.
-fn cores(threads: &Threads<'_>, parasite: &mut Parasite<'_>, others: &mut [Tracee]) -> Result<Cores, DumpError> {
-    let pid = threads.pid;
-    let stat = stat::read(pid)?;
-    let status = status::read(pid)?;
-    let posix_timers = timers::read(pid)?;
-    let mark = parasite.arena.mark();
-    let mut batch = Batch::new();
-    let process = ProcessAsk::new(&mut batch, &mut parasite.arena, &posix_timers);
-    let leader = ThreadAsk::new(&mut batch, &mut parasite.arena);
-    parasite.run(&mut batch)?;
-    let view = ProcessView {
-        pid,
-        stat: &stat,
-        status: &status,
-        state: &threads.states[0],
-        stopped: threads.stopped,
-        pending: threads.shared,
-    };
-    let tc = process.collect(&batch, &parasite.arena, &view)?;
-    let mut ext = Vec::new();
-    let mut cores = Vec::with_capacity(threads.states.len());
-    let state = &threads.states[0];
-    let (pending, rseq) = &threads.asked[0];
-    let thread_view = ThreadView { pid, tid: pid, state, pending, rseq: rseq.as_ref(), status: &status };
-    let (mut core, more) = leader.collect(&batch, &parasite.arena, &thread_view)?;
-    core.tc = Some(tc);
-    ext.extend(more);
-    cores.push((pid, core));
-    parasite.arena.reset(mark);
-    for (group, first) in others.chunks_mut(VISITORS).zip((1..).step_by(VISITORS)) {
-        for (core, more) in visited(threads, parasite, group, first)? {
-            ext.extend(more);
-            cores.push(core);
-        }
-    }
-    Ok((cores, ext, status.umask.unwrap_or(0o22)))
-}
-
-type Visited = Vec<((HostPid, pb::CoreEntry), Option<pb::ThreadExt>)>;
 
 /// Asks some threads side by side; the number of the first among all is `first`.
 fn visited(
@@ -249,7 +243,7 @@ fn visited(
     parasite: &mut Parasite<'_>,
     group: &mut [Tracee],
     first: usize,
-) -> Result<Visited, DumpError> {
+) -> Result<Vec<Told>, DumpError> {
     let pid = threads.pid;
     let mark = parasite.arena.mark();
     let states = &threads.states[first..];
@@ -266,13 +260,15 @@ fn visited(
         .map(|((thread, state), (batch, _))| Visit { thread, state, batch })
         .collect();
     parasite.run_side_by_side(&mut visits)?;
-    let mut all = Visited::with_capacity(group.len());
+    let mut all = Vec::with_capacity(group.len());
     for (k, (batch, ask)) in asked.into_iter().enumerate() {
-        let (tid, state, (pending, rseq)) = (group[k].tid(), &states[k], &threads.asked[first + k]);
-        let status = status::read_thread(pid, tid)?;
-        let view = ThreadView { pid, tid, state, pending, rseq: rseq.as_ref(), status: &status };
-        let (core, more) = ask.collect(&batch, &parasite.arena, &view)?;
-        all.push(((tid, core), more));
+        let (tid, state, (status, rseq)) = (group[k].tid(), &states[k], &threads.asked[first + k]);
+        // As late as can be: what comes after it is lost if the tree ends.
+        let pending = group[k].pending(false)?;
+        let view = ThreadView { pid, tid, state, pending: &pending, rseq: rseq.as_ref(), status };
+        let (mut core, ext) = ask.collect(&batch, &parasite.arena, &view)?;
+        threads.confined[first + k].note(&mut core);
+        all.push(Told { tid, core, ext });
     }
     parasite.arena.reset(mark);
     Ok(all)

@@ -143,6 +143,11 @@ pub enum ImageError {
 }
 
 impl ImageError {
+    /// A file without records could not be written; `what` says which.
+    pub fn unwritten(what: &str, source: io::Error) -> Self {
+        Self::io(Path::new(what), "write", source)
+    }
+
     /// An error of the operating system; `NotFound` on opening becomes [`ImageError::Missing`].
     pub(crate) fn io(path: &Path, op: &'static str, source: impl Into<io::Error>) -> Self {
         let source = source.into();

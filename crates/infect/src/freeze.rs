@@ -1,11 +1,14 @@
 //! Stopping a whole tree: every thread of every process, until a full pass finds nothing new.
 
+use std::collections::HashMap;
 use std::collections::{BTreeMap, HashSet, btree_map::Entry};
+use std::path::Path;
 use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
 use dormouse_kernel::proc::{stat, status, tree};
 
+use crate::freezer::Freezer;
 use crate::ptrace::Tracee;
 use crate::{InfectError, cancel};
 
@@ -29,6 +32,8 @@ pub struct Task {
 /// A tree of stopped processes, parents before children. Dropping it lets all of them go on.
 #[derive(Debug)]
 pub struct Tree {
+    /// Their control group, which is what it was before when they go on.
+    freezer: Option<Freezer>,
     /// The processes.
     pub tasks: Vec<Task>,
 }
@@ -69,12 +74,21 @@ pub fn obstacles(pids: &[HostPid]) -> Vec<Obstacle> {
 }
 
 impl Tree {
-    /// Stops the tree below and including `root`, giving up after `timeout`.
+    /// Stops the tree below and including `root`, giving up after `timeout`. With the directory of a control group, all
+    /// in that stand still until the threads of the tree are asked to stop.
     ///
     /// # Errors
     /// The root is gone or may not be traced. Whatever was stopped by then goes on again.
-    pub fn freeze(root: HostPid, timeout: Option<Duration>) -> Result<Self, InfectError> {
+    pub fn freeze(root: HostPid, timeout: Option<Duration>, group: Option<&Path>) -> Result<Self, InfectError> {
         let _deadline = timeout.map(cancel::Deadline::after);
+        // Whatever fails, the group goes on before its threads are let go.
+        let mut held = HashMap::new();
+        let freezer = group.map(Freezer::open).transpose()?;
+        if let Some(freezer) = &freezer {
+            freezer.freeze()?;
+            seize_all(root, &mut held)?;
+            freezer.thaw()?;
+        }
         let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
         let mut order = Vec::new();
         let mut seccomp = Seccomp::Suspended;
@@ -101,7 +115,7 @@ impl Tree {
                         }
                     };
                     if !task.zombie && seen.insert(pid) {
-                        seize_threads(task, &mut seccomp, &mut seized)?;
+                        seize_threads(task, &mut seccomp, &mut held, &mut seized)?;
                     }
                 }
                 grown |= wait_for(seized, &mut tasks)?;
@@ -113,7 +127,7 @@ impl Tree {
                 break;
             }
         }
-        let mut this = Self { tasks: Vec::new() };
+        let mut this = Self { freezer, tasks: Vec::new() };
         for pid in order {
             let mut task = tasks.remove(&pid).expect("every pid was inserted once");
             task.threads.sort_by_key(|t| (t.tid() != pid, t.tid()));
@@ -146,6 +160,11 @@ impl Tree {
         }
     }
 
+    /// The control group that was frozen.
+    pub fn freezer(&self) -> Option<&Freezer> {
+        self.freezer.as_ref()
+    }
+
     /// Lets every process go on.
     pub fn thaw(self) {
         drop(self);
@@ -153,6 +172,10 @@ impl Tree {
 
     /// Ends every process of the tree; used once a dump is complete.
     pub fn kill(mut self) {
+        // Nobody can end in a frozen group.
+        if let Some(freezer) = self.freezer.take() {
+            freezer.leave();
+        }
         for task in &self.tasks {
             if !task.zombie {
                 // SAFETY: sends a signal.
@@ -221,17 +244,39 @@ fn wait_for(seized: Vec<(HostPid, Tracee)>, tasks: &mut BTreeMap<HostPid, Task>)
     Ok(any)
 }
 
-/// Asks the threads of a process that are not stopped yet to stop; `seized` gets them, with the process.
+/// Asks all threads of a tree to stop, and does not wait for it.
+fn seize_all(root: HostPid, held: &mut HashMap<HostPid, Tracee>) -> Result<(), InfectError> {
+    let mut seccomp = Seccomp::Suspended;
+    for pid in tree::descendants(root) {
+        for tid in tree::threads(pid).unwrap_or_default() {
+            match seccomp.seize(pid, tid) {
+                Ok(t) => drop(held.insert(tid, t)),
+                Err(InfectError::Gone(_)) => {}
+                // One that has ended cannot be seized.
+                Err(e) => {
+                    if stat::read_thread(pid, tid).is_ok_and(|s| !matches!(s.state, b'Z' | b'X')) {
+                        return Err(e);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Asks the threads of a process that are not stopped yet to stop, but for those that `held` has, which were asked before;
+/// `seized` gets all of them, with the process.
 fn seize_threads(
     task: &mut Task,
     seccomp: &mut Seccomp,
+    held: &mut HashMap<HostPid, Tracee>,
     seized: &mut Vec<(HostPid, Tracee)>,
 ) -> Result<(), InfectError> {
     let Ok(mut tids) = tree::threads(task.pid) else { return Ok(()) };
     let known: HashSet<HostPid> = task.threads.iter().map(Tracee::tid).collect();
     tids.retain(|t| !known.contains(t));
     for tid in tids {
-        match seccomp.seize(task.pid, tid) {
+        match held.remove(&tid).map_or_else(|| seccomp.seize(task.pid, tid), Ok) {
             Ok(t) => seized.push((task.pid, t)),
             Err(InfectError::Gone(_)) => {}
             Err(e) => {

@@ -8,6 +8,7 @@ pub mod arch;
 pub mod arena;
 pub mod cancel;
 pub mod freeze;
+pub mod freezer;
 pub mod host;
 pub mod keeper;
 pub mod parasite;
@@ -57,6 +58,9 @@ pub enum InfectError {
         /// The target kernel's answer.
         cause: io::Error,
     },
+    /// A control group could not be frozen; the message says what to do.
+    #[error("{0}")]
+    Freezer(String),
     /// The run was asked to stop (its front end was killed or interrupted).
     #[error("interrupted; the target goes on unchanged")]
     Cancelled,

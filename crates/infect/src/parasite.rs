@@ -260,11 +260,6 @@ impl<'a> Parasite<'a> {
             .map_err(|e| failed("sendmsg to the parasite", self.pid(), e.into()))
     }
 
-    /// The descriptor of the parasite's own socket in the target: not part of what is dumped.
-    pub fn own_fd(&self) -> RawFd {
-        self.remote_socket
-    }
-
     /// The parasite's own mapping: not part of what is dumped.
     pub fn own_range(&self) -> std::ops::Range<u64> {
         self.arena.base()..self.arena.base() + ARENA as u64

@@ -269,13 +269,11 @@ impl Tracee {
     /// # Errors
     /// The thread is gone.
     pub fn get_set(&self, note: i32) -> Result<Option<Vec<u8>>, InfectError> {
-        let mut bytes = vec![0u8; 20 * 1024];
-        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let mut room = [0u8; 20 * 1024];
+        let mut iov = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
         match self.regset(libc::PTRACE_GETREGSET as i32, note, &mut iov) {
-            Ok(()) => {
-                bytes.truncate(iov.iov_len);
-                Ok(Some(bytes))
-            }
+            // As long as it is: there may be thousands of threads.
+            Ok(()) => Ok(Some(room[..iov.iov_len].to_vec())),
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(InfectError::Gone(self.tid)),
             Err(_) => Ok(None),
         }

@@ -144,7 +144,7 @@ impl Drop for Target {
 
 /// Freezes, infects, asks every thread for its id, cures, thaws.
 fn visit(pid: HostPid) -> Result<(), InfectError> {
-    let mut tree = Tree::freeze(pid, None)?;
+    let mut tree = Tree::freeze(pid, None, None)?;
     let task = &mut tree.tasks[0];
     let states = task.threads.iter().map(|t| t.state()).collect::<Result<Vec<_>, _>>()?;
     let (leader, others) = task.threads.split_first_mut().expect("a leader");

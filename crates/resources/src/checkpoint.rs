@@ -278,7 +278,8 @@ fn check_core(core: &pb::CoreEntry, tid: u32) -> Result<(), ResourceError> {
 fn check_vmas(mm: &pb::MmEntry, pid: u32) -> Result<(), ResourceError> {
     let mut end = 0;
     for v in &mm.vmas {
-        if v.status & crate::mem::map::VMA_GUARD != 0 || v.status & crate::mem::map::VMA_REGULAR == 0 {
+        let mapped = crate::mem::map::VMA_REGULAR | crate::mem::map::VMA_AIORING;
+        if v.status & crate::mem::map::VMA_GUARD != 0 || v.status & mapped == 0 {
             continue;
         }
         if v.start < end || v.end <= v.start || (v.start | v.end) & 4095 != 0 || v.end > crate::mem::layout::TASK_SIZE {

@@ -45,6 +45,11 @@ pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(io::Error) -> Resourc
     move |cause| ResourceError::Call { what, cause }
 }
 
+/// A pages image could not be written, and what to do about it.
+pub(crate) fn unwritten(cause: io::Error) -> ResourceError {
+    dormouse_images::ImageError::unwritten("a pages image", cause).into()
+}
+
 /// One reason why a tree cannot be dumped; all of them are reported together before the target is touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocker {

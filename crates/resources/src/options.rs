@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::cgroup::CgroupOptions;
+use crate::cpu::CpuCaps;
 
 /// Options of a dump that kinds look at.
 #[derive(Clone, Debug)]
@@ -42,6 +43,8 @@ pub struct DumpOptions {
     pub final_dump: bool,
     /// Control groups.
     pub cgroups: CgroupOptions,
+    /// What is recorded or compared of the CPU (`--cpu-cap`).
+    pub cpu: CpuCaps,
 }
 
 impl Default for DumpOptions {
@@ -65,6 +68,7 @@ impl Default for DumpOptions {
             network_lock_skip: false,
             final_dump: false,
             cgroups: CgroupOptions::default(),
+            cpu: CpuCaps::default(),
         }
     }
 }
@@ -90,4 +94,6 @@ pub struct RestoreOptions {
     pub skip_file_rwx_check: bool,
     /// Control groups.
     pub cgroups: CgroupOptions,
+    /// What is recorded or compared of the CPU (`--cpu-cap`).
+    pub cpu: CpuCaps,
 }

@@ -19,7 +19,7 @@ use nix::fcntl::{OFlag, OpenHow, openat2};
 type Probe = (&'static str, fn() -> io::Result<bool>);
 
 /// All of them.
-const PROBES: [Probe; 13] = [
+const PROBES: [Probe; 14] = [
     ("timerfd", timerfd),
     ("fdinfo_lock", fdinfo_lock),
     ("kcmp_epoll", kcmp_epoll),
@@ -31,6 +31,7 @@ const PROBES: [Probe; 13] = [
     ("ipv6_freebind", || Ok(sock::get_int(udp(libc::AF_INET6)?, Opt::IPV6_FREEBIND).is_ok())),
     ("sockopt_buf_lock", || Ok(sock::get_int(udp(libc::AF_INET)?, Opt::SO_BUF_LOCK).is_ok())),
     ("memfd_hugetlb", memfd_hugetlb),
+    ("aio_remap", dormouse_infect::host::aio::rings_move),
     ("network_lock_nftables", network_lock_nftables),
     ("openat2", || {
         Ok(openat2(nix::fcntl::AT_FDCWD, "/", OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC)).is_ok())

@@ -15,6 +15,7 @@ mod process;
 
 use std::path::PathBuf;
 
+use dormouse_images::ImageDir;
 use dormouse_kernel::Session;
 pub use dormouse_resources::{ResourceError, RestoreOptions};
 use dormouse_resources::{checkpoint, task};
@@ -125,6 +126,10 @@ pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Re
 pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
     let start = std::time::Instant::now();
     checkpoint::verify(&request.images_dir)?;
+    if request.options.cpu.image {
+        let images = ImageDir::open(&request.images_dir).map_err(ResourceError::from)?;
+        dormouse_resources::cpu::check(&images, request.options.cpu)?;
+    }
     let image = checkpoint::load(&request.images_dir)?;
     if let Some(uid) = request.only_user {
         task::creds::ordinary(&image, uid)?;

@@ -3,6 +3,8 @@
 #![no_std]
 #![no_main]
 
+mod aio;
+
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
@@ -37,6 +39,8 @@ impl Special for Task<'_> {
             k if k == OpKind::Guard as u32 => guard(op.args[0]),
             // SAFETY: the host composed the operation for this address space.
             k if k == OpKind::FillByHost as u32 => unsafe { self.fill(op.args) },
+            // SAFETY: the host composed the operation for this address space.
+            k if k == OpKind::AioRing as u32 => unsafe { aio::restore(op.args) },
             k if k == OpKind::Park as u32 => {
                 bump(&self.control.parked);
                 bump(&self.control.progress);

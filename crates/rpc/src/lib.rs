@@ -21,7 +21,7 @@ pub type Notify<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
 
 /// Something to be done for a caller.
 pub struct Order<'a> {
-    /// The command: `dump`, `restore`, `check`, `pre-dump`, `page-server`, `cpuinfo`.
+    /// The command: `dump`, `restore`, `check`, `pre-dump`, `page-server`, `cpuinfo dump`, `cpuinfo check`.
     pub verb: &'static str,
     /// Options, as on a command line.
     pub words: Vec<OsString>,

@@ -135,7 +135,11 @@ fn cpu_cap(cap: u32) -> Result<String> {
         0 => Ok("none".into()),
         u32::MAX => Ok("all".into()),
         cap if cap & !15 != 0 => bail!("cpu_cap {cap:#x} has bits that are not known; use 0 (none) to 15, or all bits"),
-        cap => Ok(CPU.iter().filter(|(bit, _)| cap & bit != 0).map(|(_, name)| *name).collect::<Vec<_>>().join(",")),
+        // Names are added to the default, which does not count here.
+        cap => {
+            let names = CPU.iter().filter(|(bit, _)| cap & bit != 0).map(|(_, name)| *name);
+            Ok(std::iter::once("none").chain(names).collect::<Vec<_>>().join(","))
+        }
     }
 }
 
@@ -272,7 +276,7 @@ mod tests {
             ..Default::default()
         };
         let expected = [
-            "--cpu-cap=fpu,ins",
+            "--cpu-cap=none,fpu,ins",
             "--network-lock=skip",
             "--verbosity=4",
             "--ext-mount-map=console:/dev/pts/3",

@@ -104,7 +104,8 @@ impl Worker<'_> {
             Kind::Restore => self.restore(opts),
             Kind::Check => self.simple(kind, "check", opts),
             Kind::PageServer | Kind::PageServerChld => self.page_server(opts),
-            Kind::CpuinfoDump | Kind::CpuinfoCheck => self.simple(kind, "cpuinfo", opts),
+            Kind::CpuinfoDump => self.simple(kind, "cpuinfo dump", opts),
+            Kind::CpuinfoCheck => self.simple(kind, "cpuinfo check", opts),
             Kind::WaitPid => self.wait_pid(request.pid()),
             Kind::FeatureCheck => {
                 let features = self.work.features(&request.features.unwrap_or_default());

@@ -210,6 +210,8 @@ pub const POLL: u64 = 7;
 pub const IO_DESTROY: u64 = if cfg!(target_arch = "x86_64") { 207 } else { 1 };
 /// `io_setup(2)`.
 pub const IO_SETUP: u64 = if cfg!(target_arch = "x86_64") { 206 } else { 0 };
+/// `io_submit(2)`.
+pub const IO_SUBMIT: u64 = if cfg!(target_arch = "x86_64") { 209 } else { 2 };
 /// `shmat(2)`.
 pub const SHMAT: u64 = if cfg!(target_arch = "x86_64") { 30 } else { 196 };
 /// `mincore(2)`.

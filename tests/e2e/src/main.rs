@@ -9,8 +9,10 @@ mod caller;
 mod case;
 mod chain;
 mod concurrent;
+mod cpu;
 mod damage;
 mod exchange;
+mod frozen;
 mod gifts;
 mod inside;
 mod kill;
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     match words.first().map(String::as_str) {
         Some(tty::LEADER) => return tty::lead(&words[1..]),
         Some(caller::CALL) => return caller::call(&words[1..]),
+        Some(service::SELF_DUMP) => return service::dump_self(&words[1..]),
         Some(caller::CROWD) => return caller::crowd(&words[1..]),
         Some(inside::LEAVE) => return inside::leave(&words[1..]),
         Some(inside::INIT) => return inside::init(&words[1..]),
@@ -82,10 +85,10 @@ fn collect(args: &Args) -> Vec<report::Test> {
     let mut tests = Vec::new();
     for group in &args.groups {
         match group {
-            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests())),
+            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests())),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
-            Group::Refuse => tests.extend(refuse::tests()),
+            Group::Refuse => tests.extend(refuse::tests().into_iter().chain(cpu::tests())),
             Group::Kill => tests.extend(kill::tests()),
             Group::Damage => tests.extend(damage::tests()),
             Group::Exchange => tests.extend(exchange::tests()),

@@ -29,6 +29,10 @@ use crowd::{
     users_service, worker_of_ones_own,
 };
 
+#[path = "service_self.rs"]
+mod itself;
+pub use itself::{SELF_DUMP, dump_self};
+
 /// What is dumped where its kind does not matter.
 const PROGRAM: &str = "tree";
 /// A user without any rights.
@@ -60,6 +64,9 @@ pub fn tests() -> Vec<Test> {
     tests.push(Test::new("service/libcriu", libcriu));
     tests.push(Test::new("service/program_replaced", program_replaced));
     tests.push(Test::new("service/users_service", users_service));
+    tests.push(Test::new("service/callers_own_dump", itself::callers_own_dump));
+    tests.push(Test::new("service/page_servers", itself::page_servers));
+    tests.push(Test::new("service/features", itself::features));
     tests.extend(alone.map(|(name, body)| Test::new(name, body).alone()));
     tests
 }

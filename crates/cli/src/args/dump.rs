@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use dormouse_dump::{Chain, Server};
 use dormouse_resources::DumpOptions;
+use dormouse_resources::cpu::CpuCaps;
 
 use super::Common;
 use super::cgroup::{CgroupContents, Cgroups};
@@ -78,6 +79,13 @@ pub struct DumpArgs {
     /// Give up if the tree is not stopped within so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u32,
+    /// Freeze this control group, a directory, while the tree is being stopped, so that nothing in it runs meanwhile
+    #[arg(long, value_name = "DIR")]
+    pub freeze_cgroup: Option<PathBuf>,
+    /// Record what the CPU can do, for restores with the same option: fpu, ins, cpu, all or none, with commas between them
+    #[arg(long, value_name = "CAP,…", num_args = 0..=1, require_equals = true, default_missing_value = "all",
+        value_parser = CpuCaps::parse)]
+    pub cpu_cap: Option<CpuCaps>,
     #[command(flatten)]
     pub chain: ChainArgs,
     #[command(flatten)]
@@ -159,6 +167,20 @@ pub struct PageServerArgs {
     pub common: Common,
 }
 
+/// `dormouse cpuinfo`
+#[derive(Clone, Debug, clap::Args)]
+pub struct CpuinfoArgs {
+    /// dump: write cpuinfo.img; check: compare it with this CPU
+    #[arg(value_parser = ["dump", "check"])]
+    pub action: String,
+    /// What check compares: fpu (registers), ins (instructions), cpu (everything), all or none, added to fpu,ins
+    #[arg(long, value_name = "CAP,…", num_args = 0..=1, require_equals = true, default_missing_value = "all",
+        value_parser = CpuCaps::parse)]
+    pub cpu_cap: Option<CpuCaps>,
+    #[command(flatten)]
+    pub common: Common,
+}
+
 /// `dormouse dedup`
 #[derive(Clone, Debug, clap::Args)]
 pub struct DedupArgs {
@@ -202,7 +224,11 @@ impl Kinds {
 impl DumpArgs {
     /// The same for the kinds; `final_dump` if the tree is killed.
     pub fn options(&self) -> DumpOptions {
-        DumpOptions { final_dump: !self.leave_running && !self.leave_stopped, ..self.kinds.options() }
+        DumpOptions {
+            final_dump: !self.leave_running && !self.leave_stopped,
+            cpu: self.cpu_cap.unwrap_or_default(),
+            ..self.kinds.options()
+        }
     }
 
     /// What the dump has to do with others.

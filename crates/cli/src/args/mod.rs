@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
 
-pub use dump::{DedupArgs, DumpArgs, Kinds, PageServerArgs};
+pub use dump::{CpuinfoArgs, DedupArgs, DumpArgs, Kinds, PageServerArgs};
 use getopt::{Given, Words};
 pub use restore::RestoreArgs;
 pub use service::{ServiceArgs, WorkerArgs};
@@ -53,6 +53,8 @@ pub enum Command {
     Restore(RestoreArgs),
     /// Tell what this machine can do, or whether a process tree can be dumped
     Check(CheckArgs),
+    /// Write down what the CPU can do, or compare it with what was written
+    Cpuinfo(CpuinfoArgs),
     /// Listen on a socket and dump and restore for others, who speak CRIU's protocol
     Service(ServiceArgs),
     /// Serve one caller on an open socket, which its program inherited to us
@@ -213,10 +215,10 @@ pub struct Parsed {
 }
 
 /// Commands of CRIU that are not there yet.
-const ABSENT: &[&str] = &["lazy-pages", "cpuinfo", "exec"];
+const ABSENT: &[&str] = &["lazy-pages", "exec"];
 
 /// Commands whose options are CRIU's.
-const CRIUS: &[&str] = &["dump", "pre-dump", "restore", "check", "dedup", "page-server", "service"];
+const CRIUS: &[&str] = &["dump", "pre-dump", "restore", "check", "dedup", "page-server", "cpuinfo", "service"];
 
 /// Other commands; their words go to clap as they are.
 fn is_ours(word: &OsStr) -> bool {
@@ -266,11 +268,13 @@ pub struct Foreign<'a> {
     pub log_to_stderr: bool,
 }
 
-/// Makes a command of a request's options; default files are read before them, the request's file after them.
+/// Makes a command of a request's options, and of `verb`, which may have a word after it; default files are read before them, the request's file after them.
 ///
 /// # Errors
 /// As [`parse`].
 pub fn parse_foreign(verb: &str, foreign: &Foreign<'_>) -> Result<Parsed> {
+    let operands: Vec<OsString> = verb.split(' ').map(OsString::from).collect();
+    let verb = verb.split(' ').next().unwrap_or_default();
     known(verb)?;
     let mut options = getopt::parse(foreign.defaults.iter().cloned())?.options;
     options.extend(config::options(&[])?);
@@ -281,7 +285,7 @@ pub fn parse_foreign(verb: &str, foreign: &Foreign<'_>) -> Result<Parsed> {
     if let Some(path) = foreign.config_file {
         options.extend(config::file(path, "the request")?);
     }
-    command(verb, &Words { options, operands: vec![verb.into()] })
+    command(verb, &Words { options, operands })
 }
 
 /// Is it a command that takes CRIU's options?
@@ -334,8 +338,8 @@ fn command(verb: &str, words: &Words) -> Result<Parsed> {
     let exec = taken.iter().any(|(name, _)| *name == "exec-cmd");
     argv.extend(taken.into_iter().map(|(_, word)| word));
     let operands = &words.operands[1..];
-    if exec {
-        argv.push("--".into());
+    if exec || verb == "cpuinfo" {
+        argv.extend(exec.then(|| "--".into()));
         argv.extend(operands.iter().cloned());
     } else if let Some(first) = operands.first() {
         bail!("{verb} takes no {first:?}: nothing may follow it but options");
@@ -353,10 +357,7 @@ fn judge(verb: &str, given: &Given, notes: &mut Vec<String>) -> Result<()> {
     };
     match rule {
         Rule::Refused(why) => bail!("cannot {verb} with --{long}: {why}"),
-        Rule::Only(values, why) if !given.value.as_deref().is_some_and(|v| values.iter().any(|known| v == *known)) => {
-            bail!("cannot {verb} with --{long}: {why}")
-        }
-        Rule::Works | Rule::Idle | Rule::Elsewhere | Rule::Only(..) => {
+        Rule::Works | Rule::Idle | Rule::Elsewhere => {
             notes.push(format!("Option --{long} changes nothing in {verb}"));
             Ok(())
         }
@@ -408,7 +409,6 @@ fn compatibility(verb: &str, rule: fn(&Known) -> Rule) -> String {
     for known in CRIU {
         let (why, option) = match rule(known) {
             Rule::Refused(why) => (why, format!("--{}", known.long)),
-            Rule::Only(values, why) => (why, format!("--{} (but for {})", known.long, values.join(", "))),
             Rule::Works | Rule::Idle | Rule::Elsewhere => continue,
         };
         match reasons.iter_mut().find(|(known, _)| *known == why) {

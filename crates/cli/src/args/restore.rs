@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use dormouse_resources::RestoreOptions;
+use dormouse_resources::cpu::CpuCaps;
 
 use super::Common;
 use super::cgroup::Cgroups;
@@ -69,6 +70,11 @@ pub struct RestoreArgs {
     /// Do not compare the permission bits of files with those at the dump
     #[arg(long)]
     pub skip_file_rwx_check: bool,
+    /// Compare the CPU with the one that the dump has recorded with this option: fpu (registers), ins (instructions), cpu
+    /// (everything), all or none, with commas between them
+    #[arg(long, value_name = "CAP,…", num_args = 0..=1, require_equals = true, default_missing_value = "all",
+        value_parser = CpuCaps::parse)]
+    pub cpu_cap: Option<CpuCaps>,
     #[command(flatten)]
     pub cgroups: Cgroups,
     #[command(flatten)]
@@ -91,6 +97,7 @@ impl RestoreArgs {
             tcp_close: self.tcp_close,
             skip_file_rwx_check: self.skip_file_rwx_check,
             cgroups: self.cgroups.options(),
+            cpu: self.cpu_cap.unwrap_or_default(),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! the reason. The options that work are declared once more, with their help texts, in `dump`, `restore` and `mod`; a
 //! test holds both together.
 
-use Rule::{Elsewhere, Idle, Only, Refused, Works};
+use Rule::{Elsewhere, Idle, Refused, Works};
 use Takes::{MaybeValue, Nothing, Value};
 
 /// Does an option take a value?
@@ -27,8 +27,6 @@ pub enum Rule {
     Idle,
     /// Nothing, because it is about another command.
     Elsewhere,
-    /// Idle with one of these values, else refused.
-    Only(&'static [&'static str], &'static str),
     /// An error: without it the result would be another one than the user asked for.
     Refused(&'static str),
 }
@@ -68,9 +66,6 @@ impl Known {
 const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
 const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
                           command in the wanted namespaces, e.g. with nsenter(1)";
-const CPU: &str = "cpuinfo.img is neither written nor checked yet; leave it out or use --cpu-cap=none";
-const FREEZER: &str = "control groups are not frozen yet: the tree is stopped by ptrace(2), which needs no help; \
-                       leave it out";
 const LSM: &str = "security profiles are not restored yet; leave it out";
 const NO_TLS: &str = "pages are not encrypted on their way yet; leave it out, or use a tunnel, e.g. of ssh(1)";
 
@@ -108,7 +103,7 @@ pub const CRIU: &[Known] = &[
     Known::bool("track-mem", Works, Elsewhere),
     Known::bool("auto-dedup", Works, Works),
     Known::new("libdir", Value, Idle, Idle).short('L'),
-    Known::new("cpu-cap", MaybeValue, Only(&["none"], CPU), Only(&["none"], CPU)),
+    Known::new("cpu-cap", MaybeValue, Works, Works),
     Known::bool("force-irmap", Works, Idle),
     Known::new("ext-mount-map", Value, Idle, Idle).short('M'),
     Known::new("exec-cmd", Nothing, Refused("it is for restore only; leave it out"), Works),
@@ -120,7 +115,7 @@ pub const CRIU: &[Known] = &[
     Known::new("enable-fs", Value, Idle, Idle),
     Known::new("enable-external-sharing", Nothing, Idle, Idle),
     Known::new("enable-external-masters", Nothing, Idle, Idle),
-    Known::new("freeze-cgroup", Value, Refused(FREEZER), Elsewhere),
+    Known::new("freeze-cgroup", Value, Works, Elsewhere),
     Known::new("ghost-limit", Value, Works, Elsewhere),
     Known::new("irmap-scan-path", Value, Works, Idle),
     Known::new("lsm-profile", Value, Elsewhere, Refused(LSM)),
@@ -195,7 +190,7 @@ mod tests {
     fn refusals_say_what_to_do() {
         for known in CRIU.iter().chain(OURS) {
             for rule in [known.dump, known.restore] {
-                if let Refused(why) | Only(_, why) = rule {
+                if let Refused(why) = rule {
                     assert!(why.contains("leave it out"), "--{}: {why}", known.long);
                 }
             }

@@ -128,19 +128,33 @@ fn control_groups_are_managed_as_asked() {
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
         ("dump -t 1 --page-server --tls", "--tls"),
-        ("dump -t 1 --freeze-cgroup /sys/fs/cgroup/x", "--freeze-cgroup"),
         ("dump -t 1 --stream", "--stream"),
         ("dump -t 1 --lazy-pages", "--lazy-pages"),
         ("dump -t 1 --compress", "--compress"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
         ("restore -J net:/proc/1/ns/net", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),
-        ("restore --cpu-cap", "--cpu-cap"),
     ] {
         let message = refusal(line);
         assert!(message.contains(option) && message.contains("leave it out"), "{line}: {message}");
     }
     restore("restore --no-file-locks --no-stream --cpu-cap=none");
+}
+
+#[test]
+fn the_cpu_is_recorded_and_compared_as_asked() {
+    assert!(!dump("dump -t 1").options().cpu.image);
+    let all = dump("dump -t 1 --cpu-cap").options().cpu;
+    assert!(all.cpu && all.image);
+    let some = restore("restore --cpu-cap=^fpu").options().cpu;
+    assert!(!some.fpu && some.ins && !some.cpu && some.image);
+    let parsed = parse_line("cpuinfo check --cpu-cap=ins -D x").expect("cpuinfo");
+    let Command::Cpuinfo(args) = parsed.command else { panic!("{parsed:?}") };
+    assert!(args.action == "check" && args.cpu_cap.is_some_and(|caps| caps.ins));
+    assert!(refusal("cpuinfo").contains("<ACTION>") && refusal("cpuinfo eat").contains("dump"));
+    let foreign = Foreign::default();
+    let parsed = parse_foreign("cpuinfo dump", &foreign).expect("cpuinfo");
+    assert!(matches!(parsed.command, Command::Cpuinfo(args) if args.action == "dump"));
 }
 
 #[test]
@@ -255,7 +269,7 @@ fn options_of_a_request_stand_between_the_files() {
     assert_eq!(dump.common.log_file, Some("other.log".into()));
     let dump = args(&Foreign { words: &words[..1], defaults: &defaults, ..Foreign::default() });
     assert_eq!(dump.common.log_file, Some("criu.log".into()));
-    let refused = [words[0].clone(), "--freeze-cgroup=/a".into()];
+    let refused = [words[0].clone(), "--stream".into()];
     let error = parse_foreign("dump", &Foreign { words: &refused, ..Foreign::default() }).expect_err("refused");
-    assert!(error.to_string().contains("--freeze-cgroup"), "{error}");
+    assert!(error.to_string().contains("--stream"), "{error}");
 }

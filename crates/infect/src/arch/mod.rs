@@ -5,6 +5,8 @@ mod x86_64;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::*;
 #[cfg(target_arch = "x86_64")]
+pub mod cpu;
+#[cfg(target_arch = "x86_64")]
 pub mod xsave;
 
 #[cfg(target_arch = "aarch64")]

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::text::{self, At};
-use super::{Result, read_bytes};
+use super::{Result, read_record};
 use crate::ids::HostPid;
 
 /// `RLIM_INFINITY`, what the file calls "unlimited".
@@ -35,7 +35,7 @@ pub type Limits = [(u64, u64); 16];
 /// The limits of process `pid`; needs only that the file is readable.
 pub fn read(pid: HostPid) -> Result<Limits> {
     let path = pid.proc_path("limits");
-    parse(&path, &read_bytes(&path)?)
+    parse(&path, &read_record(&path)?)
 }
 
 /// Parses a limits file; a missing limit is an error, an unknown one is skipped.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 pub use super::mountinfo::{MountInfo, Propagation};
 use super::text::{self, At};
-use super::{Result, mountinfo, read_bytes, read_link_bytes};
+use super::{Result, mountinfo, read_bytes, read_link_bytes, read_record};
 use crate::ids::HostPid;
 
 /// The auxiliary vector as the kernel gave it to the program, raw; see proc_pid_auxv(5) and getauxval(3).
@@ -149,13 +149,13 @@ pub struct Cgroup {
 /// The cgroups of process `pid`.
 pub fn cgroups(pid: HostPid) -> Result<Vec<Cgroup>> {
     let path = pid.proc_path("cgroup");
-    parse_cgroups(&path, &read_bytes(&path)?)
+    parse_cgroups(&path, &read_record(&path)?)
 }
 
 /// The cgroups of thread `tid` of process `pid`.
 pub fn thread_cgroups(pid: HostPid, tid: HostPid) -> Result<Vec<Cgroup>> {
     let path = pid.proc_path(&format!("task/{tid}/cgroup"));
-    parse_cgroups(&path, &read_bytes(&path)?)
+    parse_cgroups(&path, &read_record(&path)?)
 }
 
 /// Parses a cgroup file.

@@ -66,20 +66,28 @@ pub type Result<T> = std::result::Result<T, ProcError>;
 
 /// Reads a whole `/proc` file as bytes.
 pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    read_all(path).map_err(|cause| ProcError::Read { path: path.to_owned(), cause })
+    read_all(path, false).map_err(|cause| ProcError::Read { path: path.to_owned(), cause })
+}
+
+/// Reads a whole `/proc` file that the kernel makes in one piece (`single_open` in its source): a read that does not fill its
+/// buffer has got all of it.
+pub(crate) fn read_record(path: &Path) -> Result<Vec<u8>> {
+    read_all(path, true).map_err(|cause| ProcError::Read { path: path.to_owned(), cause })
 }
 
 /// These files have no size to ask for, and most of them fit into a page: two calls instead of the standard library's ten.
-fn read_all(path: &Path) -> io::Result<Vec<u8>> {
+fn read_all(path: &Path, one_piece: bool) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     let mut bytes = Vec::new();
     loop {
         let filled = bytes.len();
-        bytes.resize(filled + if filled == 0 { 4096 } else { 32 << 10 }, 0);
+        let room = if filled == 0 { 4096 } else { 32 << 10 };
+        bytes.resize(filled + room, 0);
         let read = file.read(&mut bytes[filled..]);
         bytes.truncate(filled + *read.as_ref().unwrap_or(&0));
         match read {
             Ok(0) => return Ok(bytes),
+            Ok(n) if one_piece && n < room => return Ok(bytes),
             Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
             _ => {}
         }

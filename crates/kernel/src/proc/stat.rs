@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::text::{self, At};
-use super::{Result, read_bytes};
+use super::{Result, read_record};
 use crate::ids::HostPid;
 
 /// The fields of a stat file, under the kernel's names; see proc_pid_stat(5). Addresses are 0 without ptrace access.
@@ -80,13 +80,13 @@ pub struct Stat {
 /// The stat file of a process: its leader's state and name, the process's times.
 pub fn read(pid: HostPid) -> Result<Stat> {
     let path = pid.proc_path("stat");
-    parse(&path, &read_bytes(&path)?)
+    parse(&path, &read_record(&path)?)
 }
 
 /// The stat file of thread `tid` of process `pid`.
 pub fn read_thread(pid: HostPid, tid: HostPid) -> Result<Stat> {
     let path = pid.task_path(tid, "stat");
-    parse(&path, &read_bytes(&path)?)
+    parse(&path, &read_record(&path)?)
 }
 
 /// Parses a stat file. The name ends at the last parenthesis, so it may hold parentheses, blanks and newlines.

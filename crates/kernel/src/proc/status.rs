@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::text::{self, At};
-use super::{Result, read_bytes};
+use super::{Result, read_record};
 use crate::ids::{HostPid, NsPid};
 
 /// The fields of a status file, under the kernel's names; see proc_pid_status(5).
@@ -82,13 +82,13 @@ pub struct Status {
 /// The status file of a process, which is that of its leading thread.
 pub fn read(pid: HostPid) -> Result<Status> {
     let path = pid.proc_path("status");
-    parse(&path, &read_bytes(&path)?)
+    parse(&path, &read_record(&path)?)
 }
 
 /// The status file of thread `tid` of process `pid`.
 pub fn read_thread(pid: HostPid, tid: HostPid) -> Result<Status> {
     let path = pid.task_path(tid, "status");
-    parse(&path, &read_bytes(&path)?)
+    parse(&path, &read_record(&path)?)
 }
 
 /// Parses a status file; unknown lines are skipped, a file without `Name` and `State` is an error.

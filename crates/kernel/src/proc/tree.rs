@@ -5,6 +5,9 @@ use std::path::Path;
 use super::{Result, numeric_names, read_bytes, stat, text};
 use crate::ids::HostPid;
 
+/// From so many threads on it is asked whether there are fewer processes.
+const MANY: usize = 256;
+
 /// The threads of process `pid` in ascending order; see proc_pid_task(5). A thread may appear or vanish meanwhile unless
 /// the process is stopped.
 pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
@@ -14,10 +17,15 @@ pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
 /// The children of process `pid` over all its threads, in ascending order, zombies included.
 ///
 /// Reads `task/TID/children` (since Linux 3.5, with `CONFIG_PROC_CHILDREN`; exact only while the children are stopped), and
-/// where the kernel has no such file, every process's parent.
+/// where the kernel has no such file, or there are more threads than processes, every process's parent.
 pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();
-    for tid in threads(pid)? {
+    let threads = threads(pid)?;
+    // Thousands of threads take longer than all processes.
+    if threads.len() > MANY && threads.len() > numeric_names(Path::new("/proc"))?.len() {
+        return children_by_scan(pid);
+    }
+    for tid in threads {
         let path = pid.task_path(tid, "children");
         match read_bytes(&path) {
             Ok(bytes) => found.extend(parse_children(&path, &bytes)?),

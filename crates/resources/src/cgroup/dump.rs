@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use dormouse_images::{ImageDir, ImageKind, pb};
+use dormouse_infect::freezer::Freezer;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::misc;
 
@@ -25,6 +26,14 @@ pub struct CgroupDump<'a> {
     /// Set [`OWN_CG_SET`] is the first. Empty if groups are left alone.
     sets: Vec<Vec<pb::CgMemberEntry>>,
     own_is_used: bool,
+    frozen: Option<Frozen>,
+}
+
+/// A group that was frozen for the dump: which one, and what property it had before.
+#[derive(Debug)]
+struct Frozen {
+    identity: (u64, u64),
+    property: (&'static str, &'static str),
 }
 
 impl<'a> CgroupDump<'a> {
@@ -37,7 +46,19 @@ impl<'a> CgroupDump<'a> {
             Manage::Ignore => None,
             _ => options.unless_asked(read(HostPid::current(), HostPid::current(), options))?,
         };
-        Ok(Self { options, sets: own.into_iter().collect(), own_is_used: false })
+        Ok(Self { options, sets: own.into_iter().collect(), own_is_used: false, frozen: None })
+    }
+
+    /// Knows the group that was frozen for the dump: it is dumped as it was before.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn with_freezer(mut self, freezer: Option<&Freezer>) -> Result<Self> {
+        if let Some(freezer) = freezer {
+            let identity = freezer.identity().map_err(call("cannot look at the frozen control group"))?;
+            self.frozen = Some(Frozen { identity, property: freezer.property() });
+        }
+        Ok(self)
     }
 
     /// The number of the set that a thread is in.
@@ -91,7 +112,7 @@ impl<'a> CgroupDump<'a> {
             });
             walks.resize_with(controllers.len(), || None);
             if walks[at].is_none() {
-                walks[at] = Some(Walk::new(&controllers[at].cnames, &specs, self.options)?);
+                walks[at] = Some(Walk::new(&controllers[at].cnames, &specs, self)?);
             }
             let walk = walks[at].as_mut().expect("made above");
             let names = controllers[at].cnames.clone();
@@ -119,12 +140,14 @@ struct Walk<'s> {
     name: String,
     properties: Vec<&'s str>,
     seen: HashSet<String>,
+    frozen: Option<&'s Frozen>,
 }
 
 impl<'s> Walk<'s> {
-    fn new(names: &[String], specs: &'s Specs, options: &CgroupOptions) -> Result<Self> {
+    fn new(names: &[String], specs: &'s Specs, dump: &'s CgroupDump<'_>) -> Result<Self> {
         Ok(Self {
-            root: Hierarchy::open(names, options.yard.as_deref())?,
+            frozen: dump.frozen.as_ref(),
+            root: Hierarchy::open(names, dump.options.yard.as_deref())?,
             name: display(names),
             properties: specs.properties(names),
             seen: HashSet::new(),
@@ -149,10 +172,17 @@ impl<'s> Walk<'s> {
         }
         let path = self.root.dir(group);
         let what = || format!("cannot read control group /{group} of {}", self.name);
-        let dir_perms = Some(perms(&fs::metadata(&path).map_err(call(what()))?));
+        let metadata = fs::metadata(&path).map_err(call(what()))?;
+        let dir_perms = Some(perms(&metadata));
         let mut properties = Vec::new();
         for name in &self.properties {
             properties.extend(property(&path, name).map_err(call(format!("{}: {name}", what())))?);
+        }
+        if let Some(frozen) = self.frozen.filter(|f| f.identity == (metadata.dev(), metadata.ino())) {
+            let (name, value) = frozen.property;
+            properties.retain(|p| p.name != name);
+            let found = property(&path, name).map_err(call(format!("{}: {name}", what())))?;
+            properties.extend(found.map(|p| pb::CgroupPropEntry { value: value.into(), ..p }));
         }
         let mut below = Vec::new();
         for entry in fs::read_dir(&path).map_err(call(what()))? {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::epoll as host;
+use dormouse_infect::host::fd::kcmp_file;
 use dormouse_kernel::proc::fdinfo::{self, FdInfo};
 use dormouse_kernel::{HostPid, TargetFd, proc};
 use dormouse_sys::nr;
@@ -58,14 +59,23 @@ fn listed(view: &FdView, info: &FdInfo) -> Result<Vec<(pb::EventpollTfdEntry, u3
     info.all("tfd").map(of).collect()
 }
 
-/// Everything an epoll watches, with the numbers under which its process has the files; or why that cannot be told.
-fn watches(view: &FdView, info: &FdInfo) -> Result<std::result::Result<Vec<pb::EventpollTfdEntry>, Blocker>> {
+/// What an epoll watches.
+#[derive(Default)]
+struct Watches {
+    /// With the numbers under which its process has the files.
+    found: Vec<pb::EventpollTfdEntry>,
+    /// Those whose files its process no longer has under any number.
+    lost: Vec<pb::EventpollTfdEntry>,
+}
+
+/// Everything an epoll watches.
+fn watches(view: &FdView, info: &FdInfo) -> Result<Watches> {
     let Place::Fd(epoll) = view.place else { return Err(invalid!("{}: no descriptor", view.subject())) };
-    let mut found = Vec::new();
+    let mut watches = Watches::default();
     let mut moved = Vec::new();
     for (watch, nth) in listed(view, info)? {
         if is_watched(view, epoll, watch.tfd as i32, watch.tfd, nth)? {
-            found.push(watch);
+            watches.found.push(watch);
         } else {
             moved.push((watch, nth));
         }
@@ -75,20 +85,53 @@ fn watches(view: &FdView, info: &FdInfo) -> Result<std::result::Result<Vec<pb::E
     for (mut watch, nth) in moved {
         let mut other = None;
         for n in proc::fds(view.pid)? {
-            let taken = found.iter().any(|f: &pb::EventpollTfdEntry| f.tfd == n as u32);
+            let taken = watches.found.iter().any(|f| f.tfd == n as u32);
             if !taken && is_watched(view, epoll, n, watch.tfd, nth)? {
                 other = Some(n as u32);
                 break;
             }
         }
         let Some(other) = other else {
-            let what = format!("it watches what was fd {}, which pid {} no longer has", watch.tfd, view.pid);
-            return Ok(Err(view.blocker(what, "close all copies of that descriptor, or the epoll, and retry")));
+            watches.lost.push(watch);
+            continue;
         };
         watch.tfd = other;
-        found.push(watch);
+        watches.found.push(watch);
     }
-    Ok(Ok(found))
+    Ok(watches)
+}
+
+/// Whether the first of these processes that has this epoll is another one than its own, and has everything that it watches:
+/// with that one's numbers it is dumped.
+fn is_held_by_first(view: &FdView, processes: &[HostPid]) -> Result<bool> {
+    let Place::Fd(epoll) = view.place else { return Ok(false) };
+    for &pid in processes {
+        if pid == view.pid {
+            return Ok(false);
+        }
+        let table = proc::fds(pid)?;
+        let is_same = |n: &i32| kcmp_file((view.pid, epoll), (pid, TargetFd(*n))).is_ok_and(|order| order.is_eq());
+        if !table.iter().any(is_same) {
+            continue;
+        }
+        for (watch, nth) in listed(view, &view.info)? {
+            let mut has = false;
+            for n in &table {
+                has = has || is_watched_by((pid, TargetFd(*n)), view, epoll, watch.tfd, nth)?;
+            }
+            if !has {
+                return Ok(false);
+            }
+        }
+        return Ok(true);
+    }
+    Ok(false)
+}
+
+/// Why an epoll that watches a file which its process no longer has cannot be dumped.
+fn lost(view: &FdView, watch: &pb::EventpollTfdEntry) -> Blocker {
+    let what = format!("it watches what was fd {}, which pid {} no longer has", watch.tfd, view.pid);
+    view.blocker(what, "close all copies of that descriptor, or the epoll, and retry")
 }
 
 /// Whether descriptor `n` of the process is the file that was added under the number `added`.
@@ -171,21 +214,31 @@ impl FdKind for Epoll {
         if look.is_queued() {
             return Ok(None);
         }
-        let mut found = watches(view, &view.info)?.err();
-        // The process runs: a descriptor that it has opened or closed while we looked is no obstacle. What is one stays.
+        let mut missing = watches(view, &view.info)?.lost;
+        // The process runs: a descriptor that it has opened or closed while we looked is no obstacle. What is one is
+        // there and stays lost however often we look; of a busy process there may well be another one each time.
         for _ in 0..LOOKS {
-            let (Some(_), Place::Fd(fd)) = (&found, view.place) else { break };
+            let (false, Place::Fd(fd)) = (missing.is_empty(), view.place) else { break };
             std::thread::sleep(PAUSE);
-            found = watches(view, &fdinfo::read(view.pid, fd)?)?.err();
+            let again = watches(view, &fdinfo::read(view.pid, fd)?)?.lost;
+            missing.retain(|watch| again.contains(watch));
         }
-        Ok(found)
+        // A child may have closed what it shares with its parent.
+        if !missing.is_empty() && is_held_by_first(view, look.processes())? {
+            return Ok(None);
+        }
+        Ok(missing.first().map(|watch| lost(view, watch)))
     }
 
     fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {
         let mut tfd = if table.look().is_queued() {
             queued_watches(view, table.task_order())?
         } else {
-            watches(view, &view.info)?.map_err(|b| invalid!("{b}"))?
+            let watches = watches(view, &view.info)?;
+            if let Some(watch) = watches.lost.first() {
+                return Err(invalid!("{}", lost(view, watch)));
+            }
+            watches.found
         };
         for t in &mut tfd {
             t.id = id;

@@ -79,6 +79,7 @@ pub struct Files<'a> {
     open: HashMap<u32, OwnedFd>,
     mapped: HashMap<(u32, i32), OwnedFd>,
     pages: HashMap<PathBuf, OwnedFd>,
+    null: Option<OwnedFd>,
     /// Files that were compared with their records.
     checked: HashSet<u32>,
     /// Memfds whose first description was given.
@@ -119,6 +120,7 @@ impl<'a> Files<'a> {
             open: HashMap::new(),
             mapped: HashMap::new(),
             pages: HashMap::new(),
+            null: None,
             checked: HashSet::new(),
             memfds: HashSet::new(),
             worked: HashSet::new(),
@@ -310,6 +312,18 @@ impl<'a> Files<'a> {
         self.stand_ins.clear();
         let late = std::mem::take(&mut self.late);
         late.deliver(self)
+    }
+
+    /// `/dev/null`, which takes any write.
+    ///
+    /// # Errors
+    /// open(2)'s.
+    pub(crate) fn null(&mut self) -> Result<RawFd> {
+        if self.null.is_none() {
+            let fd = self.paths.open("/dev/null", libc::O_WRONLY).map_err(call("cannot open /dev/null"))?;
+            self.null = Some(raise(fd, self.base)?);
+        }
+        Ok(self.null.as_ref().map_or(-1, AsRawFd::as_raw_fd))
     }
 
     /// A description that was opened.

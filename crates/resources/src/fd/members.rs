@@ -10,6 +10,8 @@ use dormouse_kernel::{HostPid, TargetFd};
 pub struct Members {
     /// The first process of the tree; `None` for no tree at all.
     root: Option<HostPid>,
+    /// All of them.
+    processes: Vec<HostPid>,
     /// Pseudoterminals whose masters are in the tree: their numbers.
     ptys: HashSet<u32>,
     /// Sockets, by the low half of their inode numbers.
@@ -30,8 +32,8 @@ fn pty(pid: HostPid, fd: TargetFd) -> Option<u32> {
 impl Members {
     /// Looks at all descriptors of the tree. Processes that end meanwhile have none.
     pub fn of(root: HostPid) -> Self {
-        let mut found = Self { root: Some(root), ..Self::default() };
-        for pid in tree::descendants(root) {
+        let mut found = Self { root: Some(root), processes: tree::descendants(root), ..Self::default() };
+        for &pid in &found.processes {
             for fd in proc::fds(pid).unwrap_or_default().into_iter().map(TargetFd) {
                 let Ok(link) = proc::fd_link(pid, fd) else { continue };
                 found.sockets.extend(socket(&link));
@@ -41,6 +43,11 @@ impl Members {
             }
         }
         found
+    }
+
+    /// The processes of the tree, parents first.
+    pub fn processes(&self) -> &[HostPid] {
+        &self.processes
     }
 
     /// Whether the master of `/dev/pts/INDEX` is in the tree.

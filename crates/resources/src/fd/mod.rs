@@ -189,7 +189,8 @@ fn of_mappings(process: &Process, pid: HostPid, look: &mut Look<'_>) -> Result<V
     for vma in maps::read_maps(pid)? {
         let (path, deleted) = proc::split_deleted(&vma.name);
         // Shared memory of every sort looks deleted and is no file of the table.
-        let memory = [&b"/dev/zero"[..], b"/SYSV", b"/memfd:", b"/anon_hugepage"].iter().any(|m| path.starts_with(m));
+        let memory =
+            [&b"/dev/zero"[..], b"/SYSV", b"/memfd:", b"/anon_hugepage", b"/[aio]"].iter().any(|m| path.starts_with(m));
         if !deleted || memory || !seen.insert((vma.dev_major, vma.dev_minor, vma.inode)) {
             continue;
         }

@@ -97,18 +97,18 @@ impl<'a> FileTable<'a> {
         self
     }
 
-    /// The descriptor table of a frozen process, without the descriptors in `skip`. Descriptions that were seen before,
-    /// in this or another process, keep their id.
+    /// The descriptor table of a frozen process, which has these numbers in it and maybe others that are ours. Descriptions
+    /// that were seen before, in this or another process, keep their id.
     ///
     /// # Errors
     /// A descriptor cannot be dumped, the process is gone, or an image could not be written.
-    pub fn add_task(&mut self, pid: HostPid, skip: &[TargetFd]) -> Result<Vec<pb::FdinfoEntry>> {
+    pub fn add_task(&mut self, pid: HostPid, fds: &[TargetFd]) -> Result<Vec<pb::FdinfoEntry>> {
         let process = Process::open(pid)?;
         if self.tasks.insert(pid) {
             self.task_order.push(pid);
         }
         let mut table = Vec::new();
-        for fd in proc::fds(pid)?.into_iter().map(TargetFd).filter(|fd| !skip.contains(fd)) {
+        for &fd in fds {
             let info = fdinfo::read(pid, fd)?;
             let flags = u32::from(info.flags as i32 & libc::O_CLOEXEC != 0);
             if !info.locks.is_empty() {

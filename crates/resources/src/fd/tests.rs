@@ -173,8 +173,10 @@ fn descriptors_of_a_process_are_recorded_with_what_they_share() {
     let images = dir.images();
     let mut table = FileTable::new(&images, &options);
     let blockers = blockers(pid, &options, &Members::of(pid)).unwrap();
-    let fds = table.add_task(pid, &[TargetFd(0)]).unwrap();
-    let again = table.add_task(pid, &[]).unwrap();
+    let numbers: Vec<TargetFd> = dormouse_kernel::proc::fdinfo::fds(pid).unwrap().into_iter().map(TargetFd).collect();
+    let others: Vec<TargetFd> = numbers.iter().copied().filter(|fd| *fd != TargetFd(0)).collect();
+    let fds = table.add_task(pid, &others).unwrap();
+    let again = table.add_task(pid, &numbers).unwrap();
     let fs = table.fs_entry(pid, 0o22).unwrap();
     table.add_exe(pid).unwrap();
     let ids = PageIds::new();

@@ -241,6 +241,11 @@ impl<'a> Look<'a> {
         self.members.filter(|m| !m.has_socket(inode))?.holder_outside(inode)
     }
 
+    /// The processes of the tree, as far as it is known.
+    pub fn processes(&self) -> &'a [HostPid] {
+        self.members.map_or(&[], Members::processes)
+    }
+
     /// Whether what is looked at waits in a socket: no process need have it.
     pub fn is_queued(&self) -> bool {
         self.queued

@@ -13,8 +13,7 @@ use super::sysv;
 use crate::{Blocker, Result, call};
 
 /// Names of files that are none, and what a user can do about mappings of them.
-const SPECIAL: [(&[u8], &str, &str); 8] = [
-    (b"/[aio]", "the ring of an AIO context", "destroy the context (io_destroy) and retry"),
+const SPECIAL: [(&[u8], &str, &str); 7] = [
     (b"/secretmem", "secret memory (memfd_secret), which nobody else may read", "unmap it and retry"),
     (b"/dmabuf:", "a buffer of a device", "end the use of the device and retry"),
     (b"anon_inode:[io_uring]", "a ring of io_uring", "close the ring and retry"),

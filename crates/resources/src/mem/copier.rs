@@ -12,10 +12,23 @@ use dormouse_kernel::{HostPid, TargetFd};
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::route::{Because, Route};
-use crate::{Result, call};
+use crate::{Result, call, unwritten};
 
 /// Bytes that are copied at once where the target does not do it.
 const BUFFER: usize = 256 << 10;
+/// Up to this many bytes are copied by this program in any case: asking the target takes longer.
+const FEW: u64 = 256 << 10;
+
+/// Who writes what was collected.
+#[derive(Clone, Copy, Debug)]
+enum Writer {
+    /// Not known before there is much to write.
+    Undecided,
+    /// The target, which has the image under this descriptor.
+    Inside(TargetFd),
+    /// This program.
+    Outside,
+}
 
 /// Writes one pages image.
 pub struct Copier<'a, 'p> {
@@ -25,33 +38,38 @@ pub struct Copier<'a, 'p> {
     /// The target's memory, readable whatever its protection (Linux: FOLL_FORCE).
     memory: File,
     chunks: Chunks,
-    /// The image's descriptor in the target, where the target copies.
-    inside: Option<TargetFd>,
+    writer: Writer,
+    /// Bytes that the image will have at most.
+    most: u64,
+    /// Empty until it is needed.
     buffer: Vec<u8>,
     /// Bytes that this program has copied.
-    pub outside: u64,
+    outside: u64,
 }
 
 impl<'a, 'p> Copier<'a, 'p> {
-    /// Begins with an empty image.
+    /// Begins with an empty image, which will have `most` bytes at most.
     ///
     /// # Errors
-    /// The target's memory cannot be opened, or the target is gone.
-    pub fn new(parasite: &'a mut Parasite<'p>, pid: HostPid, image: File, route: Route) -> Result<Self> {
+    /// The target's memory cannot be opened.
+    pub fn new(parasite: &'a mut Parasite<'p>, pid: HostPid, image: File, most: u64) -> Result<Self> {
         let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
-        let inside = match route {
-            Route::Inside => give(parasite, &image)?,
-            Route::Outside(_) => None,
-        };
-        let because = match route {
-            Route::Outside(because) => Some(because),
-            Route::Inside => inside.is_none().then_some(Because::Descriptor),
-        };
-        if let Some(because) = because {
-            tracing::info!("pid {pid}: its pages are copied from outside: {because}");
-        }
         let chunks = Chunks::new(MAX_IOVECS, MAX_BYTES);
-        Ok(Self { parasite, pid, image, memory, chunks, inside, buffer: vec![0; BUFFER], outside: 0 })
+        let (writer, buffer) = (Writer::Undecided, Vec::new());
+        Ok(Self { parasite, pid, image, memory, chunks, writer, most, buffer, outside: 0 })
+    }
+
+    /// Decides who writes, and gives the target the image if it is to.
+    fn decide(&mut self) -> Result<Writer> {
+        let because = match Route::choose(self.pid, self.most)? {
+            Route::Outside(because) => because,
+            Route::Inside => match give(self.parasite, &self.image)? {
+                Some(fd) => return Ok(Writer::Inside(fd)),
+                None => Because::Descriptor,
+            },
+        };
+        tracing::info!("pid {}: its pages are copied from outside: {because}", self.pid);
+        Ok(Writer::Outside)
     }
 
     /// Where the next byte will lie in the image.
@@ -65,7 +83,7 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// The memory cannot be read, the image not written, or somebody asked us to stop.
     pub fn add(&mut self, range: Range<u64>, readable: bool) -> Result<()> {
         let len = range.end - range.start;
-        if self.inside.is_none() || !readable {
+        if matches!(self.writer, Writer::Outside) || !readable {
             self.flush()?;
             self.copy(range.start, len, self.chunks.end())?;
             self.chunks.skip(len);
@@ -87,7 +105,7 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// The image cannot be written.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.flush()?;
-        self.image.write_all_at(bytes, self.chunks.end()).map_err(call("cannot write a pages image"))?;
+        self.image.write_all_at(bytes, self.chunks.end()).map_err(unwritten)?;
         self.chunks.skip(bytes.len() as u64);
         Ok(())
     }
@@ -101,31 +119,17 @@ impl<'a, 'p> Copier<'a, 'p> {
         self.memory.read_exact_at(bytes, addr).map_err(call(what()))
     }
 
-    /// Overwrites bytes of the image with zeros.
-    ///
-    /// # Errors
-    /// The image cannot be written.
-    pub fn erase(&mut self, places: &Range<u64>) -> Result<()> {
-        self.buffer.fill(0);
-        let mut at = places.start;
-        while at < places.end {
-            let len = (places.end - at).min(BUFFER as u64) as usize;
-            self.image.write_all_at(&self.buffer[..len], at).map_err(call("cannot write a pages image"))?;
-            at += len as u64;
-        }
-        Ok(())
-    }
-
-    /// Writes what was collected, and takes the image's descriptor away from the target.
+    /// Writes what was collected, and takes the image's descriptor away from the target. Bytes that this program has copied, and
+    /// the image.
     ///
     /// # Errors
     /// As of [`Copier::add`].
-    pub fn finish(&mut self) -> Result<()> {
+    pub fn finish(mut self) -> Result<(u64, File)> {
         self.flush()?;
-        if self.inside.take().is_some() {
+        if matches!(self.writer, Writer::Inside(_)) {
             self.parasite.drop_fd()?;
         }
-        Ok(())
+        Ok((self.outside, self.image))
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -134,7 +138,10 @@ impl<'a, 'p> Copier<'a, 'p> {
 
     /// Has the target write a chunk; what it cannot write, because it may not read it, is copied.
     fn write(&mut self, chunk: Chunk) -> Result<()> {
-        let Some(fd) = self.inside else {
+        if matches!(self.writer, Writer::Undecided) && chunk.len > FEW {
+            self.writer = self.decide()?;
+        }
+        let Writer::Inside(fd) = self.writer else {
             return chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset));
         };
         let mark = self.parasite.arena.mark();
@@ -163,13 +170,17 @@ impl<'a, 'p> Copier<'a, 'p> {
 
     fn copy(&mut self, addr: u64, len: u64, offset: u64) -> Result<()> {
         let mut done = 0;
+        let room = len.min(BUFFER as u64) as usize;
+        if self.buffer.len() < room {
+            self.buffer.resize(room, 0);
+        }
         while done < len {
             cancel::check()?;
             let now = (len - done).min(BUFFER as u64) as usize;
             let what = || format!("cannot read the memory of pid {} at {:#x}", self.pid, addr + done);
             let bytes = &mut self.buffer[..now];
             self.memory.read_exact_at(bytes, addr + done).map_err(call(what()))?;
-            self.image.write_all_at(bytes, offset + done).map_err(call("cannot write a pages image"))?;
+            self.image.write_all_at(bytes, offset + done).map_err(unwritten)?;
             done += now as u64;
         }
         self.outside += len;

@@ -13,7 +13,11 @@ const MADV_DONTNEED: u64 = 4;
 
 /// The parent's mapping that a child gets, with its pages, by the fork. `parent` holds no guard areas and ascends.
 pub fn inherited<'p>(child: &pb::VmaEntry, parent: &[&'p pb::VmaEntry]) -> Option<&'p pb::VmaEntry> {
-    if !is_mapped(child) || !is_private(child) || child.flags & flag::HUGETLB != 0 {
+    if !is_mapped(child)
+        || !is_private(child)
+        || child.status & vma::VMA_AIORING != 0
+        || child.flags & flag::HUGETLB != 0
+    {
         return None;
     }
     let p = parent[parent.binary_search_by_key(&child.start, |v| v.start).ok()?];

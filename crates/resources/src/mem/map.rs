@@ -4,6 +4,7 @@ use dormouse_images::pb;
 use dormouse_infect::arena::Batch;
 use dormouse_sys::nr;
 
+use super::aio;
 use super::fill::{Gathered, Reads, fill_prot, huge_by_default};
 pub use super::inherit::shares_memory;
 use super::inherit::{inherit_ops, inherited};
@@ -13,7 +14,7 @@ use super::vma::{
     self, VMA_ANON_PRIVATE, VMA_ANON_SHARED, VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_MEMFD, VMA_SOCKET, VMA_SYSVIPC,
     clip, describe, flag, is_mapped, is_private, prot,
 };
-pub use super::vma::{VMA_GUARD, VMA_REGULAR};
+pub use super::vma::{VMA_AIORING, VMA_GUARD, VMA_REGULAR};
 use crate::checkpoint::{Run, TaskImage};
 use crate::{ResourceError, RestoreCtx, invalid};
 
@@ -114,7 +115,11 @@ fn mmap_op(
         return Ok(());
     }
     let mut flags = (v.flags & !flag::LOCKED) | flag::FIXED;
-    let (fd, what) = if v.status & VMA_SOCKET != 0 {
+    let (fd, what) = if v.status & VMA_AIORING != 0 {
+        // A copy, until the ring is made.
+        flags = (flags & !flag::SHARED) | flag::PRIVATE | flag::ANONYMOUS;
+        (-1, "an AIO ring's copy".to_owned())
+    } else if v.status & VMA_SOCKET != 0 {
         (c.files.fd(v.shmid as u32, c.shared)?, "a packet socket's ring".to_owned())
     } else if v.status & VMA_ANON_SHARED != 0 {
         flags &= !flag::ANONYMOUS;
@@ -149,6 +154,7 @@ pub fn final_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage) -> Re
         let what = format!("guard pages at {} (MADV_GUARD_INSTALL needs Linux 6.13)", describe(v));
         b.must(what, nr::MADVISE, &[v.start, v.end - v.start, MADV_GUARD_INSTALL]);
     }
+    aio::ring_ops(b, c, mm)?;
     for v in mm.vmas.iter().filter(|v| is_mapped(v)) {
         // An inherited mapping may have been opened up by the parent, so private ones are always set.
         if is_private(v) && (fill_prot(v, &pages.runs) != v.prot || c.forked_with_memory) {

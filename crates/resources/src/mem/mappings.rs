@@ -1,7 +1,7 @@
 //! The mappings of a stopped process, told from `/proc/PID/maps` and, for their flags, from smaps.
 //!
 //! Maps is cheap and says what most steps need. Smaps walks every page of the process (25 ms a gigabyte, 5 µs a mapping),
-//! so another thread reads it while the pages are being written.
+//! so it is read beside the pages being written.
 
 use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
@@ -45,6 +45,8 @@ pub enum Kind {
     Ring,
     /// System V shared memory; its inode is its number.
     Sysv,
+    /// The ring of an AIO context.
+    AioRing,
     /// None that can be dumped; [`blockers`] says why.
     Special,
 }
@@ -67,8 +69,8 @@ type Smaps = std::result::Result<Vec<Smap>, ProcError>;
 #[derive(Debug)]
 pub struct Mappings {
     pid: HostPid,
-    /// Where pages and flags are read: the process itself, or a copy of it.
-    source: HostPid,
+    /// A copy of the process, if pages and flags are read from that.
+    copy: OnceLock<HostPid>,
     vmas: Vec<(Vma, Kind)>,
     own: Range<u64>,
     stacks: Vec<u64>,
@@ -79,27 +81,17 @@ pub struct Mappings {
 }
 
 impl Mappings {
-    /// Reads the mappings of a stopped process; what lies in `own`, the parasite's range, is left out.
+    /// Reads the mappings of a stopped process; what lies in `own`, the parasite's range, is left out. What only smaps tells is
+    /// read when it is first asked for.
     ///
     /// # Errors
     /// The process is gone, or what /proc says of it is not understood.
     pub fn read(pid: HostPid, own: Range<u64>) -> Result<Self> {
-        // Begun before anything else, since it takes the longest.
-        let reader = read_smaps(pid)?;
-        let this = Self::lines_of(pid, own)?;
-        Ok(Self { reader: Mutex::new(Some(reader)), ..this })
-    }
-
-    /// As [`Mappings::read`], but what only smaps tells is read when it is first asked for.
-    ///
-    /// # Errors
-    /// As of [`Mappings::read`].
-    pub fn lines_of(pid: HostPid, own: Range<u64>) -> Result<Self> {
         let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
         let vmas = others(pid, &own)?.into_iter().map(|v| classify(v, shm)).collect();
         Ok(Self {
             pid,
-            source: pid,
+            copy: OnceLock::new(),
             vmas,
             own,
             stacks: Vec::new(),
@@ -114,27 +106,35 @@ impl Mappings {
     ///
     /// # Errors
     /// The copy is gone.
-    pub fn are_those_of(&mut self, copy: HostPid) -> Result<bool> {
+    pub fn are_those_of(&self, copy: HostPid) -> Result<bool> {
         let theirs = others(copy, &self.own)?;
         let same = theirs.iter().map(|v| (v.start, v.end)).eq(self.vmas.iter().map(|(v, _)| (v.start, v.end)));
         if same {
-            self.source = copy;
+            let _ = self.copy.set(copy);
         }
         Ok(same)
     }
 
-    /// Begins to read smaps beside what else is done.
+    /// Reads what only smaps tells.
+    ///
+    /// # Errors
+    /// As of [`Mappings::read`]; the mappings have changed although the process is stopped.
+    pub fn read_flags(&self) -> Result<()> {
+        self.smaps().map(drop)
+    }
+
+    /// Begins to read it in a thread, beside what else is done.
     ///
     /// # Errors
     /// There can be no thread.
     pub fn read_ahead(&self) -> Result<()> {
-        *self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(read_smaps(self.source)?);
+        *self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(read_smaps(self.source())?);
         Ok(())
     }
 
     /// The process whose pages and flags are read.
     pub fn source(&self) -> HostPid {
-        self.source
+        self.copy.get().copied().unwrap_or(self.pid)
     }
 
     /// Whether there is memory that a copy of the process does not keep (MADV_WIPEONFORK).
@@ -143,6 +143,11 @@ impl Mappings {
     /// The process is gone.
     pub fn are_wiped(&self) -> Result<bool> {
         Ok(self.smaps()?.iter().any(Smap::is_wiped))
+    }
+
+    /// Whether there are rings of AIO contexts.
+    pub fn have_aio_rings(&self) -> bool {
+        self.vmas.iter().any(|(_, kind)| *kind == Kind::AioRing)
     }
 
     /// Whether there is private memory in huge pages that are reserved by number.
@@ -222,7 +227,7 @@ impl Mappings {
             return Ok(smaps);
         }
         let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.source))?;
+        let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.source()))?;
         let read: Vec<Smap> =
             read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
         let equal = |(a, (b, _)): (&Smap, &(Vma, Kind))| (a.start, a.end) == (b.start, b.end);
@@ -261,7 +266,7 @@ impl Mappings {
     }
 
     fn scan_guards(&self) -> std::io::Result<Vec<Range<u64>>> {
-        let scanner = PageScanner::open(self.source)?;
+        let scanner = PageScanner::open(self.source())?;
         let mut runs = Vec::new();
         if scanner.knows_guards() {
             for (v, _) in self.vmas.iter().filter(|(_, kind)| may_have_guards(*kind)) {
@@ -302,7 +307,8 @@ pub(crate) fn classify(v: Vma, shm: (u32, u32)) -> (Vma, Kind) {
         }
         b"/anon_hugepage (deleted)" if v.dev_major == 0 => Kind::HugeAnonymous,
         name if name.starts_with(b"/memfd:") && v.dev_major == 0 => Kind::Memfd,
-        b"/secretmem (deleted)" | b"/[aio] (deleted)" => Kind::Special,
+        b"/secretmem (deleted)" => Kind::Special,
+        b"/[aio] (deleted)" if v.dev_major == 0 => Kind::AioRing,
         name if name.starts_with(b"/dmabuf:") => Kind::Special,
         name if name.starts_with(b"socket:") => Kind::Ring,
         name if on_shm && v.shared && name.starts_with(b"/SYSV") => Kind::Sysv,
@@ -327,6 +333,8 @@ fn entry(v: &Vma, smap: &Smap, kind: Kind) -> pb::VmaEntry {
         Kind::SharedAnonymous | Kind::Memfd => (vma::VMA_REGULAR | vma::VMA_MEMFD | file, false),
         Kind::Ring => (vma::VMA_REGULAR | vma::VMA_SOCKET, false),
         Kind::Sysv => (vma::VMA_REGULAR | vma::VMA_SYSVIPC | vma::VMA_ANON_SHARED, true),
+        // Not marked as regular, as in CRIU.
+        Kind::AioRing => (vma::VMA_AIORING, false),
         Kind::File | Kind::Special => (vma::VMA_REGULAR | file, false),
     };
     if codes.has("ss") {

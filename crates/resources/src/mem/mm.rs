@@ -5,11 +5,11 @@ use std::os::fd::RawFd;
 
 use dormouse_images::pb;
 use dormouse_infect::arena::{Batch, OpId};
-use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::{misc, stat};
 use dormouse_sys::nr;
 
+use super::aio;
 use super::map_files::MapFiles;
 use super::mappings::{Kind, Mappings};
 use super::shared::SharedDump;
@@ -26,24 +26,41 @@ const PR_GET_THP_DISABLE: u64 = 42;
 /// What CRIU takes at most, in words; a final pair of zeros may be left out, the kernel has one anyway.
 const AUXV_WORDS: usize = if cfg!(target_arch = "aarch64") { 50 } else { 44 };
 
-/// What only the process itself can tell of its address space.
-struct Asked {
+/// The question for what only the process itself can tell of its address space.
+#[derive(Debug)]
+pub struct MmAsk {
     brk: OpId,
     dumpable: OpId,
     thp_disabled: OpId,
 }
 
-impl Asked {
-    fn ops(b: &mut Batch) -> Self {
+/// The answer to [`MmAsk`].
+#[derive(Clone, Copy, Debug)]
+pub struct MmTold {
+    brk: u64,
+    dumpable: i32,
+    thp_disabled: i64,
+}
+
+impl MmAsk {
+    /// Adds the question to a list that the process is to run.
+    pub fn new(b: &mut Batch) -> Self {
         Self {
             brk: b.must("brk", nr::BRK, &[0]),
             dumpable: b.must("PR_GET_DUMPABLE", nr::PRCTL, &[PR_GET_DUMPABLE]),
             thp_disabled: b.must("PR_GET_THP_DISABLE", nr::PRCTL, &[PR_GET_THP_DISABLE]),
         }
     }
+
+    /// Takes the answer from the list after it was run.
+    pub fn collect(&self, b: &Batch) -> MmTold {
+        let (brk, dumpable) = (b.ret(self.brk) as u64, b.ret(self.dumpable) as i32);
+        MmTold { brk, dumpable, thp_disabled: b.ret(self.thp_disabled) }
+    }
 }
 
-/// The record of a stopped process's address space, without what takes long to find out, the flags of the mappings.
+/// The record of a stopped process's address space, without what only the process tells, and without what takes long to find
+/// out, the flags of the mappings.
 #[derive(Debug)]
 pub struct MmDraft {
     mm: pb::MmEntry,
@@ -52,18 +69,25 @@ pub struct MmDraft {
 }
 
 impl MmDraft {
-    /// Takes all but the mappings' flags.
+    /// Takes what can be seen from outside.
     ///
     /// # Errors
     /// A mapped file cannot be added, or the process is gone.
-    pub fn take(
-        parasite: &mut Parasite<'_>,
-        mappings: &Mappings,
-        files: &mut FileTable<'_>,
-        shared: &mut SharedDump<'_>,
-    ) -> Result<Self> {
-        let mm = fields(parasite, mappings.pid(), files)?;
+    pub fn take(mappings: &Mappings, files: &mut FileTable<'_>, shared: &mut SharedDump<'_>) -> Result<Self> {
+        let mm = fields(mappings.pid(), files)?;
         Ok(Self { mm, mapped: mapped(mappings, files, shared)? })
+    }
+
+    /// Takes in what the process told.
+    pub fn told(&mut self, pid: HostPid, told: MmTold) {
+        if told.thp_disabled > 1 {
+            tracing::warn!(
+                "pid {pid}: huge pages are disabled except where advised, which is kept as disabled everywhere"
+            );
+        }
+        self.mm.mm_brk = told.brk;
+        self.mm.dumpable = Some(told.dumpable);
+        self.mm.thp_disabled = Some(told.thp_disabled != 0);
     }
 
     /// The rings of sockets that are mapped: start, and the inode that the socket's number is to take the place of.
@@ -80,6 +104,9 @@ impl MmDraft {
         let Self { mut mm, mapped } = self;
         for m in mappings.finished()? {
             let (fdflags, shmid) = mapped[m.line];
+            if m.kind == Kind::AioRing {
+                mm.aios.push(aio::entry(m.map)?);
+            }
             mm.vmas.push(pb::VmaEntry { fdflags, shmid, ..m.entry });
         }
         mm.vmas.extend(mappings.guard_entries()?);
@@ -88,14 +115,7 @@ impl MmDraft {
 }
 
 /// The fields that are not about single mappings.
-fn fields(parasite: &mut Parasite<'_>, pid: HostPid, files: &mut FileTable<'_>) -> Result<pb::MmEntry> {
-    let mut batch = Batch::new();
-    let asked = Asked::ops(&mut batch);
-    parasite.run(&mut batch)?;
-    let thp = batch.ret(asked.thp_disabled);
-    if thp > 1 {
-        tracing::warn!("pid {pid}: huge pages are disabled except where advised, which is kept as disabled everywhere");
-    }
+fn fields(pid: HostPid, files: &mut FileTable<'_>) -> Result<pb::MmEntry> {
     let s = stat::read(pid)?;
     Ok(pb::MmEntry {
         mm_start_code: s.startcode,
@@ -104,15 +124,12 @@ fn fields(parasite: &mut Parasite<'_>, pid: HostPid, files: &mut FileTable<'_>) 
         mm_end_data: s.end_data,
         mm_start_stack: s.startstack,
         mm_start_brk: s.start_brk,
-        mm_brk: batch.ret(asked.brk) as u64,
         mm_arg_start: s.arg_start,
         mm_arg_end: s.arg_end,
         mm_env_start: s.env_start,
         mm_env_end: s.env_end,
         exe_file_id: files.add_exe(pid)?,
         mm_saved_auxv: auxv(pid)?,
-        dumpable: Some(batch.ret(asked.dumpable) as i32),
-        thp_disabled: Some(thp != 0),
         ..Default::default()
     })
 }
@@ -185,8 +202,9 @@ fn mapped(
     let mut known: HashMap<(u32, u32, u64), u32> = HashMap::new();
     let mut all = Vec::with_capacity(mappings.len());
     for (map, kind) in mappings.lines() {
-        let fdflags =
-            (map.has_file() && !matches!(kind, Kind::Special | Kind::Ring)).then(|| dir.access(map)).transpose()?;
+        let fdflags = (map.has_file() && !matches!(kind, Kind::Special | Kind::Ring | Kind::AioRing))
+            .then(|| dir.access(map))
+            .transpose()?;
         let number = match kind {
             Kind::File | Kind::SharedAnonymous | Kind::Memfd => {
                 let key = (map.dev_major, map.dev_minor, map.inode);
@@ -215,6 +233,7 @@ fn mapped(
             | Kind::Vdso
             | Kind::Vvar
             | Kind::Vsyscall
+            | Kind::AioRing
             // What cannot be dumped is refused with its flags.
             | Kind::Special => 0,
         };

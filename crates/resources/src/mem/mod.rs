@@ -3,6 +3,7 @@
 //! Dump: [`blockers`] before anything is touched, then for each stopped process [`Mappings`], [`dump_pages`] and
 //! [`MmDraft`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
 
+mod aio;
 mod blockers;
 mod chunks;
 mod copier;
@@ -33,9 +34,9 @@ pub use fill::HostFill;
 pub use increment::{Increment, Watch, held_by, protection};
 pub use map_files::MapFiles;
 pub use mappings::{Kind, Mapping, Mappings};
-pub use mm::MmDraft;
+pub use mm::{MmAsk, MmDraft, MmTold};
 pub use page_server::{Served, serve};
-pub use pages::{PageIds, PageStats, dump_pages};
+pub use pages::{PageIds, PageStats, Spans, dump_pages};
 pub use pre_dump::Snapshot;
 pub use shared::{Shared, SharedDump};
 pub use smaps::has_wiped;

@@ -17,7 +17,6 @@ use super::copier::Copier;
 use super::mappings::Mappings;
 use super::pages::PageIds;
 use super::records::Records;
-use super::route::Route;
 use crate::{ResourceError, Result, call};
 
 /// A destination.
@@ -61,9 +60,7 @@ impl<'a, 'p> Out<'a, 'p> {
         let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
         let image = images.create_file(ImageKind::Pages, id.into())?;
         // A copy of the process may stand for it.
-        let source = mappings.source();
-        let route = Route::choose(source, most)?;
-        Ok(Self::Images { copier: Copier::new(parasite, source, image, route)?, records })
+        Ok(Self::Images { copier: Copier::new(parasite, mappings.source(), image, most)?, records })
     }
 
     /// Leaves pages to the checkpoint before.
@@ -116,17 +113,18 @@ impl<'a, 'p> Out<'a, 'p> {
         }
     }
 
-    /// Pages that this program copied; everything is written.
+    /// Pages that this program copied, and the pages image if it is here; everything is written.
     ///
     /// # Errors
     /// As [`Self::pages`].
-    pub fn finish(self) -> Result<u64> {
+    pub fn finish(self) -> Result<(u64, Option<File>)> {
         match self {
             Self::Images { copier, records } => {
+                let (outside, image) = copier.finish()?;
                 records.finish()?;
-                Ok(copier.outside / PAGE)
+                Ok((outside / PAGE, Some(image)))
             }
-            Self::Server(to) => Ok(to.sent / PAGE),
+            Self::Server(to) => Ok((to.sent / PAGE, None)),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::pages::PageIds;
 use super::records::Records;
 use super::vma::clip;
 use crate::checkpoint::{PageMap, read_page_map};
-use crate::{Result, call, invalid};
+use crate::{Result, call, invalid, unwritten};
 
 /// Bytes that are received at once.
 const BUFFER: usize = 1 << 20;
@@ -172,7 +172,7 @@ impl Server<'_> {
         while done < len {
             let part = &mut self.buffer[..(len - done).min(BUFFER as u64) as usize];
             peer.read_exact(part).map_err(call(format!("the dump went away in the middle of {}", map.name)))?;
-            map.pages.write_all_at(part, map.end).map_err(call("cannot write a pages image"))?;
+            map.pages.write_all_at(part, map.end).map_err(unwritten)?;
             map.end += part.len() as u64;
             done += part.len() as u64;
         }

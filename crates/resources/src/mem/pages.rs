@@ -3,8 +3,10 @@
 //! Pages that were never touched, the zero page, pages of files that nobody changed, guard pages, the vDSO's data and
 //! droppable memory are not stored. Memory that the target may not read is read from outside.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
@@ -21,7 +23,7 @@ use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
 use super::out::{Out, lost};
 use super::vdso;
-use crate::{ResourceError, Result, call};
+use crate::{ResourceError, Result, call, unwritten};
 
 /// From this size on, a mapping that holds nothing to save is left out of a walk.
 const LARGE_GAP: u64 = 2 << 20;
@@ -92,7 +94,44 @@ pub struct PageStats {
     pub left: u64,
 }
 
-/// Writes `pagemap-<pid>.img` and a pages image with the private memory of the parasite's process.
+/// Where the pages of mappings lie in a pages image.
+#[derive(Debug, Default)]
+pub struct Spans {
+    image: Option<File>,
+    /// The first address of a mapping, and the bytes.
+    places: Vec<(u64, Range<u64>)>,
+}
+
+impl Spans {
+    /// Droppable memory is known from smaps only: what was saved of it becomes zeros, as if it had been dropped.
+    ///
+    /// # Errors
+    /// The process is gone, or the image cannot be written.
+    pub fn erase_droppable(&self, mappings: &Mappings) -> Result<()> {
+        let Some(image) = &self.image else { return Ok(()) };
+        let droppable = mappings.flagged("dp")?;
+        for (start, places) in self.places.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
+            tracing::debug!("pid {}: erasing droppable memory at {start:#x}", mappings.pid());
+            erase(image, places).map_err(unwritten)?;
+        }
+        Ok(())
+    }
+}
+
+/// Overwrites bytes with zeros.
+fn erase(image: &File, places: &Range<u64>) -> io::Result<()> {
+    let zeros = [0; PAGE as usize];
+    let mut at = places.start;
+    while at < places.end {
+        let len = (places.end - at).min(PAGE);
+        image.write_all_at(&zeros[..len as usize], at)?;
+        at += len;
+    }
+    Ok(())
+}
+
+/// Writes `pagemap-<pid>.img` and a pages image with the private memory of the parasite's process; of its droppable memory too,
+/// for [`Spans::erase_droppable`] to erase.
 ///
 /// # Errors
 /// An image cannot be written, memory cannot be read, or the process is gone. The images are then incomplete.
@@ -102,7 +141,7 @@ pub fn dump_pages(
     images: &ImageDir,
     ids: &PageIds,
     increment: &Increment,
-) -> Result<PageStats> {
+) -> Result<(PageStats, Spans)> {
     let pid = mappings.pid();
     let scan_failed = || call(format!("cannot find out which pages pid {pid} has"));
     let why = |stopped| match stopped {
@@ -114,6 +153,7 @@ pub fn dump_pages(
     for group in groups(mappings.lines(), &scanner, increment, &mut dump.untold)? {
         match group {
             Group::Vdso(v) => dump.vdso(v)?,
+            Group::AioRing(v) => dump.pages(v, Kind::AioRing, v.start..v.end)?,
             Group::Walk(range) => {
                 let walk =
                     scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
@@ -154,6 +194,8 @@ impl From<ResourceError> for Stopped {
 enum Group<'a> {
     /// All of it is saved, whatever the page tables say.
     Vdso(&'a Vma),
+    /// The same.
+    AioRing(&'a Vma),
     /// A walk finds pages to save and guard pages.
     Walk(Range<u64>),
     /// As a walk, over one mapping, whose pages are then protected to tell later writes.
@@ -180,6 +222,8 @@ fn groups<'a>(
     for (v, kind) in lines {
         if *kind == Kind::Vdso {
             groups.push(Group::Vdso(v));
+        } else if *kind == Kind::AioRing {
+            groups.push(Group::AioRing(v));
         } else if is_saved(v, *kind) && registered(v, *kind)? && increment.go_on {
             groups.push(Group::Protect(v.start..v.end));
         } else if !is_saved(v, *kind) && may_have_guards(*kind) && v.len() >= LARGE_GAP {
@@ -212,8 +256,7 @@ struct Dump<'a, 'p> {
     guards: Vec<Range<u64>>,
     /// Index of the first line that ends behind the last run.
     at: usize,
-    /// Where the pages of each mapping lie in the image: its first address, the bytes.
-    spans: Vec<(u64, Range<u64>)>,
+    spans: Spans,
     /// Pages that stack pointers are in, ascending.
     stacks: Vec<u64>,
     /// Mappings whose pages must be in memory: not to be fetched later.
@@ -252,7 +295,7 @@ impl<'a, 'p> Dump<'a, 'p> {
             mappings,
             guards: Vec::new(),
             at: 0,
-            spans: Vec::new(),
+            spans: Spans::default(),
             locked,
             stacks,
             stats: PageStats::default(),
@@ -328,9 +371,9 @@ impl<'a, 'p> Dump<'a, 'p> {
         self.stats.written += bytes / PAGE;
         let Out::Images { copier, .. } = &self.out else { return Ok(()) };
         let end = copier.end();
-        match self.spans.last_mut() {
+        match self.spans.places.last_mut() {
             Some((start, places)) if *start == v.start => places.end = end,
-            _ => self.spans.push((v.start, end - bytes..end)),
+            _ => self.spans.places.push((v.start, end - bytes..end)),
         }
         Ok(())
     }
@@ -344,19 +387,10 @@ impl<'a, 'p> Dump<'a, 'p> {
         self.out.put(v.start, &bytes, PE_PRESENT)
     }
 
-    fn finish(mut self) -> Result<PageStats> {
-        if let Out::Images { copier, .. } = &mut self.out {
-            copier.finish()?;
-            // Droppable memory is known only now, from smaps: what was saved of it becomes zeros, as if it had been dropped.
-            let droppable = self.mappings.flagged("dp")?;
-            for (start, places) in self.spans.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
-                tracing::debug!("pid {}: erasing droppable memory at {start:#x}", self.mappings.pid());
-                copier.erase(places)?;
-            }
-        }
+    fn finish(mut self) -> Result<(PageStats, Spans)> {
         self.mappings.found_guards(self.guards);
         self.stats.scanned = self.stats.written + self.stats.left;
-        self.stats.outside = self.out.finish()?;
-        Ok(self.stats)
+        (self.stats.outside, self.spans.image) = self.out.finish()?;
+        Ok((self.stats, self.spans))
     }
 }

@@ -19,7 +19,7 @@ use super::mappings::{Kind, Mappings};
 use super::out::ToServer;
 use super::pages::{PageIds, PageStats, is_saved};
 use super::records::Records;
-use crate::{Result, call};
+use crate::{Result, call, unwritten};
 
 /// Bytes that are copied at once.
 const BUFFER: usize = 256 << 10;
@@ -145,7 +145,7 @@ impl<'a> Sink<'a> {
     fn put(&mut self, addr: u64, bytes: &[u8]) -> Result<()> {
         match self {
             Self::Images { image, end, records } => {
-                image.write_all_at(bytes, *end).map_err(call("cannot write a pages image"))?;
+                image.write_all_at(bytes, *end).map_err(unwritten)?;
                 *end += bytes.len() as u64;
                 records.add(addr, bytes.len() as u64, PE_PRESENT)
             }

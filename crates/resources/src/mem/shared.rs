@@ -29,7 +29,7 @@ use super::sysv::{Segments, SysvDump};
 use super::vma::{VMA_ANON_SHARED, VMA_GUARD, VMA_SYSVIPC, flag};
 use crate::checkpoint::{PageMap, Run, TreeImage, optional, read_page_map};
 use crate::fd::files::raise;
-use crate::{Result, call, invalid};
+use crate::{Result, call, invalid, unwritten};
 
 /// Bytes that are copied at once where the kernel has no way of its own.
 const BUFFER: usize = 1 << 20;
@@ -171,7 +171,7 @@ impl Object {
             Ok(())
         })?;
         // Behind the last byte of an object the rest of its last page is zeros.
-        image.set_len(end).map_err(call("cannot write a pages image"))?;
+        image.set_len(end).map_err(unwritten)?;
         records.finish()?;
         Ok(end / PAGE)
     }

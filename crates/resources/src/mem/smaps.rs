@@ -8,8 +8,9 @@ use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::ProcError;
 use dormouse_kernel::proc::maps::{self, VmFlags, Vma};
 
-/// Bytes that are parsed at once; the kernel gives a page at most for each read(2).
-const BLOCK: usize = 256 << 10;
+/// Bytes that are parsed at once; the kernel gives a page at most for each read(2). Small enough to be reused by the allocator:
+/// fresh memory costs more than parsing.
+const BLOCK: usize = 32 << 10;
 
 /// Codes of a VmFlags line that are known here, as bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -73,12 +73,12 @@ pub mod prot {
 
 /// Is this mapping made (or inherited) by the task, rather than moved or ignored?
 pub fn is_mapped(v: &pb::VmaEntry) -> bool {
-    v.status & VMA_REGULAR != 0 && v.status & (VMA_VDSO | VMA_VVAR | VMA_VSYSCALL | VMA_GUARD) == 0
+    v.status & (VMA_REGULAR | VMA_AIORING) != 0 && v.status & (VMA_VDSO | VMA_VVAR | VMA_VSYSCALL | VMA_GUARD) == 0
 }
 
-/// Are written pages the task's own? Droppable memory is not: the kernel may take its pages at any time.
+/// Are written pages the task's own? Those of an AIO ring are, whatever its mapping says. Droppable memory is not: the kernel may take its pages at any time.
 pub fn is_private(v: &pb::VmaEntry) -> bool {
-    v.flags & flag::PRIVATE != 0 && v.flags & flag::SHARED == 0
+    v.flags & flag::PRIVATE != 0 && v.flags & flag::SHARED == 0 || v.status & VMA_AIORING != 0
 }
 
 /// May the pages be fetched after the restore? CRIU's rule, for `PE_LAZY`.
@@ -96,7 +96,7 @@ pub fn describe(v: &pb::VmaEntry) -> String {
 
 /// The kind that cannot be restored yet, if it is one.
 pub fn unsupported(v: &pb::VmaEntry) -> Option<&'static str> {
-    let kinds = [(VMA_AIORING, "an AIO ring"), (VMA_SHSTK, "a shadow stack"), (VMA_UPROBES, "a uprobes area")];
+    let kinds = [(VMA_SHSTK, "a shadow stack"), (VMA_UPROBES, "a uprobes area")];
     kinds.iter().find(|(bit, _)| v.status & bit != 0).map(|(_, kind)| *kind)
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::sync::OnceLock;
 
 use dormouse_kernel::proc::misc::{NsKind, ns_inode};
 use dormouse_kernel::proc::status::Status;
@@ -90,6 +91,20 @@ fn of_thread(pid: HostPid, tid: HostPid) -> Result<Vec<(String, &'static str)>> 
     Ok(reasons)
 }
 
+type Namespace = (NsKind, Option<u64>);
+
+/// The namespaces of this program that a tree must be in too. This program never changes its own.
+fn own_namespaces() -> Result<&'static [Namespace]> {
+    static OWN: OnceLock<Vec<Namespace>> = OnceLock::new();
+    if let Some(own) = OWN.get() {
+        return Ok(own);
+    }
+    let kinds = [NsKind::User, NsKind::Mnt, NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Cgroup, NsKind::Time];
+    let own = kinds.map(|kind| Ok((kind, ns_inode(HostPid::current(), kind)?)));
+    let own = own.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(OWN.get_or_init(|| own))
+}
+
 fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
     if status.ns_pid.len() > 1 {
         found.add("it is in a pid namespace of its own", "dump it from inside that namespace");
@@ -99,9 +114,8 @@ fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
         found
             .add("its children will be in another pid namespace (unshare, setns)", "dump the tree before it makes one");
     }
-    let kinds = [NsKind::User, NsKind::Mnt, NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Cgroup, NsKind::Time];
-    for kind in kinds {
-        if ns_inode(pid, kind)? != ns_inode(HostPid::current(), kind)? {
+    for (kind, own) in own_namespaces()? {
+        if ns_inode(pid, *kind)? != *own {
             let what = format!("it is in another {} namespace than dormouse", kind.file_name());
             found.add(what, "dump it from inside that namespace (nsenter(1))");
         }

@@ -92,28 +92,45 @@ fn asks_a_supervisor(program: &[u8]) -> bool {
     })
 }
 
+/// How a thread is confined, as its record has it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Confined {
+    mode: Option<pb::SeccompMode>,
+    filter: Option<u32>,
+}
+
+impl Confined {
+    /// Notes it in the record of the thread.
+    pub fn note(self, core: &mut pb::CoreEntry) {
+        if let (Some(mode), Some(thread)) = (self.mode, core.thread_core.as_mut()) {
+            thread.seccomp_mode = Some(mode as i32);
+            thread.seccomp_filter = self.filter;
+        }
+    }
+}
+
 /// The filters of a dump.
 #[derive(Debug, Default)]
 pub struct FilterTable(pb::SeccompEntry);
 
 impl FilterTable {
-    /// Notes in the records of a process's threads, the leader first, how they are confined.
-    pub fn add<'c>(&mut self, threads: impl Iterator<Item = (&'c mut pb::CoreEntry, &'c Confinement)>) {
-        let mut threads: Vec<_> = threads.collect();
-        let alike = matches!(threads.first(), Some((_, Confinement::Filters(_))))
-            && threads.iter().all(|(_, c)| *c == threads[0].1);
-        for (i, (core, confinement)) in threads.iter_mut().enumerate() {
-            let Some(thread) = core.thread_core.as_mut() else { continue };
-            match confinement {
-                Confinement::None => {}
-                Confinement::Strict => thread.seccomp_mode = Some(pb::SeccompMode::Strict as i32),
-                Confinement::Filters(_) if alike && i > 0 => {}
+    /// How the threads of a process are confined, the leader first, as their records have it.
+    pub fn add(&mut self, threads: &[Confinement]) -> Vec<Confined> {
+        let alike =
+            matches!(threads.first(), Some(Confinement::Filters(_))) && threads.iter().all(|c| *c == threads[0]);
+        let mut all = Vec::with_capacity(threads.len());
+        for (i, confinement) in threads.iter().enumerate() {
+            all.push(match confinement {
+                Confinement::None => Confined::default(),
+                Confinement::Strict => Confined { mode: Some(pb::SeccompMode::Strict), filter: None },
+                Confinement::Filters(_) if alike && i > 0 => Confined::default(),
                 Confinement::Filters(chain) => {
-                    thread.seccomp_mode = Some(pb::SeccompMode::Filter as i32);
-                    thread.seccomp_filter = Some(self.chain(chain, if alike { FLAG_TSYNC } else { 0 }));
+                    let filter = self.chain(chain, if alike { FLAG_TSYNC } else { 0 });
+                    Confined { mode: Some(pb::SeccompMode::Filter), filter: Some(filter) }
                 }
-            }
+            });
         }
+        all
     }
 
     /// The number of the oldest filter of a chain. The record of each leads to the one after it, which is before it in the
@@ -251,12 +268,12 @@ mod tests {
     fn chains_keep_their_order() {
         let mut table = FilterTable::default();
         let mut cores = cores(3);
-        let [a, b, c] = [
+        let confined = table.add(&[
             Confinement::Filters(vec![filter(1), filter(2)]),
             Confinement::None,
             Confinement::Filters(vec![filter(1), filter(2), filter(3)]),
-        ];
-        table.add(cores.iter_mut().zip([&a, &b, &c]));
+        ]);
+        cores.iter_mut().zip(confined).for_each(|(core, confined)| confined.note(core));
         assert_eq!(
             [back(&table, &cores[0]), back(&table, &cores[1]), back(&table, &cores[2])],
             [vec![1, 2], vec![], vec![1, 2, 3]]
@@ -268,8 +285,8 @@ mod tests {
     fn threads_alike_get_the_chain_of_their_leader() {
         let mut table = FilterTable::default();
         let mut cores = cores(2);
-        let same = Confinement::Filters(vec![filter(1), filter(2)]);
-        table.add(cores.iter_mut().zip([&same, &same]));
+        let confined = table.add(&vec![Confinement::Filters(vec![filter(1), filter(2)]); 2]);
+        cores.iter_mut().zip(confined).for_each(|(core, confined)| confined.note(core));
         assert_eq!([mode(&cores[0], None).0, mode(&cores[1], None).0], [2, 0]);
         assert_eq!(table.0.seccomp_filters.len(), 2);
         assert!(table.0.seccomp_filters.iter().all(|f| f.flags.unwrap() & FLAG_TSYNC != 0));

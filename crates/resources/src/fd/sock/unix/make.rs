@@ -14,7 +14,8 @@ use dormouse_infect::host::unix::{self, Credentials};
 
 use super::super::{make, small};
 use super::{
-    ESTABLISHED, EXTERNAL, LISTEN, SERVICE, address, as_another, bare, bind, holder, is_datagram, is_path, key, label, maker,
+    ESTABLISHED, EXTERNAL, LISTEN, SERVICE, address, as_another, bare, bind, holder, is_datagram, is_path, key, label,
+    maker,
 };
 use crate::fd::Files;
 use crate::{Result, call, invalid};
