@@ -280,7 +280,7 @@ fn nothing_of_ours_stays_open_in_the_target() {
     let before = dormouse_kernel::proc::fds(zoo.pid).expect("descriptors");
     drop(Dumped::of(&zoo));
     assert_eq!(dormouse_kernel::proc::fds(zoo.pid).expect("descriptors"), before, "after a dump");
-    let mut tree = Tree::freeze(zoo.pid, None).expect("freeze");
+    let mut tree = Tree::freeze(zoo.pid, None, None).expect("freeze");
     let leader = &mut tree.tasks[0].threads[0];
     let state = leader.state().expect("state");
     let mut parasite = Parasite::infect(leader, state).expect("infect");

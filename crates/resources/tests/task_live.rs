@@ -68,7 +68,7 @@ impl Drop for Child {
 
 /// Enters a process, lets `before` add operations, and asks it everything.
 fn ask(pid: HostPid, before: impl FnOnce(&mut Batch, &mut Arena)) -> (pb::CoreEntry, Option<pb::ThreadExt>) {
-    let mut tree = Tree::freeze(pid, None).expect("freezing a child");
+    let mut tree = Tree::freeze(pid, None, None).expect("freezing a child");
     let task = &mut tree.tasks[0];
     let leader = &mut task.threads[0];
     let state = leader.state().unwrap();
@@ -364,7 +364,7 @@ fn outcome(child: &mut Child, within: Duration) -> Option<Outcome> {
 
 /// Puts the registers of a waiting process through an image, as a dump and a restore do, and lets it go on.
 fn through_an_image(pid: HostPid, with_sidecar: bool, meanwhile: impl FnOnce()) {
-    let tree = Tree::freeze(pid, None).unwrap();
+    let tree = Tree::freeze(pid, None, None).unwrap();
     meanwhile();
     let leader = &tree.tasks[0].threads[0];
     let state = leader.state().unwrap();
@@ -490,7 +490,7 @@ fn a_wait_that_was_interrupted_before_goes_on_too() {
     let mut child = Child::new(body);
     for _ in 0..2 {
         std::thread::sleep(Duration::from_millis(200));
-        Tree::freeze(child.pid, None).unwrap().thaw();
+        Tree::freeze(child.pid, None, None).unwrap().thaw();
     }
     std::thread::sleep(Duration::from_millis(100));
     through_an_image(child.pid, true, || {});
@@ -572,5 +572,18 @@ fn blockers_are_named_with_the_next_step() {
     let may = dormouse_kernel::CapSet::effective(HostPid::current()).unwrap().has("CAP_SYS_ADMIN");
     assert_eq!(found.len(), usize::from(!may), "{found:?}");
     assert!(may || found[0].to_string().contains("run dormouse with CAP_SYS_ADMIN"), "{found:?}");
+    let parting = Child::new(|_| {
+        const CLONE_NEWTIME: libc::c_int = 0x80;
+        // SAFETY: a time namespace for children that this process never has.
+        unsafe { libc::unshare(CLONE_NEWTIME) };
+    })
+    .ready();
+    let namespace = |name| std::fs::read_link(parting.pid.proc_path(name)).ok();
+    if namespace("ns/time") == namespace("ns/time_for_children") {
+        eprintln!("skipped: needs time namespaces and the right to make them");
+    } else {
+        let found = task::blockers(parting.pid, &options).unwrap();
+        assert!(found[0].to_string().contains("its children will be in another time namespace"), "{found:?}");
+    }
     std::io::stderr().flush().unwrap();
 }
