@@ -220,11 +220,11 @@ fn finish(request: &Request<'_>, tree: Tree, connections: Connections) -> Result
             tree.thaw();
         }
         After::Stop => {
-            drop(connections);
             for t in tree.tasks.iter().filter(|t| !t.zombie) {
                 process::stop(t.pid)
                     .map_err(|cause| DumpError::Call { what: format!("cannot stop pid {}", t.pid), cause })?;
             }
+            connections.keep_locked()?;
             tree.thaw();
         }
     }

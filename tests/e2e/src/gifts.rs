@@ -365,7 +365,7 @@ fn unix_waiting(path: &Path, sent: &[u8]) -> io::Result<Pair> {
 }
 
 /// A connection whose other end belongs to a process outside of the tree.
-fn tcp_connection() -> io::Result<Pair> {
+pub fn tcp_connection() -> io::Result<Pair> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let given = TcpStream::connect(listener.local_addr()?)?;
     Ok(Pair { given: given.into(), kept: Some(listener.accept()?.0.into()) })
