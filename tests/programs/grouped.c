@@ -17,6 +17,8 @@ static void start(int number)
 {
 	pthread_t thread;
 	MUST(!pthread_create(&thread, NULL, count, (void *)&counts[number]));
+	// Until it runs, it may have signals blocked.
+	MUST(UNTIL(counts[number] > 0, 5000));
 }
 
 static void check_counts(void)

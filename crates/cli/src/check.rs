@@ -187,6 +187,24 @@ const ROWS: &[Row] = &[
         next: "use a kernel with CONFIG_AIO, and raise fs.aio-max-nr",
     },
     Row {
+        names: &["overlayfs_maps"],
+        need: Need::Sometimes,
+        purpose: "mapped files of overlays",
+        next: "run as root, on a kernel with CONFIG_CHECKPOINT_RESTORE",
+    },
+    Row {
+        names: &["sk_unix_file"],
+        need: Need::Sometimes,
+        purpose: "unix sockets whose names are gone",
+        next: "run with CAP_NET_ADMIN, on Linux 4.10 or later",
+    },
+    Row {
+        names: &["ns_pid"],
+        need: Need::Sometimes,
+        purpose: "restore --new-pid-ns",
+        next: "use Linux 4.1 or later, with CONFIG_PID_NS",
+    },
+    Row {
         names: &["network_lock_nftables"],
         need: Need::Sometimes,
         purpose: "TCP connections (else --network-lock skip)",
@@ -213,31 +231,31 @@ const ROWS: &[Row] = &[
     Row { names: &["timens"], need: Need::NotYet, purpose: "time namespaces", next: "nothing uses it yet" },
 ];
 
-/// Features that CRIU knows and nothing here uses yet, whatever the kernel can.
-const CRIUS: &[&str] = &[
-    "apparmor_stacking",
-    "autofs",
-    "breakpoints",
-    "can_map_vdso",
-    "cgroupns",
-    "compat_cr",
-    "external_net_ns",
-    "has_ipt_legacy",
-    "link_nsid",
-    "move_mount_set_group",
-    "newifindex",
-    "nftables",
-    "ns_pid",
-    "nsid",
-    "overlayfs_maps",
-    "pidfd_store",
-    "sk_ns",
-    "sk_unix_file",
-    "tun",
-    "tun_ns",
-    "uffd",
-    "uffd-noncoop",
-    "userns",
+/// What stands against all features of namespaces.
+const NAMESPACES: &str = "trees with namespaces of their own cannot be dumped yet";
+
+/// Features that CRIU knows and nothing here uses, whatever the kernel can, and why.
+const CRIUS: &[(&str, &str)] = &[
+    ("apparmor_stacking", "security profiles are not restored yet"),
+    ("autofs", "its mounts are part of mount namespaces, which cannot be dumped yet"),
+    ("breakpoints", "nothing is done with hardware breakpoints, so nothing is missing"),
+    ("can_map_vdso", "the vDSO is moved or led over to the new one, never mapped anew, so nothing is missing"),
+    ("cgroupns", NAMESPACES),
+    ("compat_cr", "32-bit programs cannot be dumped yet"),
+    ("external_net_ns", NAMESPACES),
+    ("has_ipt_legacy", "packets are held back by nftables, which needs no program"),
+    ("link_nsid", NAMESPACES),
+    ("move_mount_set_group", NAMESPACES),
+    ("newifindex", NAMESPACES),
+    ("nftables", "rules are part of network namespaces, which cannot be dumped yet"),
+    ("nsid", NAMESPACES),
+    ("pidfd_store", "the service keeps no handles of processes between pre-dumps yet"),
+    ("sk_ns", NAMESPACES),
+    ("tun", "its devices are part of network namespaces, which cannot be dumped yet"),
+    ("tun_ns", NAMESPACES),
+    ("uffd", "pages cannot be fetched after the restore yet (lazy pages)"),
+    ("uffd-noncoop", "pages cannot be fetched after the restore yet (lazy pages)"),
+    ("userns", NAMESPACES),
 ];
 
 /// `dormouse check`
@@ -279,8 +297,8 @@ fn can_be_dumped(pid: i32, args: &CheckArgs) -> Result<ExitCode> {
 /// One feature by name.
 fn feature(name: &str, place: &Place) -> Result<ExitCode> {
     let Some(row) = ROWS.iter().find(|row| row.names.contains(&name)) else {
-        if CRIUS.contains(&name) {
-            bail!("{name} is not supported: what it is for cannot be dumped yet, whatever this kernel can");
+        if let Some((_, why)) = CRIUS.iter().find(|(known, _)| *known == name) {
+            bail!("{name} is not supported, whatever this kernel can: {why}");
         }
         let known: Vec<&str> = ROWS.iter().flat_map(|row| row.names).copied().collect();
         bail!("unknown feature {name}; known are {}", known.join(", "));
@@ -349,6 +367,8 @@ fn support(row: &Row, features: &Features, place: Option<&Place>) -> Support {
     match row.names[0] {
         "checkpoint_restore" if features.caps.can_checkpoint_restore() => Support::Yes,
         "checkpoint_restore" => Support::No,
+        // They are found by their links there, whatever device the list of mappings shows.
+        "overlayfs_maps" => features.map_files,
         "mem_dirty_track" if features.pagemap_scan.is_yes() && features.userfaultfd_wp_async.is_yes() => Support::Yes,
         "mnt_id" => {
             place.and_then(|place| mnt_id(place).ok()).unwrap_or(Support::Unknown(nix::errno::Errno::ENOENT as i32))
@@ -376,7 +396,7 @@ mod tests {
         let features = Features::probe();
         let known: Vec<&str> = features.list().iter().map(|(name, _)| *name).chain(probes::names()).collect();
         for row in ROWS {
-            let own = ["checkpoint_restore", "mnt_id"].contains(&row.names[0]);
+            let own = ["checkpoint_restore", "mnt_id", "overlayfs_maps"].contains(&row.names[0]);
             assert!(own || known.contains(&row.names[0]), "{}", row.names[0]);
         }
         for name in known {
@@ -394,7 +414,8 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<&str> = ROWS.iter().flat_map(|row| row.names).chain(CRIUS).copied().collect();
+        let mut names: Vec<&str> = ROWS.iter().flat_map(|row| row.names).copied().collect();
+        names.extend(CRIUS.iter().map(|(name, _)| name));
         let count = names.len();
         names.sort_unstable();
         names.dedup();

@@ -223,12 +223,14 @@ fn finish(request: &Request<'_>, tree: Tree, connections: Connections) -> Result
             tree.thaw();
         }
         After::Stop => {
-            drop(connections);
-            for t in tree.tasks.iter().filter(|t| !t.zombie) {
-                process::stop(t.pid)
-                    .map_err(|cause| DumpError::Call { what: format!("cannot stop pid {}", t.pid), cause })?;
+            let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
+            for pid in &pids {
+                process::stop(*pid)
+                    .map_err(|cause| DumpError::Call { what: format!("cannot stop pid {pid}"), cause })?;
             }
+            connections.keep_locked()?;
             tree.thaw();
+            process::await_stopped(pids);
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use dormouse_infect::InfectError;
 use dormouse_infect::host::sock::{self, Opt};
 use dormouse_infect::host::stand_in::StandIn;
-use dormouse_infect::host::{epoll, fd as host};
+use dormouse_infect::host::{epoll, fd as host, unix};
 use dormouse_infect::ptrace::Tracee;
 use dormouse_kernel::netlink::{Netlink, diag};
 use dormouse_kernel::{HostPid, Session, Support, TargetFd};
@@ -19,7 +19,7 @@ use nix::fcntl::{OFlag, OpenHow, openat2};
 type Probe = (&'static str, fn() -> io::Result<bool>);
 
 /// All of them.
-const PROBES: [Probe; 14] = [
+const PROBES: [Probe; 16] = [
     ("timerfd", timerfd),
     ("fdinfo_lock", fdinfo_lock),
     ("kcmp_epoll", kcmp_epoll),
@@ -32,6 +32,8 @@ const PROBES: [Probe; 14] = [
     ("sockopt_buf_lock", || Ok(sock::get_int(udp(libc::AF_INET)?, Opt::SO_BUF_LOCK).is_ok())),
     ("memfd_hugetlb", memfd_hugetlb),
     ("aio_remap", dormouse_infect::host::aio::rings_move),
+    ("sk_unix_file", sk_unix_file),
+    ("ns_pid", || Ok(fs::read_to_string("/proc/self/status")?.lines().any(|line| line.starts_with("NSpid:")))),
     ("network_lock_nftables", network_lock_nftables),
     ("openat2", || {
         Ok(openat2(nix::fcntl::AT_FDCWD, "/", OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC)).is_ok())
@@ -142,6 +144,16 @@ fn memfd_hugetlb() -> io::Result<bool> {
         Ok(_) => Ok(true),
         Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT | nix::errno::Errno::ENODEV) => Ok(false),
         Err(e) => Err(e.into()),
+    }
+}
+
+/// A socket without a name has no file: a kernel that looks says so.
+fn sk_unix_file() -> io::Result<bool> {
+    match unix::file(&sock::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?) {
+        Ok(_) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

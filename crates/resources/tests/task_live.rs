@@ -572,5 +572,18 @@ fn blockers_are_named_with_the_next_step() {
     let may = dormouse_kernel::CapSet::effective(HostPid::current()).unwrap().has("CAP_SYS_ADMIN");
     assert_eq!(found.len(), usize::from(!may), "{found:?}");
     assert!(may || found[0].to_string().contains("run dormouse with CAP_SYS_ADMIN"), "{found:?}");
+    let parting = Child::new(|_| {
+        const CLONE_NEWTIME: libc::c_int = 0x80;
+        // SAFETY: a time namespace for children that this process never has.
+        unsafe { libc::unshare(CLONE_NEWTIME) };
+    })
+    .ready();
+    let namespace = |name| std::fs::read_link(parting.pid.proc_path(name)).ok();
+    if namespace("ns/time") == namespace("ns/time_for_children") {
+        eprintln!("skipped: needs time namespaces and the right to make them");
+    } else {
+        let found = task::blockers(parting.pid, &options).unwrap();
+        assert!(found[0].to_string().contains("its children will be in another time namespace"), "{found:?}");
+    }
     std::io::stderr().flush().unwrap();
 }

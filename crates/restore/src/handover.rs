@@ -142,6 +142,7 @@ fn run_stages(
     (request.hooks)("pre-resume", Some(root.0)).map_err(RestoreError::Hook)?;
     files.arm_watches()?;
     files.resume_connections()?;
+    let mut stopping = Vec::new();
     for t in image.tasks.iter().filter(|t| !t.is_zombie()) {
         let own = t.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
         for signal in late(t.tc().signals_s.as_ref()).into_iter().chain(late(own)) {
@@ -151,6 +152,7 @@ fn run_stages(
             let signal = if request.leave_stopped { None } else { stop_signal(image, t) };
             process::send(HostPid(t.pid()), signal.unwrap_or(SIGSTOP))
                 .map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
+            stopping.push(HostPid(t.pid()));
         }
     }
     for t in tracees.iter() {
@@ -159,6 +161,7 @@ fn run_stages(
     for t in tracees.drain(..).rev() {
         t.detach()?;
     }
+    process::await_stopped(stopping);
     Ok(parked_us)
 }
 

@@ -1,7 +1,9 @@
 //! Control groups that are frozen for a dump (`--freeze-cgroup`): both versions; they are what they were afterwards.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -165,33 +167,34 @@ fn killed(case: &Case<'_>) -> Result<Outcome> {
     Ok(Outcome::Passed(format!("{KILLED} dumpers")))
 }
 
-fn refused_with(case: &Case<'_>, group: &Path, words: &[&str]) -> Result<Outcome> {
-    fs::remove_file(case.path("group")).ok();
+fn no_group(case: &Case<'_>) -> Result<Outcome> {
+    let group = case.path("no-group");
+    fs::create_dir(&group)?;
     let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
-    let options = ["--freeze-cgroup".to_owned(), word(group).to_owned()];
+    let options = ["--freeze-cgroup".to_owned(), word(&group).to_owned()];
     let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &options)?;
-    refused(case, &ran, words)?;
+    refused(case, &ran, &[word(&group), "no control group that can be frozen"])?;
     target.unharmed()?;
     target.ask()?;
     Ok(Outcome::PASSED)
 }
 
-fn no_group(case: &Case<'_>) -> Result<Outcome> {
-    let group = case.path("no-group");
-    fs::create_dir(&group)?;
-    refused_with(case, &group, &[word(&group), "no control group that can be frozen"])
-}
-
-/// All of the hierarchy would stand still, and with it the dump.
+/// A dump that runs in the group itself would stop with it.
 fn own_group(case: &Case<'_>) -> Result<Outcome> {
-    let Some(group) = Group::new(case, V1)? else {
-        return Ok(Outcome::needs("a cgroup freezer and the right to mount it"));
+    let Some(group) = Group::new(case, V2)? else {
+        return Ok(Outcome::needs("control groups of version 2 and the right to mount them"));
     };
-    let own = fs::read_to_string("/proc/self/cgroup")?;
-    let below = own.lines().find_map(|line| line.split_once(":freezer:")).map_or("/", |(_, path)| path);
-    let path = group.root.join(below.trim_start_matches('/'));
-    if !path.join("freezer.state").exists() {
-        return Ok(Outcome::needs("a freezer group that is not the root of all"));
-    }
-    refused_with(case, &path, &[word(&path), "holds this program"])
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
+    let images = case.path("img");
+    let mut command = case.dump_command(&case.args.bin, target.pid, &images, &group.options())?;
+    let members = OpenOptions::new().write(true).open(group.path.join("cgroup.procs"))?;
+    // SAFETY: write(2) is async-signal-safe; 0 stands for who writes it.
+    unsafe { command.pre_exec(move || (&members).write_all(b"0")) };
+    let child = case.start_tool(command, "dump")?;
+    let ran = case.wait_tool(child, "dump", &images.join("dump.log"), TOOL_LIMIT)?;
+    refused(case, &ran, &[word(&group.path), "holds this program"])?;
+    group.is(false)?;
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
 }

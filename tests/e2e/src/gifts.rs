@@ -42,6 +42,78 @@ pub struct Gift {
 /// All of them.
 pub const GIFTS: &[Gift] = &[
     Gift { name: "io_uring", open: |_| io_uring(), options: &[], words: &["io_uring"], needs: "io_uring" },
+    Gift {
+        name: "userfaultfd",
+        open: |_| userfaultfd(),
+        options: &[],
+        words: &["userfaultfd", "close it"],
+        needs: "userfaultfd",
+    },
+    Gift { name: "bpf_map", open: |_| bpf_map(), options: &[], words: &["bpf-map", "close it"], needs: "BPF maps" },
+    Gift {
+        name: "tun_device",
+        open: |_| device("/dev/net/tun"),
+        options: &[],
+        words: &["/dev/net/tun", "close it"],
+        needs: "/dev/net/tun",
+    },
+    Gift {
+        name: "block_device",
+        open: |_| block_device(),
+        options: &[],
+        words: &["block device", "close it"],
+        needs: "a block device",
+    },
+    Gift {
+        name: "mount_that_nobody_has",
+        open: |_| detached_mount(),
+        options: &[],
+        words: &["close it"],
+        needs: "mounts without a place",
+    },
+    Gift {
+        name: "context_of_a_file_system",
+        open: |_| fs_context(),
+        options: &[],
+        words: &["fscontext", "close it"],
+        needs: "fsopen",
+    },
+    Gift { name: "landlock_rules", open: |_| landlock(), options: &[], words: &["landlock"], needs: "landlock" },
+    Gift {
+        name: "socket_of_the_crypto_api",
+        open: |_| other_socket(libc::AF_ALG, libc::SOCK_SEQPACKET),
+        options: &[],
+        words: &["socket", "close it"],
+        needs: "AF_ALG",
+    },
+    Gift {
+        name: "socket_to_a_hypervisor",
+        open: |_| other_socket(libc::AF_VSOCK, libc::SOCK_STREAM),
+        options: &[],
+        words: &["socket", "close it"],
+        needs: "AF_VSOCK",
+    },
+    Gift {
+        name: "handle_of_a_thread",
+        open: |_| handle_of_thread(),
+        options: &[],
+        words: &["PIDFD_THREAD", "close it"],
+        needs: "handles of threads",
+    },
+    Gift {
+        name: "pipe_opened_for_its_name",
+        open: |_| pipe_by_name(),
+        options: &[],
+        words: &["O_PATH", "close it"],
+        needs: "pipes",
+    },
+    Gift {
+        name: "socket_that_holds_back",
+        open: |_| corked(),
+        options: &[],
+        words: &["UDP_CORK", "let the"],
+        needs: "UDP",
+    },
     Gift { name: "perf_event", open: |_| perf_event(), options: &[], words: &["perf_event"], needs: "perf events" },
     Gift {
         name: "watch_of_a_deleted_file",
@@ -180,6 +252,96 @@ pub fn perf_event() -> io::Result<Pair> {
     owned(unsafe { libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, close_on_exec) })
 }
 
+/// The task's own, which fills nothing. For user mode alone, which needs no rights.
+fn userfaultfd() -> io::Result<Pair> {
+    const USER_MODE_ONLY: i32 = 1;
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) })
+}
+
+/// An array of one element; see bpf(2).
+fn bpf_map() -> io::Result<Pair> {
+    // BPF_MAP_CREATE; union bpf_attr: type (BPF_MAP_TYPE_ARRAY), bytes of a key and of a value, elements, and 14 more.
+    let mut attributes = [0_u32; 18];
+    attributes[..4].copy_from_slice(&[2, 4, 8, 1]);
+    // SAFETY: the attributes are as long as they are said to be, and only read.
+    owned(unsafe { libc::syscall(libc::SYS_bpf, 0, attributes.as_ptr(), size_of_val(&attributes)) })
+}
+
+fn device(path: &str) -> io::Result<Pair> {
+    Ok(Pair { given: OpenOptions::new().read(true).write(true).open(path)?.into(), kept: None })
+}
+
+fn block_device() -> io::Result<Pair> {
+    use std::os::unix::fs::FileTypeExt as _;
+    for entry in fs::read_dir("/dev")? {
+        let entry = entry?;
+        if entry.file_type()?.is_block_device()
+            && let Ok(file) = File::open(entry.path())
+        {
+            return Ok(Pair { given: file.into(), kept: None });
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
+/// A tmpfs that is being set up.
+fn fs_context() -> io::Result<Pair> {
+    const CLOEXEC: u32 = 1;
+    // SAFETY: the kernel reads a string that ends.
+    owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), CLOEXEC) })
+}
+
+/// A tmpfs that is mounted nowhere.
+fn detached_mount() -> io::Result<Pair> {
+    const CREATE: u32 = 6;
+    let context = fs_context()?;
+    let none = std::ptr::null::<libc::c_char>();
+    // SAFETY: takes numbers and null pointers, as FSCONFIG_CMD_CREATE wants them.
+    let made = unsafe { libc::syscall(libc::SYS_fsconfig, context.given.as_raw_fd(), CREATE, none, none, 0) };
+    Errno::result(made)?;
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.given.as_raw_fd(), 1, 0) })
+}
+
+/// Rules that no task is under yet; see landlock(7).
+fn landlock() -> io::Result<Pair> {
+    let read_files = [4_u64];
+    // SAFETY: reads one number, of as many bytes as it is said to have.
+    owned(unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, read_files.as_ptr(), 8, 0) })
+}
+
+fn other_socket(family: i32, kind: i32) -> io::Result<Pair> {
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, 0) }.into())
+}
+
+/// Since Linux 6.9.
+fn handle_of_thread() -> io::Result<Pair> {
+    const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), PIDFD_THREAD) })
+}
+
+fn pipe_by_name() -> io::Result<Pair> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let (reader, writer) = io::pipe()?;
+    let name = format!("/proc/self/fd/{}", reader.as_raw_fd());
+    let given = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(name)?;
+    Ok(Pair { given: given.into(), kept: Some(writer.into()) })
+}
+
+/// A UDP socket with data that is to be sent with what follows.
+fn corked() -> io::Result<Pair> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    let on = 1_i32;
+    let at = (&raw const on).cast();
+    // SAFETY: reads four bytes of a number.
+    Errno::result(unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_CORK, at, 4) })?;
+    socket.send_to(b"held back", "127.0.0.1:9")?;
+    Ok(Pair { given: socket.into(), kept: None })
+}
+
 /// A stream socket whose other end belongs to a process outside of the tree.
 fn socket() -> io::Result<Pair> {
     let (given, kept) = UnixStream::pair()?;
@@ -203,7 +365,7 @@ fn unix_waiting(path: &Path, sent: &[u8]) -> io::Result<Pair> {
 }
 
 /// A connection whose other end belongs to a process outside of the tree.
-fn tcp_connection() -> io::Result<Pair> {
+pub fn tcp_connection() -> io::Result<Pair> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let given = TcpStream::connect(listener.local_addr()?)?;
     Ok(Pair { given: given.into(), kept: Some(listener.accept()?.0.into()) })

@@ -31,6 +31,7 @@ mod server_sql;
 mod servers;
 mod service;
 mod spoil;
+mod stopped;
 mod target;
 mod tmpfs;
 mod tty;
@@ -85,7 +86,9 @@ fn collect(args: &Args) -> Vec<report::Test> {
     let mut tests = Vec::new();
     for group in &args.groups {
         match group {
-            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests())),
+            Group::Programs => tests.extend(
+                programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests()).chain(stopped::tests()),
+            ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
             Group::Refuse => tests.extend(refuse::tests().into_iter().chain(cpu::tests())),

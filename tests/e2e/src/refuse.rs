@@ -1,7 +1,7 @@
 //! What must be refused: with an exit code, a message that names the thing and a next step, and without any harm done.
 
 use std::fs::{self, OpenOptions};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -26,6 +26,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("refuse/every_reason_at_once", every_reason_at_once),
         Test::new("refuse/traced_process", traced_process),
         Test::new("refuse/sysv_shm_of_others", sysv_shm_of_others),
+        Test::new("refuse/pipe_of_an_automounter", automounter),
         Test::new("refuse/zombie_root", zombie_root),
         Test::new("refuse/kernel_thread", kernel_thread),
         Test::new("refuse/no_such_process", no_such_process),
@@ -122,6 +123,19 @@ fn sysv_shm_of_others(case: &Case<'_>) -> Result<Outcome> {
     target.unharmed()?;
     target.ask()?;
     Ok(Outcome::PASSED)
+}
+
+/// The target has the pipe by which a mounted autofs asks for mounts.
+fn automounter(case: &Case<'_>) -> Result<Outcome> {
+    let (reader, writer) = std::io::pipe()?;
+    let options = format!("fd={},pgrp={},minproto=5,maxproto=5,direct", writer.as_raw_fd(), nix::unistd::getpgrp());
+    let Some(mounted) = Tmpfs::of_kind(&case.path("automount"), "autofs", &options)? else {
+        return Ok(Outcome::needs("autofs and the right to mount it"));
+    };
+    drop(writer);
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[reader.as_fd()]));
+    let (pid, fd) = (target.pid.to_string(), reader.as_raw_fd().to_string());
+    refused_dump(case, &mut target, &[], &[&pid, &fd, "autofs at", word(mounted.path()), "unmount"])
 }
 
 fn zombie_root(case: &Case<'_>) -> Result<Outcome> {

@@ -20,9 +20,18 @@ impl Tmpfs {
         Self::mount(path, MsFlags::MS_RDONLY, "size=64k")
     }
 
+    /// Mounts a file system of another kind.
+    pub fn of_kind(path: &Path, kind: &str, options: &str) -> Result<Option<Self>> {
+        Self::mount_kind(path, kind, MsFlags::empty(), options)
+    }
+
     fn mount(path: &Path, flags: MsFlags, options: &str) -> Result<Option<Self>> {
+        Self::mount_kind(path, "tmpfs", flags, options)
+    }
+
+    fn mount_kind(path: &Path, kind: &str, flags: MsFlags, options: &str) -> Result<Option<Self>> {
         fs::create_dir(path).with_context(|| format!("create {}", path.display()))?;
-        let mounted = mount(Some("none"), path, Some("tmpfs"), flags, Some(options));
+        let mounted = mount(Some("none"), path, Some(kind), flags, Some(options));
         Ok(mounted.is_ok().then(|| Self(path.to_owned())))
     }
 

@@ -1,8 +1,10 @@
 //! Making the first process of a restored tree, and looking after processes that are ours to end.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::stat;
 use dormouse_sys::arch;
 
 use crate::arena::Arena;
@@ -80,6 +82,19 @@ pub fn send(pid: HostPid, signal: i32) -> io::Result<()> {
 pub fn stop(pid: HostPid) -> io::Result<()> {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGSTOP)?;
     Ok(())
+}
+
+/// Waits until processes that were told to stop have, for a second at most: one that was just let go by its tracer still has to
+/// take notice. One that has ended is not waited for.
+pub fn await_stopped(pids: impl IntoIterator<Item = HostPid>) {
+    const PAUSE: Duration = Duration::from_micros(200);
+    let end = Instant::now() + Duration::from_secs(1);
+    let is_stopped = |pid| stat::read(pid).map_or(true, |s| matches!(s.state, b'T' | b'Z' | b'X'));
+    for pid in pids {
+        while !is_stopped(pid) && Instant::now() < end {
+            std::thread::sleep(PAUSE);
+        }
+    }
 }
 
 /// Reaps a child that has ended, without waiting; false if it has not, or is not ours to reap.

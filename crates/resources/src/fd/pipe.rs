@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageDir, ImageKind, ImageWriter, pb};
+use dormouse_kernel::proc::mountinfo::MountInfo;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::SFlag;
 use nix::unistd::pipe2;
@@ -34,9 +35,22 @@ impl FdKind for Pipe {
         view.file_type() == SFlag::S_IFIFO && view.link.starts_with(b"pipe:[")
     }
 
-    fn blocker(&self, view: &FdView, _: &mut Look<'_>) -> Result<Option<Blocker>> {
-        let path = view.is_path();
-        Ok(path.then(|| view.blocker("a pipe that was opened for its name alone (O_PATH)", "close it and retry")))
+    fn blocker(&self, view: &FdView, look: &mut Look<'_>) -> Result<Option<Blocker>> {
+        if view.is_path() {
+            return Ok(Some(view.blocker("a pipe that was opened for its name alone (O_PATH)", "close it and retry")));
+        }
+        // The kernel has the other end, and would not have that of another pipe.
+        let option = format!("pipe_ino={}", view.stat.st_ino);
+        let is_its = |m: &MountInfo| {
+            m.fstype == b"autofs" && m.super_options.split(|b| *b == b',').any(|o| o == option.as_bytes())
+        };
+        Ok(look.own_mounts()?.iter().find(|m| is_its(m)).map(|m| {
+            let place = String::from_utf8_lossy(&m.mountpoint);
+            view.blocker(
+                format!("the pipe by which autofs at {place} talks to its daemon, which cannot be dumped yet"),
+                format!("unmount {place} and retry"),
+            )
+        }))
     }
 
     fn dump(&self, view: &FdView, id: u32, table: &mut FileTable<'_>) -> Result<pb::FileEntry> {

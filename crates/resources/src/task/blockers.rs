@@ -114,6 +114,13 @@ fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
         found
             .add("its children will be in another pid namespace (unshare, setns)", "dump the tree before it makes one");
     }
+    let own_time_ns = ns_inode(pid, NsKind::Time)?;
+    if ns_inode(pid, NsKind::TimeForChildren)?.is_some_and(|children| Some(children) != own_time_ns) {
+        found.add(
+            "its children will be in another time namespace (unshare, setns)",
+            "dump the tree before it makes one",
+        );
+    }
     for (kind, own) in own_namespaces()? {
         if ns_inode(pid, *kind)? != *own {
             let what = format!("it is in another {} namespace than dormouse", kind.file_name());

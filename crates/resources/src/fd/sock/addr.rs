@@ -26,6 +26,11 @@ impl fmt::Display for Address {
 }
 
 impl Address {
+    /// The same for those who know no more.
+    pub fn socket(self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
+
     /// Any address of a family, port 0.
     pub fn any(family: u32) -> Self {
         let ip = if family == INET6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };

@@ -46,6 +46,11 @@ impl Lock {
         }
     }
 
+    /// The name of the table that outlives this process, if it is kept.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Leaves the packets dropped, by a table that outlives this process.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::host::sock::{self, Opt, Queue};
+use dormouse_kernel::netlink::{Netlink, diag};
 
 use super::addr::Address;
 use super::fin;
@@ -128,6 +129,23 @@ impl Connections {
             lock.keep()?;
         }
         Ok(Cut { _list: std::mem::take(&mut self.list) })
+    }
+}
+
+impl Connections {
+    /// The connections are as they were, but their packets stay dropped: for a tree that is left stopped, whose connections
+    /// are to go on where it is restored. If it is let go instead, somebody has to take the table away.
+    ///
+    /// # Errors
+    /// As [`Lock::keep`]; packets are let through then.
+    pub fn keep_locked(mut self) -> Result<()> {
+        let Some(lock) = self.lock.take() else { return Ok(()) };
+        tracing::warn!(
+            "packets of its TCP connections stay dropped until the tree is restored; to let it go on instead: nft delete \
+             table inet {}",
+            lock.name()
+        );
+        lock.keep()
     }
 }
 
@@ -323,13 +341,29 @@ impl Plan<'_> {
         if connecting {
             repair(fd, OFF_SILENTLY, what)?;
         }
-        match sock::connect(fd, &self.target.to_kernel(self.scope)) {
+        let connect = || sock::connect(fd, &self.target.to_kernel(self.scope));
+        let connected = match connect() {
+            // A tree that was left stopped and killed leaves its connections behind, which cannot tell their peers.
+            Err(e) if e.raw_os_error() == Some(libc::EADDRNOTAVAIL) && self.end_left_over() => connect(),
+            other => other,
+        };
+        match connected {
             Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => {
                 return Err(call(format!("cannot connect {what} to {}", self.target))(e));
             }
             _ => {}
         }
         if connecting { repair(fd, ON, what) } else { Ok(()) }
+    }
+
+    /// Ends what is left of this very connection, if nobody has it any more.
+    fn end_left_over(&self) -> bool {
+        let (source, target) = (self.source.socket(), self.target.socket());
+        let ended = Netlink::sock_diag().and_then(|mut nl| diag::end_orphans(&mut nl, source, target));
+        ended.unwrap_or_else(|e| {
+            tracing::warn!("cannot end what is left of {}: {e}", self.what);
+            0
+        }) > 0
     }
 
     /// What both sides agreed on when they connected.

@@ -1,0 +1,65 @@
+//! Trees that are left stopped (`--leave-stopped`), end, and are restored: their connections outlive that.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::libc;
+
+use crate::case::Case;
+use crate::gifts;
+use crate::proc;
+use crate::report::{Outcome, Test};
+use crate::target::{Session, Target, ready};
+
+/// A program that leaves its descriptors alone.
+const PROGRAM: &str = "sleep_counter";
+
+/// The tests, which belong to the programs.
+pub fn tests() -> Vec<Test> {
+    vec![Test::new("stopped/connections_wait_for_the_restore", connections)]
+}
+
+/// Bytes that the peer has not acknowledged.
+fn unacknowledged(stream: &TcpStream) -> Result<i32> {
+    let mut bytes = 0;
+    // SAFETY: the kernel stores one number.
+    nix::errno::Errno::result(unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
+    Ok(bytes)
+}
+
+/// The peer is outside. It must see neither an end nor a reset when the stopped tree is killed, and be answered later.
+fn connections(case: &Case<'_>) -> Result<Outcome> {
+    let mut command = case.command(&case.args.bin);
+    command.args(["check", "--feature", "network_lock_nftables", "-D"]).arg(&case.dir);
+    if !command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).status()?.success() {
+        return Ok(Outcome::needs("nftables"));
+    }
+    let pair = gifts::tcp_connection()?;
+    let mut peer = TcpStream::from(pair.kept.context("the other end")?);
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[pair.given.as_fd()]));
+    drop(pair.given);
+    let (images, established) = (case.path("img"), "--tcp-established".to_owned());
+    let ran = case.dump(&case.args.bin, target.pid, &images, &["--leave-stopped".into(), established.clone()])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    let state = proc::read(target.pid).map(|process| process.state);
+    ensure!(state == Some('T'), "the tree was to be left stopped, and is {state:?}");
+    target.end();
+    case.await_end(target.ids())?;
+    peer.set_read_timeout(Some(Duration::from_millis(300)))?;
+    match peer.read(&mut [0]) {
+        Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+        other => anyhow::bail!("the peer has noticed the end of the tree: {other:?}"),
+    }
+    case.wake_up(&case.args.bin, &images, &[established], &target.tree)?;
+    peer.write_all(b"still there?")?;
+    let end = Instant::now() + Duration::from_secs(5);
+    while unacknowledged(&peer)? > 0 {
+        ensure!(Instant::now() < end, "the restored tree does not answer its peer");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
