@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use dormouse_client::channel::{Channel, ReceiveError};
@@ -283,8 +283,8 @@ impl Worker<'_> {
             (Some(images), _) => words.push(word("images-dir", &images)),
             (None, _) if verb == "check" && work.is_some() => {}
             // It may have an images directory; without one, the work directory of this process would be taken.
-            (None, Some(_)) => {}
-            (None, None) => bail!("neither images_dir_fd nor images_dir was given; set one of them"),
+            (None, Some(file)) if Path::new(file).exists() => {}
+            (None, _) => bail!("neither images_dir_fd nor images_dir was given; set one of them"),
         }
         words.extend(work.map(|work| word("work-dir", &work)));
         Ok(())

@@ -227,7 +227,12 @@ fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
     let log = fs::read_to_string(case.path("img/no.log"))?;
     ensure!(log.contains("--tls"), "the log does not tell why options were refused: {log}");
     bad(pb::CriuOpts { pidfd_store_sk: Some(0), ..live.clone() }, "pidfd_store_sk")?;
-    bad(pb::CriuOpts { config_file: Some("/nonexistent".into()), ..live.clone() }, "/nonexistent")?;
+    let directory = case.path("img").display().to_string();
+    bad(pb::CriuOpts { config_file: Some(directory.clone()), ..live.clone() }, &directory)?;
+    // One that is not there overrides nothing: runc always names one.
+    let runc = Some("/nonexistent".to_owned());
+    service.client()?.dump(pb::CriuOpts { config_file: runc.clone(), ..live.clone() }, &mut |_, _| true)?;
+    bad(pb::CriuOpts { config_file: runc, images_dir_fd: -1, ..live.clone() }, "images_dir")?;
     let refused = |stage: &str| {
         let opts = pb::CriuOpts { notify_scripts: Some(true), ..live.clone() };
         let (_, message) = failure(service.client()?.dump(opts, &mut |at, _| at.script() != stage))?;

@@ -282,10 +282,24 @@ pub fn parse_foreign(verb: &str, foreign: &Foreign<'_>) -> Result<Parsed> {
         options.retain(|given| given.known.long != "log-file");
     }
     options.extend(getopt::parse(foreign.words.iter().cloned())?.options);
+    let mut missing = None;
     if let Some(path) = foreign.config_file {
-        options.extend(config::file(path, "the request")?);
+        match config::file(path, "the request") {
+            Ok(more) => options.extend(more),
+            // As in CRIU: runc names a file that may be there or not.
+            Err(error) if is_not_found(&error) => {
+                missing = Some(format!("The request's configuration file {} is not there", path.display()));
+            }
+            Err(error) => return Err(error),
+        }
     }
-    command(verb, &Words { options, operands })
+    let mut parsed = command(verb, &Words { options, operands })?;
+    parsed.notes.extend(missing);
+    Ok(parsed)
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|cause| cause.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// Is it a command that takes CRIU's options?
