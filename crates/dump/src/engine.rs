@@ -11,7 +11,7 @@ use dormouse_infect::freezer::Freezer;
 use dormouse_infect::host::process;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::ptrace::Tracee;
-use dormouse_kernel::TargetFd;
+use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_kernel::proc::fdinfo;
 use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};

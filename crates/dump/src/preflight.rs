@@ -32,14 +32,14 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     if !found.is_empty() {
         return Ok(found);
     }
+    let me = HostPid::current();
+    if pids.contains(&me) {
+        // Alone, since whoever runs it from outside has other reasons; the first words are CRIU's, which its callers look for.
+        let what = format!("The criu itself is within dumped tree of pid {pid}: it is pid {me}; run it from outside");
+        return Ok(vec![what]);
+    }
     let members = fd::Members::of(pid);
     for (p, blockers) in pids.iter().zip(side_by_side(&pids, |p| of_one(*p, options, &members))) {
-        if *p == HostPid::current() {
-            found.push(format!(
-                "cannot dump pid {pid}: this program (pid {p}) is part of the tree; run it from outside"
-            ));
-            continue;
-        }
         match blockers {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.

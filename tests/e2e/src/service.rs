@@ -209,6 +209,9 @@ fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
     let dump = |opts: pb::CriuOpts| failure(service.client()?.dump(opts, &mut |_, _| true));
     let (errno, message) = dump(pb::CriuOpts { pid: Some(max), ..base.clone() })?;
     ensure!(errno == Errno::ESRCH as i32 && message.contains("no process"), "{errno} {message}");
+    let ours = i32::try_from(std::process::id())?;
+    let (_, message) = dump(pb::CriuOpts { pid: Some(ours), ..base.clone() })?;
+    ensure!(message.starts_with("The criu itself is within dumped tree"), "a tree with the worker in it: {message}");
     let live = pb::CriuOpts { pid: Some(target.pid), leave_running: Some(true), ..base.clone() };
     service.client()?.dump(live.clone(), &mut |_, _| true)?;
     let (errno, message) = failure(service.client()?.restore(base.clone(), &mut |_, _| true))?;
