@@ -210,6 +210,12 @@ const ROWS: &[Row] = &[
         purpose: "the same, in a way that nobody else can disturb",
         next: "use Linux 6.7 or later",
     },
+    Row {
+        names: &["userfaultfd_events", "uffd", "uffd-noncoop"],
+        need: Need::Sometimes,
+        purpose: "restore --lazy and --lazy-pages",
+        next: "run as root, on a kernel with CONFIG_USERFAULTFD; in a container, allow userfaultfd(2)",
+    },
     Row { names: &["timens"], need: Need::NotYet, purpose: "time namespaces", next: "nothing uses it yet" },
 ];
 
@@ -235,8 +241,6 @@ const CRIUS: &[&str] = &[
     "sk_unix_file",
     "tun",
     "tun_ns",
-    "uffd",
-    "uffd-noncoop",
     "userns",
 ];
 

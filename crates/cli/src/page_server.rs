@@ -58,7 +58,7 @@ fn run(args: &PageServerArgs, place: &Place) -> Result<()> {
     };
     // Not every socket that a user gives us is one of TCP.
     let _ = stream.set_nodelay(true);
-    let served = mem::serve(&images, &mut stream)?;
+    let served = mem::serve(&images, args.lazy_pages, &mut stream)?;
     tracing::info!("Session over: {} pages in {} page maps", served.pages, served.maps);
     if args.auto_dedup && images.parent()?.is_some() {
         let bytes = mem::dedup(&images)?;

@@ -16,6 +16,7 @@ mod frozen;
 mod gifts;
 mod inside;
 mod kill;
+mod lazy;
 mod live;
 mod proc;
 mod programs;
@@ -84,7 +85,9 @@ fn collect(args: &Args) -> Vec<report::Test> {
     let mut tests = Vec::new();
     for group in &args.groups {
         match group {
-            Group::Programs => tests.extend(programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests())),
+            Group::Programs => tests.extend(
+                programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests()).chain(lazy::tests()),
+            ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
             Group::Refuse => tests.extend(refuse::tests().into_iter().chain(cpu::tests())),
