@@ -228,6 +228,12 @@ const ROWS: &[Row] = &[
         purpose: "the same, in a way that nobody else can disturb",
         next: "use Linux 6.7 or later",
     },
+    Row {
+        names: &["userfaultfd_events", "uffd", "uffd-noncoop"],
+        need: Need::Sometimes,
+        purpose: "restore --lazy and --lazy-pages",
+        next: "run as root, on a kernel with CONFIG_USERFAULTFD; in a container, allow userfaultfd(2)",
+    },
     Row { names: &["timens"], need: Need::NotYet, purpose: "time namespaces", next: "nothing uses it yet" },
 ];
 
@@ -253,8 +259,6 @@ const CRIUS: &[(&str, &str)] = &[
     ("sk_ns", NAMESPACES),
     ("tun", "its devices are part of network namespaces, which cannot be dumped yet"),
     ("tun_ns", NAMESPACES),
-    ("uffd", "pages cannot be fetched after the restore yet (lazy pages)"),
-    ("uffd-noncoop", "pages cannot be fetched after the restore yet (lazy pages)"),
     ("userns", NAMESPACES),
 ];
 

@@ -11,6 +11,7 @@ mod config;
 mod cpuinfo;
 mod demo;
 mod image_cmds;
+mod lazy_pages;
 mod log;
 mod man;
 mod namespaces;
@@ -47,6 +48,8 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
     match parsed.command {
         Command::Dump(args) => run::dump(&args, run::Kind::Dump, &parsed.notes),
         Command::PreDump(args) => run::dump(&args, run::Kind::PreDump, &parsed.notes),
+        Command::LazyPages(args) => lazy_pages::serve(&args, &parsed.notes),
+        Command::LazyWorker(common) => lazy_pages::work(&common),
         Command::PageServer(args) => page_server::serve(&args, &parsed.notes),
         Command::Dedup(args) => run::dedup(&args, &parsed.notes),
         Command::Restore(args) => run::restore(&args, &parsed.notes),

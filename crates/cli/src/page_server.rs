@@ -89,7 +89,7 @@ impl Server {
         };
         // Not every socket that a user gives us is one of TCP.
         let _ = stream.set_nodelay(true);
-        let served = mem::serve(&self.images, &mut stream)?;
+        let served = mem::serve(&self.images, args.lazy_pages, &mut stream)?;
         tracing::info!("Session over: {} pages in {} page maps", served.pages, served.maps);
         if args.auto_dedup && self.images.parent()?.is_some() {
             let bytes = mem::dedup(&self.images)?;

@@ -24,6 +24,7 @@ use nix::unistd::Pid;
 
 use crate::args::{Common, DedupArgs, DumpArgs, RestoreArgs};
 use crate::cleanup;
+use crate::lazy_pages;
 use crate::log::{Log, say};
 use crate::namespaces;
 use crate::progress::{Progress, size, time};
@@ -366,6 +367,12 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
             _ => Ok(()),
         }
     };
+    let server = match args {
+        RestoreArgs { lazy_pages: true, .. } => Some(lazy_pages::connect()),
+        RestoreArgs { lazy: true, .. } => Some(lazy_pages::start(run.place)),
+        _ => None,
+    };
+    let server = server.transpose().map_err(RestoreError::Hook)?;
     let outcome = dormouse_restore::run(&dormouse_restore::Request {
         session: run.session,
         images_dir: run.place.path.clone(),
@@ -374,6 +381,7 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
         restore_sibling: args.restore_sibling,
         only_user: run.only_user,
         dedup: args.auto_dedup,
+        lazy: server.as_ref(),
         hooks: &hook,
     });
     if let Some(file) = args.pidfile.as_ref().filter(|_| outcome.is_err() && wrote_pid.get()) {

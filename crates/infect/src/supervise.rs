@@ -39,16 +39,52 @@ pub fn supervised(work: impl FnOnce() -> i32) -> io::Result<i32> {
             let code = if tied.is_ok() && getppid() == parent { work() } else { 1 };
             std::process::exit(code)
         }
-        ForkResult::Parent { child } => {
-            WORKER.store(child.as_raw(), Ordering::Relaxed);
-            let action = SigAction::new(SigHandler::Handler(pass_on), SaFlags::SA_RESTART, SigSet::empty());
-            for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
-                // SAFETY: the handler only makes async-signal-safe calls.
-                unsafe { sigaction(signal, &action) }?;
-            }
-            wait(child)
-        }
+        ForkResult::Parent { child } => watch_over(child),
     }
+}
+
+/// As [`supervised`], with one table of descriptors for both, so that nothing that `work` holds is closed by its death; after
+/// which, if it was not in order, `bereaved` runs before this process ends too.
+///
+/// Must be called while this process has one thread.
+///
+/// # Errors
+/// clone(2)'s and sigaction(2)'s.
+pub fn guarded(work: impl FnOnce() -> i32, bereaved: impl FnOnce()) -> io::Result<i32> {
+    let parent = getpid();
+    let flags = libc::CLONE_FILES | libc::SIGCHLD;
+    // SAFETY: one thread, and memory is copied as by fork(2), so the child may run any code.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if child == 0 {
+        let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGTERM);
+        cancel::install();
+        // Unwinding beyond would close what the parent holds.
+        let work = std::panic::AssertUnwindSafe(work);
+        let here = tied.is_ok() && getppid() == parent;
+        let code = if here { std::panic::catch_unwind(work).unwrap_or(1) } else { 1 };
+        std::process::exit(code)
+    }
+    // What it owns is closed by the child, in the table that both have.
+    std::mem::forget(work);
+    let code = watch_over(Pid::from_raw(child as i32));
+    if !matches!(code, Ok(0)) {
+        bereaved();
+    }
+    code
+}
+
+/// Passes on signals that ask to stop, and waits.
+fn watch_over(child: Pid) -> io::Result<i32> {
+    WORKER.store(child.as_raw(), Ordering::Relaxed);
+    let action = SigAction::new(SigHandler::Handler(pass_on), SaFlags::SA_RESTART, SigSet::empty());
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        // SAFETY: the handler only makes async-signal-safe calls.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    wait(child)
 }
 
 /// Runs `work` in a child that is killed if this process dies, and exits with the code that it gives. The child's descriptors

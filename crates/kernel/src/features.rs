@@ -45,6 +45,8 @@ pub struct Features {
     pub pagemap_scan_guard: Support,
     /// `UFFD_FEATURE_WP_ASYNC`, Linux 6.7.
     pub userfaultfd_wp_async: Support,
+    /// userfaultfd(2) that tells of forks, moved and dropped memory, Linux 4.11, and serves faults of the kernel; CAP_SYS_PTRACE.
+    pub userfaultfd_events: Support,
     /// pidfd_getfd(2), Linux 5.6.
     pub pidfd_getfd: Support,
     /// kcmp(2), Linux 3.5 with `CONFIG_KCMP`.
@@ -71,11 +73,12 @@ pub struct Features {
 
 impl Features {
     /// Every probe by its stable name, in declaration order; for `check` and for logs.
-    pub fn list(&self) -> [(&'static str, Support); 13] {
+    pub fn list(&self) -> [(&'static str, Support); 14] {
         [
             ("pagemap_scan", self.pagemap_scan),
             ("pagemap_scan_guard", self.pagemap_scan_guard),
             ("userfaultfd_wp_async", self.userfaultfd_wp_async),
+            ("userfaultfd_events", self.userfaultfd_events),
             ("pidfd_getfd", self.pidfd_getfd),
             ("kcmp", self.kcmp),
             ("clone3_set_tid", self.clone3_set_tid),

@@ -3,6 +3,7 @@
 //! `scan` asks the kernel about a target's memory, `runs` is plain arithmetic on ranges, `probe` tries the kernel's features.
 //! The unsafe code of host-side page handling is fenced in here.
 
+pub mod lazy;
 pub mod probe;
 pub mod put;
 pub mod runs;
@@ -10,6 +11,7 @@ pub mod scan;
 pub mod server;
 pub mod uffd;
 
+pub use lazy::LazyUffd;
 pub use probe::ProbeFeatures;
 pub use put::put_pages;
 pub use runs::{PageRead, PageRun, PagemapRecord, PagesReader, RunsError};

@@ -29,6 +29,7 @@ impl ProbeFeatures for Features {
             pagemap_scan: pagemap(scan::scan_support),
             pagemap_scan_guard: pagemap(scan::guard_support),
             userfaultfd_wp_async: userfaultfd_wp_async(),
+            userfaultfd_events: userfaultfd_events(),
             pidfd_getfd: pidfd_getfd(),
             kcmp: kcmp(),
             clone3_set_tid: clone3_set_tid(),
@@ -130,6 +131,14 @@ fn userfaultfd_wp_async() -> Support {
         Ok(features) if features & FEATURE_WP_ASYNC != 0 => Support::Yes,
         Ok(_) => Support::No,
         Err(error) => unknown(&error),
+    }
+}
+
+fn userfaultfd_events() -> Support {
+    // SAFETY: userfaultfd takes flags only.
+    match check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) }) {
+        Ok(fd) => judge(crate::LazyUffd::new(own(fd)), &[libc::EINVAL]),
+        Err(error) => judge(Err::<(), _>(error), &[libc::ENOSYS]),
     }
 }
 

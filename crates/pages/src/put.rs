@@ -17,16 +17,17 @@ const WINDOW: u64 = 2 << 20;
 
 /// `struct uffdio_copy` of `linux/userfaultfd.h`.
 #[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
+pub(crate) struct UffdioCopy {
+    pub(crate) dst: u64,
+    pub(crate) src: u64,
+    pub(crate) len: u64,
+    pub(crate) mode: u64,
+    pub(crate) copy: i64,
 }
 
 /// `UFFDIO_COPY`, 0xc028aa03.
-const UFFDIO_COPY: libc::Ioctl = nix::request_code_readwrite!(0xAA, 0x03, size_of::<UffdioCopy>()) as libc::Ioctl;
+pub(crate) const UFFDIO_COPY: libc::Ioctl =
+    nix::request_code_readwrite!(0xAA, 0x03, size_of::<UffdioCopy>()) as libc::Ioctl;
 
 /// Part of a file, mapped and in memory.
 struct Window {

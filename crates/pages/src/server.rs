@@ -215,6 +215,26 @@ impl PageClient {
         Ok(())
     }
 
+    /// Asks for pages of a process; how many bytes of `into` came, at least a page.
+    ///
+    /// # Errors
+    /// The server is gone, or has no such pages.
+    pub fn get(&mut self, pid: u64, addr: u64, into: &mut [u8]) -> io::Result<u64> {
+        let ask = Header { command: command::GET, pages: into.len() as u64 / PAGE, addr, of: pid };
+        self.stream.write_all(&ask.bytes())?;
+        let gone = || io::Error::from(io::ErrorKind::UnexpectedEof);
+        let answer = Header::read(&mut self.stream)?.ok_or_else(gone)?;
+        let len = answer.pages.saturating_mul(PAGE);
+        if answer.command & 0xffff != command::ADD_FLAGS
+            || answer.addr != addr
+            || !(PAGE..=into.len() as u64).contains(&len)
+        {
+            return Err(io::Error::other(format!("it has no pages at {addr:#x} of pid {pid}: {answer:?}")));
+        }
+        self.stream.read_exact(&mut into[..len as usize])?;
+        Ok(len)
+    }
+
     /// Ends the transfer and waits until the server has written everything.
     ///
     /// # Errors

@@ -60,6 +60,8 @@ pub struct PageMap {
     pub paths: Vec<PathBuf>,
     /// Runs in ascending order.
     pub runs: Vec<Run>,
+    /// What may come later (address, bytes), whether it is in the pages image or not; ascending.
+    pub lazy: Vec<(u64, u64)>,
 }
 
 /// A run of pages whose content is in the pages image.
@@ -100,6 +102,7 @@ impl TaskImage {
 }
 
 const PE_PARENT: u32 = 1;
+const PE_LAZY: u32 = 2;
 const PE_PRESENT: u32 = 4;
 
 /// Compares all images with their checksums, where there are any, and those of the checkpoints that they build on; how many
@@ -306,6 +309,7 @@ fn page_map_at(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64, depth: usi
     let size = std::fs::metadata(&pages).map(|m| m.len());
     let mut runs: Vec<Run> = Vec::new();
     let mut before: Vec<(u64, u64)> = Vec::new();
+    let mut lazy: Vec<(u64, u64)> = Vec::new();
     let mut offset = 0u64;
     let mut last_end = 0u64;
     for e in &entries {
@@ -319,6 +323,12 @@ fn page_map_at(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64, depth: usi
         last_end = e.vaddr + len;
         if len == 0 {
             continue;
+        }
+        if flags & PE_LAZY != 0 {
+            match lazy.last_mut() {
+                Some((start, bytes)) if *start + *bytes == e.vaddr => *bytes += len,
+                _ => lazy.push((e.vaddr, len)),
+            }
         }
         if flags & PE_PARENT != 0 {
             before.push((e.vaddr, len));
@@ -342,7 +352,7 @@ fn page_map_at(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64, depth: usi
             ));
         }
     }
-    let mut map = PageMap { paths: vec![pages], runs };
+    let mut map = PageMap { paths: vec![pages], runs, lazy };
     if !before.is_empty() {
         let (dir, path) = parent_of(dir, path, &name, depth)?;
         let parent = page_map_at(&dir, &path, kind, id, depth + 1)?;

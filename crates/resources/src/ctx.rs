@@ -3,7 +3,7 @@
 use dormouse_infect::arena::Arena;
 
 use crate::fd::Files;
-use crate::mem::{HostFill, Shared, Vdso};
+use crate::mem::{HostFill, HostLazy, Shared, Vdso};
 use crate::task::seccomp::Filters;
 
 /// Surroundings of one task of a restore.
@@ -26,6 +26,8 @@ pub struct RestoreCtx<'a, 'f> {
     pub forked_with_memory: bool,
     /// Memory that the host is to fill, once the task has mapped it.
     pub fills: &'a mut Vec<HostFill>,
+    /// Memory whose pages come later; `None` if all are to be there at once.
+    pub lazies: Option<&'a mut Vec<HostLazy>>,
 }
 
 /// What the restoring process has itself: settings that already are as wanted need no privilege.

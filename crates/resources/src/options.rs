@@ -92,6 +92,8 @@ pub struct RestoreOptions {
     pub tcp_close: bool,
     /// Do not compare the mode bits of files (`--skip-file-rwx-check`).
     pub skip_file_rwx_check: bool,
+    /// Pages of private memory come later (`--lazy-pages`, `--lazy`).
+    pub lazy: bool,
     /// Control groups.
     pub cgroups: CgroupOptions,
     /// What is recorded or compared of the CPU (`--cpu-cap`).

@@ -23,7 +23,7 @@ use dormouse_sys::nr;
 use crate::control::Watch;
 use crate::fill::Fills;
 use crate::plan::{Plan, STAGE_FORKED, STAGE_GROUPED, STAGE_GUARDED, state_of};
-use crate::{Report, Request, RestoreError, process as root_process};
+use crate::{Report, Request, RestoreError, lazy, process as root_process};
 
 const SIGSTOP: i32 = 19;
 const SIGTSTP: i32 = 20;
@@ -106,6 +106,9 @@ fn run_stages(
         c.arrived(STAGE_FORKED) == processes
     })?;
     plan.shared.seal()?;
+    if let Some(server) = request.lazy {
+        lazy::hand_over(plan, image, server)?;
+    }
     tracing::debug!("{processes} processes forked, memory read, in {} us", start.elapsed().as_micros());
     watch.block.open(STAGE_FORKED);
     watch.until(|c| c.arrived(STAGE_GROUPED) == processes)?;
@@ -154,6 +157,9 @@ fn run_stages(
                 .map_err(crate::call(format!("cannot stop pid {}", t.pid())))?;
             stopping.push(HostPid(t.pid()));
         }
+    }
+    if let Some(mut server) = request.lazy {
+        dormouse_resources::mem::lazy::finish(&mut server)?;
     }
     for t in tracees.iter() {
         t.release_from_exit()?;

@@ -10,6 +10,7 @@
 mod control;
 mod fill;
 mod handover;
+mod lazy;
 mod plan;
 mod process;
 
@@ -40,6 +41,8 @@ pub struct Request<'a> {
     pub only_user: Option<u32>,
     /// Take pages out of the images once the tree has them.
     pub dedup: bool,
+    /// Who serves the pages that come later; with [`RestoreOptions::lazy`].
+    pub lazy: Option<&'a std::os::unix::net::UnixStream>,
     /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others; an error ends the restore,
     /// except after "post-resume".
     pub hooks: Hook<'a>,

@@ -15,7 +15,7 @@ use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::cgroup::{Groups, set_of};
 use dormouse_resources::fd::{Files, When};
-use dormouse_resources::mem::{HostFill, Shared, Vdso, layout, map};
+use dormouse_resources::mem::{HostFill, HostLazy, Shared, Vdso, layout, map};
 use dormouse_resources::task::seccomp::Filters;
 use dormouse_resources::task::{self, regs};
 use dormouse_resources::tree::Forest;
@@ -83,6 +83,8 @@ pub struct Plan {
     pub shared: Shared,
     /// Memory that the host fills while tasks wait.
     pub fills: Vec<HostFill>,
+    /// Where tasks open the userfaultfds (list, operation) of memory whose pages come later.
+    pub lazies: Vec<((usize, OpId), HostLazy)>,
 }
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
@@ -94,7 +96,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         vdso.check(t)?;
     }
     let filters = Filters::load(image)?;
-    let forest = tree::forest::build(&image.tasks, options.shell_job)?;
+    let forest = tree::forest::build(&image.tasks, options.shell_job, options.lazy)?;
     let descriptors = descriptor_range(image, &mut own)?;
     let base = descriptors.start + FREE as RawFd;
     let shared = Shared::make(image, base)?;
@@ -127,13 +129,16 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         lists: Vec::new(),
         births: Vec::new(),
         fills: Vec::new(),
+        lazies: options.lazy.then(Vec::new),
+        uffds: Vec::new(),
     };
     writer.write()?;
     writer.files.settle_sockets(&shared)?;
     writer.files.set_leases()?;
     check_descriptors(&descriptors)?;
     let (lists, births, fills) = (writer.lists, writer.births, writer.fills);
-    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills }, files, groups))
+    let lazies = writer.uffds.into_iter().zip(writer.lazies.unwrap_or_default()).collect();
+    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills, lazies }, files, groups))
 }
 
 /// What this process has itself, and the signals that it ignores.
@@ -267,6 +272,9 @@ struct Writer<'w, 'f> {
     lists: Vec<List>,
     births: Vec<(usize, OpId, usize)>,
     fills: Vec<HostFill>,
+    lazies: Option<Vec<HostLazy>>,
+    /// Where tasks open the userfaultfds of `lazies`: (list, operation).
+    uffds: Vec<(usize, OpId)>,
 }
 
 impl<'f> Writer<'_, 'f> {
@@ -416,6 +424,9 @@ impl<'f> Writer<'_, 'f> {
     fn join(&mut self, b: &mut Batch, i: usize) {
         let node = &self.forest.nodes[i];
         barrier(b, STAGE_FORKED);
+        if self.lazies.is_some() {
+            b.must("closing the userfaultfd", nr::CLOSE_RANGE, &[0, self.descriptors.start as u64 - 1, 0]);
+        }
         if let Some(g) = node.pgid.filter(|g| *g != node.pid) {
             b.must(format!("setpgid of pid {} to {g}", node.pid), nr::SETPGID, &[0, g as u64]);
         }
@@ -468,6 +479,12 @@ impl<'f> Writer<'_, 'f> {
         let parent = parent.map(|p| &self.image.tasks[p]);
         map::map_ops(&mut b, &mut self.ctx(parent.is_some()), task, parent)?;
         self.forks(&mut b, i, |n| n.after_memory);
+        if self.lazies.is_some() {
+            // The host takes it before the first stage opens.
+            let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+            let op = b.must("userfaultfd (needs CAP_SYS_PTRACE)", nr::USERFAULTFD, &[flags]);
+            self.uffds.push((i, op));
+        }
         self.join(&mut b, i);
         self.files.foreground_ops(&mut b, self.arena, task)?;
         map::final_ops(&mut b, &mut self.ctx(parent.is_some()), task)?;
@@ -539,6 +556,7 @@ impl<'f> Writer<'_, 'f> {
             own: self.own,
             forked_with_memory,
             fills: &mut self.fills,
+            lazies: self.lazies.as_mut(),
         }
     }
 

@@ -16,6 +16,7 @@ mod frozen;
 mod gifts;
 mod inside;
 mod kill;
+mod lazy;
 mod live;
 mod proc;
 mod programs;
@@ -87,7 +88,12 @@ fn collect(args: &Args) -> Vec<report::Test> {
     for group in &args.groups {
         match group {
             Group::Programs => tests.extend(
-                programs::tests().into_iter().chain(chain::tests()).chain(frozen::tests()).chain(stopped::tests()),
+                programs::tests()
+                    .into_iter()
+                    .chain(chain::tests())
+                    .chain(frozen::tests())
+                    .chain(stopped::tests())
+                    .chain(lazy::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

@@ -157,12 +157,43 @@ pub struct PageServerArgs {
     /// Write a NUL byte to this descriptor, and close it, once connections are taken
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
+    /// Give pages of the images to the command lazy-pages of a restore elsewhere
+    #[arg(long)]
+    pub lazy_pages: bool,
     /// Directory of the dump or pre-dump before this one, relative to the images' directory
     #[arg(long, value_name = "DIR")]
     pub prev_images_dir: Option<PathBuf>,
     /// Take pages that are received anew out of the images of the dumps before
     #[arg(long)]
     pub auto_dedup: bool,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// `dormouse lazy-pages`
+#[derive(Clone, Debug, clap::Args)]
+pub struct LazyPagesArgs {
+    /// Ask a page server for pages, at --address and --port, in place of the images directory
+    #[arg(long)]
+    pub page_server: bool,
+    /// Where it listens
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub address: String,
+    /// Where it listens
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub port: u16,
+    /// Descriptor of a socket that is connected to it
+    #[arg(long, value_name = "FD")]
+    pub ps_socket: Option<i32>,
+    /// Go into the background once the restore can connect
+    #[arg(short = 'd', long)]
+    pub daemon: bool,
+    /// Write the server's pid to this file, which must not exist; relative to --work-dir
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Write a NUL byte to this descriptor, and close it, once the restore can connect
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<i32>,
     #[command(flatten)]
     pub common: Common,
 }

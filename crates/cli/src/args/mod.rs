@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
 
-pub use dump::{CpuinfoArgs, DedupArgs, DumpArgs, Kinds, PageServerArgs};
+pub use dump::{CpuinfoArgs, DedupArgs, DumpArgs, Kinds, LazyPagesArgs, PageServerArgs};
 use getopt::{Given, Words};
 pub use restore::RestoreArgs;
 pub use service::{ServiceArgs, WorkerArgs};
@@ -47,6 +47,8 @@ pub enum Command {
     PreDump(DumpArgs),
     /// Take the pages of one dump that is made with --page-server, and end
     PageServer(PageServerArgs),
+    /// Bring the pages of one restore that is made with --lazy-pages, and end
+    LazyPages(LazyPagesArgs),
     /// Take pages that the images hold anew out of the dumps that they build on
     Dedup(DedupArgs),
     /// Wake a process tree up from a directory
@@ -65,6 +67,9 @@ pub enum Command {
     /// What the service starts for each connection, its standard input
     #[command(hide = true)]
     ServiceWorker(WorkerArgs),
+    /// What restore --lazy starts, with a socket to it as standard input
+    #[command(hide = true)]
+    LazyWorker(Common),
     /// Process 1 of a pid namespace once the tree in it runs
     #[command(hide = true)]
     NamespaceInit {
@@ -215,10 +220,11 @@ pub struct Parsed {
 }
 
 /// Commands of CRIU that are not there yet.
-const ABSENT: &[&str] = &["lazy-pages", "exec"];
+const ABSENT: &[&str] = &["exec"];
 
 /// Commands whose options are CRIU's.
-const CRIUS: &[&str] = &["dump", "pre-dump", "restore", "check", "dedup", "page-server", "cpuinfo", "service"];
+const CRIUS: &[&str] =
+    &["dump", "pre-dump", "restore", "check", "dedup", "page-server", "lazy-pages", "cpuinfo", "service"];
 
 /// Other commands; their words go to clap as they are.
 fn is_ours(word: &OsStr) -> bool {
@@ -330,8 +336,8 @@ fn command(verb: &str, words: &Words) -> Result<Parsed> {
         }
         // In CRIU both are one.
         let long = match (verb, given.known.long) {
-            ("page-server", "restore-detached") => "daemon",
-            ("page-server", long) => long,
+            ("page-server" | "lazy-pages", "restore-detached") => "daemon",
+            ("page-server" | "lazy-pages", long) => long,
             (_, "daemon") => "restore-detached",
             (_, long) => long,
         };

@@ -67,6 +67,13 @@ pub struct RestoreArgs {
     /// Take pages out of the images once the tree has them; it cannot be restored from them again
     #[arg(long)]
     pub auto_dedup: bool,
+    /// Let the tree run before its memory is there, and have the command lazy-pages, which listens in --work-dir, bring pages when
+    /// they are touched
+    #[arg(long, conflicts_with_all = ["restore_sibling", "new_pid_ns", "new_mount_ns", "copies", "auto_dedup"])]
+    pub lazy_pages: bool,
+    /// The same with a process of this command's own that brings them; its log is lazy-pages.log in --work-dir
+    #[arg(long, conflicts_with_all = ["lazy_pages", "restore_sibling", "new_pid_ns", "new_mount_ns", "copies", "auto_dedup"])]
+    pub lazy: bool,
     /// Do not compare the permission bits of files with those at the dump
     #[arg(long)]
     pub skip_file_rwx_check: bool,
@@ -96,6 +103,7 @@ impl RestoreArgs {
             tcp_established: self.tcp_established,
             tcp_close: self.tcp_close,
             skip_file_rwx_check: self.skip_file_rwx_check,
+            lazy: self.lazy || self.lazy_pages,
             cgroups: self.cgroups.options(),
             cpu: self.cpu_cap.unwrap_or_default(),
         }

@@ -1,6 +1,7 @@
 //! Making the first process of a restored tree, and looking after processes that are ours to end.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::time::{Duration, Instant};
 
 use dormouse_kernel::HostPid;
@@ -54,6 +55,17 @@ pub fn fork_into(arena: &Arena, args: u64, entry: u64) -> io::Result<HostPid> {
     // but that mapping.
     let pid = unsafe { arch::clone3_call((&raw const (*task).clone).cast(), 88, entry, args) };
     if pid < 0 { Err(io::Error::from_raw_os_error(-pid as i32)) } else { Ok(HostPid(pid as i32)) }
+}
+
+/// Kills a process that a descriptor holds (pidfd_send_signal(2), Linux 5.1).
+///
+/// # Errors
+/// `ESRCH` if it is gone.
+pub fn kill_held(process: impl AsFd) -> io::Result<()> {
+    let fd = process.as_fd().as_raw_fd();
+    // SAFETY: no information goes with the signal.
+    let r = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, std::ptr::null::<u8>(), 0) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Sends SIGKILL.

@@ -36,6 +36,15 @@ pub struct HostFill {
     pub pieces: Vec<Run>,
 }
 
+/// Memory whose pages come later, while the tree runs.
+#[derive(Clone, Debug)]
+pub struct HostLazy {
+    /// Process id.
+    pub pid: i32,
+    /// Mappings that such pages lie in: address and bytes.
+    pub mappings: Vec<(u64, u64)>,
+}
+
 /// Does the kernel fill fresh memory with huge pages, unless told otherwise? Then faults are cheaper than copies page by page.
 pub fn huge_by_default() -> bool {
     std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").is_ok_and(|s| s.contains("[always]"))

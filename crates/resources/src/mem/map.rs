@@ -5,9 +5,10 @@ use dormouse_infect::arena::Batch;
 use dormouse_sys::nr;
 
 use super::aio;
-use super::fill::{Gathered, Reads, fill_prot, huge_by_default};
+use super::fill::{Gathered, HostLazy, Reads, fill_prot, huge_by_default};
 pub use super::inherit::shares_memory;
 use super::inherit::{inherit_ops, inherited};
+use super::lazy::{at_once, lazy_in};
 use super::mm;
 use super::sysv;
 use super::vma::{
@@ -15,7 +16,7 @@ use super::vma::{
     clip, describe, flag, is_mapped, is_private, prot,
 };
 pub use super::vma::{VMA_AIORING, VMA_GUARD, VMA_REGULAR};
-use crate::checkpoint::{Run, TaskImage};
+use crate::checkpoint::{PageMap, Run, TaskImage};
 use crate::{ResourceError, RestoreCtx, invalid};
 
 const MADV_MERGEABLE: u64 = 12;
@@ -48,6 +49,10 @@ pub fn map_ops(
     }
     let parent_runs = parent.and_then(|p| p.pages.as_ref()).map_or(&[][..], |p| &p.runs);
     let fds = c.files.pages_fds(t.pid())?;
+    if c.lazies.is_none() {
+        check_pages_are_here(t, pages)?;
+    }
+    let mut later = Vec::new();
     let mut gathered = Gathered::new(t.pid(), &fds, &pages.paths);
     let mut reads = Reads::new(fds.clone());
     let small_pages = mm.thp_disabled == Some(true) || !huge_by_default();
@@ -64,7 +69,9 @@ pub fn map_ops(
                 let args = [v.start, v.end - v.start, MADV_HUGEPAGE];
                 b.attempt(format!("madvise of huge pages at {}", describe(v)), nr::MADVISE, &args);
             }
-            for run in clip(&pages.runs, v.start, v.end) {
+            let lazy = if c.lazies.is_some() { lazy_in(mm, v, pages) } else { Vec::new() };
+            later.extend((!lazy.is_empty()).then_some((v.start, v.end - v.start)));
+            for run in at_once(clip(&pages.runs, v.start, v.end), &lazy) {
                 if huge || !small_pages || !is_plain(v) {
                     reads.add(b, c.arena, run);
                     continue;
@@ -78,12 +85,29 @@ pub fn map_ops(
     }
     c.fills.extend(gathered.flush(b, c.arena, &mut reads));
     reads.flush(b, c.arena);
+    if let Some(lazies) = &mut c.lazies {
+        lazies.push(HostLazy { pid: t.pid(), mappings: later });
+    }
     check_pages_are_mapped(t, &vmas, &pages.runs)
 }
 
 /// May a userfaultfd cover it? Private anonymous memory in ordinary pages.
 fn is_plain(v: &pb::VmaEntry) -> bool {
     v.status & VMA_ANON_PRIVATE != 0 && v.flags & flag::HUGETLB == 0
+}
+
+/// Pages that were left with the process that was dumped come only to a restore that asks for them.
+fn check_pages_are_here(t: &TaskImage, pages: &PageMap) -> Result<(), ResourceError> {
+    for (start, len) in &pages.lazy {
+        if clip(&pages.runs, *start, start + len).map(|r| r.len).sum::<u64>() != *len {
+            return Err(invalid!(
+                "pagemap-{}.img: pages at {start:#x} are not in the images, but with the dump that made them (dump --lazy-pages); \
+                 start lazy-pages and restore with --lazy-pages",
+                t.pid()
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn check_pages_are_mapped(t: &TaskImage, vmas: &[&pb::VmaEntry], runs: &[Run]) -> Result<(), ResourceError> {

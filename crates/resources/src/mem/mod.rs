@@ -12,6 +12,7 @@ mod fill;
 mod increment;
 mod inherit;
 pub mod layout;
+pub mod lazy;
 pub mod map;
 mod map_files;
 mod mappings;
@@ -30,7 +31,7 @@ pub mod vma;
 
 pub use blockers::blockers;
 pub use dedup::{dedup, punch};
-pub use fill::HostFill;
+pub use fill::{HostFill, HostLazy};
 pub use increment::{Increment, Watch, held_by, protection};
 pub use map_files::MapFiles;
 pub use mappings::{Kind, Mapping, Mappings};

@@ -1,5 +1,7 @@
 //! The page server: writes page maps and pages that a dump elsewhere sends. One dump, and it is done.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -29,13 +31,19 @@ pub struct Served {
     pub pages: u64,
 }
 
-/// Writes what `peer` sends into `images` until it says that it is done.
+/// Writes what `peer` sends into `images` until it says that it is done. With `lazy` it may also ask for pages of the images.
 ///
 /// # Errors
 /// The peer went away before, sent nonsense, or an image cannot be written.
-pub fn serve(images: &ImageDir, peer: &mut (impl Read + Write)) -> Result<Served> {
-    let mut server =
-        Server { images, ids: PageIds::from(FIRST_ID), map: None, served: Served::default(), buffer: vec![0; BUFFER] };
+pub fn serve(images: &ImageDir, lazy: bool, peer: &mut (impl Read + Write)) -> Result<Served> {
+    let mut server = Server {
+        images,
+        ids: PageIds::from(FIRST_ID),
+        map: None,
+        served: Served::default(),
+        buffer: vec![0; BUFFER],
+        asked: HashMap::new(),
+    };
     loop {
         let Some(header) = Header::read(peer).map_err(call("cannot read from the dump"))? else {
             return Err(invalid!("the dump went away before it was done; the pages here are incomplete"));
@@ -68,6 +76,10 @@ pub fn serve(images: &ImageDir, peer: &mut (impl Read + Write)) -> Result<Served
                 server.add(&header, header.command >> 16, peer)?;
                 &[]
             }
+            command::GET if lazy => {
+                server.get(&header, peer)?;
+                &[]
+            }
             command::CLOSE | command::FORCE_CLOSE => {
                 server.close()?;
                 peer.write_all(&[0; 4]).map_err(call("cannot answer the dump"))?;
@@ -85,6 +97,8 @@ struct Server<'a> {
     map: Option<Map>,
     served: Served,
     buffer: Vec<u8>,
+    /// Page maps of processes whose pages were asked for, with their open images.
+    asked: HashMap<u64, (PageMap, Vec<File>)>,
 }
 
 /// A page map being written.
@@ -108,6 +122,37 @@ fn map_of(header: &Header) -> Result<(MapId, ImageKind, u64)> {
 }
 
 impl Server<'_> {
+    /// Sends pages of the images, as many of those that are asked for as follow each other.
+    fn get(&mut self, header: &Header, peer: &mut impl Write) -> Result<()> {
+        let pid = header.of;
+        if let Entry::Vacant(place) = self.asked.entry(pid) {
+            let map = read_page_map(self.images, Path::new(self.images.path()), ImageKind::Pagemap, pid)?;
+            let open = |path| File::open(path).map_err(call(format!("cannot open the pages of pid {pid}")));
+            let files = map.paths.iter().map(open).collect::<Result<_>>()?;
+            place.insert((map, files));
+        }
+        let (map, files) = &self.asked[&pid];
+        let len = header.pages.saturating_mul(4096).min(BUFFER as u64);
+        let mut have = 0;
+        for run in clip(&map.runs, header.addr, header.addr.saturating_add(len)) {
+            if run.start != header.addr + have {
+                break;
+            }
+            let part = &mut self.buffer[have as usize..(have + run.len) as usize];
+            let read = files[run.file].read_exact_at(part, run.offset);
+            read.map_err(call(format!("cannot read pages of pid {pid} from {}", map.paths[run.file].display())))?;
+            have += run.len;
+        }
+        if have == 0 {
+            return Err(invalid!("the page at {:#x} of pid {pid} was asked for and is not in the images", header.addr));
+        }
+        let answer = Header { command: command::ADD_FLAGS | PE_PRESENT << 16, pages: have / 4096, ..*header };
+        let sent = peer.write_all(&answer.bytes()).and_then(|()| peer.write_all(&self.buffer[..have as usize]));
+        sent.map_err(call("cannot send pages to the one who asked for them"))?;
+        self.served.pages += have / 4096;
+        Ok(())
+    }
+
     /// The page map of the checkpoint before.
     fn before(&self, kind: ImageKind, id: u64) -> Result<Option<PageMap>> {
         let Some(parent) = self.images.parent()? else { return Ok(None) };
@@ -223,7 +268,7 @@ mod tests {
             }
         }
         let mut peer = Script(&bytes, Vec::new());
-        let served = serve(&images, &mut peer);
+        let served = serve(&images, false, &mut peer);
         if served.is_ok() {
             let map = read_page_map(&images, &path, ImageKind::Pagemap, 7).expect("a page map");
             assert_eq!(map.runs.len(), 1);

@@ -49,6 +49,7 @@ impl Forest {
 
 struct Builder<'a> {
     tasks: &'a [TaskImage],
+    apart: bool,
     children: HashMap<i32, Vec<usize>>,
     /// Session of each task, with the caller's own put in for the one that the root inherits.
     sid: Vec<i32>,
@@ -57,8 +58,9 @@ struct Builder<'a> {
     node_of_task: HashMap<usize, usize>,
 }
 
-/// Plans all forks. With `shell_job` a tree that does not lead its session joins the caller's.
-pub fn build(tasks: &[TaskImage], shell_job: bool) -> Result<Forest, ResourceError> {
+/// Plans all forks. With `shell_job` a tree that does not lead its session joins the caller's. With `apart` no child is
+/// forked once its parent has its memory.
+pub fn build(tasks: &[TaskImage], shell_job: bool, apart: bool) -> Result<Forest, ResourceError> {
     let root = &tasks[0].tree;
     if root.sid != root.pid && !shell_job {
         return Err(invalid!(
@@ -75,6 +77,7 @@ pub fn build(tasks: &[TaskImage], shell_job: bool) -> Result<Forest, ResourceErr
     let n = tasks.len();
     let mut b = Builder {
         tasks,
+        apart,
         children,
         sid,
         required: vec![None; n],
@@ -155,7 +158,7 @@ impl Builder<'_> {
         let mut elsewhere = Vec::new();
         for k in self.kids(i).to_vec() {
             let mut node = self.task_node(k, Some(me));
-            node.after_memory = shares_memory(&self.tasks[k], &self.tasks[i]);
+            node.after_memory = !self.apart && shares_memory(&self.tasks[k], &self.tasks[i]);
             node.reaper = self.tasks[k].is_zombie().then_some(me);
             match self.required[k] {
                 None => {}
@@ -172,8 +175,8 @@ impl Builder<'_> {
             let maker = self.maker_in_session(me, i, s)?;
             node.forker = Some(maker);
             node.as_sibling = true;
-            node.after_memory =
-                self.forest.nodes[maker].task.is_some_and(|m| shares_memory(&self.tasks[k], &self.tasks[m]));
+            let maker = self.forest.nodes[maker].task.filter(|_| !self.apart);
+            node.after_memory = maker.is_some_and(|m| shares_memory(&self.tasks[k], &self.tasks[m]));
             self.push(node);
         }
         Ok(())
@@ -271,7 +274,7 @@ mod tests {
 
     fn forest(tasks: &[(u32, u32, u32, u32, bool)]) -> Forest {
         let tasks: Vec<TaskImage> = tasks.iter().copied().map(task).collect();
-        build(&tasks, false).expect("a tree that can be restored")
+        build(&tasks, false, false).expect("a tree that can be restored")
     }
 
     /// Plays the plan: what every process's parent, group and session would be.
@@ -354,7 +357,7 @@ mod tests {
     #[test]
     fn a_foreign_session_needs_the_users_consent() {
         let tasks = [task((10, 0, 10, 5, false))];
-        assert!(build(&tasks, false).is_err_and(|e| e.to_string().contains("--shell-job")));
-        assert!(build(&tasks, true).is_ok());
+        assert!(build(&tasks, false, false).is_err_and(|e| e.to_string().contains("--shell-job")));
+        assert!(build(&tasks, true, false).is_ok());
     }
 }
