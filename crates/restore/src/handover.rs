@@ -145,6 +145,23 @@ fn run_stages(
     (request.hooks)("pre-resume", Some(root.0)).map_err(RestoreError::Hook)?;
     files.arm_watches()?;
     files.resume_connections()?;
+    let stopping = send_late(request, image)?;
+    if let Some(mut server) = request.lazy {
+        dormouse_resources::mem::lazy::finish(&mut server)?;
+    }
+    for t in tracees.iter() {
+        t.release_from_exit()?;
+    }
+    for t in tracees.drain(..).rev() {
+        t.detach()?;
+    }
+    process::await_stopped(stopping);
+    Ok(parked_us)
+}
+
+/// Sends the signals that could not wait in a queue while threads are stopped, and those that stop a process; which processes are
+/// to stop.
+fn send_late(request: &Request<'_>, image: &TreeImage) -> Result<Vec<HostPid>, RestoreError> {
     let mut stopping = Vec::new();
     for t in image.tasks.iter().filter(|t| !t.is_zombie()) {
         let own = t.core.thread_core.as_ref().and_then(|c| c.signals_p.as_ref());
@@ -158,17 +175,7 @@ fn run_stages(
             stopping.push(HostPid(t.pid()));
         }
     }
-    if let Some(mut server) = request.lazy {
-        dormouse_resources::mem::lazy::finish(&mut server)?;
-    }
-    for t in tracees.iter() {
-        t.release_from_exit()?;
-    }
-    for t in tracees.drain(..).rev() {
-        t.detach()?;
-    }
-    process::await_stopped(stopping);
-    Ok(parked_us)
+    Ok(stopping)
 }
 
 /// The signal by which a task was stopped, if it would stop it again: by default action, not blocked, and not in an

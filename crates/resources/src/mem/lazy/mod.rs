@@ -156,7 +156,7 @@ mod tests {
         let all = [(0x1000, 0x5000), (0x8000, 0x1000)];
         assert_eq!(lazy_in(&mm, &v, &map(vec![run])), [(0x1000, 0x2000), (0x5000, 0x1000), (0x8000, 0x1000)]);
         assert_eq!(lazy_in(&mm, &v, &map(Vec::new())), all);
-        let locked = pb::VmaEntry { flags: v.flags | flag::LOCKED, ..*v };
+        let locked = pb::VmaEntry { flags: v.flags | flag::LOCKED, ..v };
         assert_eq!(lazy_in(&mm, &locked, &map(vec![run])), []);
     }
 
