@@ -28,15 +28,15 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         return Err(DumpError::Target(format!("pid {pid} is this program itself; it cannot dump itself")));
     }
     let pids = tree::descendants(pid);
-    let mut found: Vec<String> = freeze::obstacles(&pids).iter().map(describe).collect();
-    if !found.is_empty() {
-        return Ok(found);
-    }
     let me = HostPid::current();
     if pids.contains(&me) {
         // Alone, since whoever runs it from outside has other reasons; the first words are CRIU's, which its callers look for.
         let what = format!("The criu itself is within dumped tree of pid {pid}: it is pid {me}; run it from outside");
         return Ok(vec![what]);
+    }
+    let mut found: Vec<String> = freeze::obstacles(&pids).iter().map(describe).collect();
+    if !found.is_empty() {
+        return Ok(found);
     }
     let members = fd::Members::of(pid);
     for (p, blockers) in pids.iter().zip(side_by_side(&pids, |p| of_one(*p, options, &members))) {
