@@ -1,9 +1,9 @@
 //! Control groups that are frozen for a dump (`--freeze-cgroup`): both versions; they are what they were afterwards.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -44,6 +44,31 @@ struct Version {
 const V1: Version =
     Version { kind: "cgroup", options: Some("freezer"), file: "freezer.state", frozen: "FROZEN", thawed: "THAWED" };
 const V2: Version = Version { kind: "cgroup2", options: None, file: "cgroup.freeze", frozen: "1", thawed: "0" };
+
+/// Hierarchies that stay while tests run side by side: one that comes or goes changes what `/proc/self/cgroup` of every
+/// process says, and the programs of other tests look at that.
+pub struct Hierarchies {
+    /// Open directories, which keep the mounts: those have no place any more.
+    _roots: Vec<File>,
+}
+
+impl Hierarchies {
+    /// Mounts what the tests here will mount, as far as that is allowed: theirs are then only more views of the same.
+    pub fn hold(work: &Path) -> Result<Self> {
+        let place = work.join("hierarchy");
+        fs::create_dir_all(&place)?;
+        let mut roots = Vec::new();
+        for version in [V1, V2] {
+            if mount(Some("none"), &place, Some(version.kind), MsFlags::empty(), version.options).is_ok() {
+                let root = File::open(&place);
+                umount2(&place, MntFlags::MNT_DETACH)?;
+                roots.push(root?);
+            }
+        }
+        fs::remove_dir(&place)?;
+        Ok(Self { _roots: roots })
+    }
+}
 
 /// A group of a test's own in a hierarchy that is mounted for it.
 struct Group {

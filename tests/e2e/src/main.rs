@@ -78,6 +78,7 @@ fn run(words: &[String]) -> Result<bool> {
     proc::close_stray_descriptors();
     nix::sys::prctl::set_child_subreaper(true).context("become a child subreaper")?;
     let args = args.ready()?;
+    let _hierarchies = frozen::Hierarchies::hold(&args.work)?;
     let report = Report::run(&args, tests);
     report.finish(&args)
 }
