@@ -19,6 +19,7 @@ pub use super::vma::{VMA_AIORING, VMA_GUARD, VMA_REGULAR};
 use crate::checkpoint::{PageMap, Run, TaskImage};
 use crate::{ResourceError, RestoreCtx, invalid};
 
+const MADV_DONTNEED: u64 = 4;
 const MADV_MERGEABLE: u64 = 12;
 const MADV_HUGEPAGE: u64 = 14;
 const MADV_NOHUGEPAGE: u64 = 15;
@@ -52,7 +53,7 @@ pub fn map_ops(
     if c.lazies.is_none() {
         check_pages_are_here(t, pages)?;
     }
-    let mut later = Vec::new();
+    let (mut later, mut missing) = (Vec::new(), Vec::new());
     let mut gathered = Gathered::new(t.pid(), &fds, &pages.paths);
     let mut reads = Reads::new(fds.clone());
     let small_pages = mm.thp_disabled == Some(true) || !huge_by_default();
@@ -81,10 +82,15 @@ pub fn map_ops(
                 }
                 gathered.add(v, run);
             }
+            missing.extend(lazy);
         }
     }
     c.fills.extend(gathered.flush(b, c.arena, &mut reads));
     reads.flush(b, c.arena);
+    for (start, len) in missing {
+        // A huge page that came for a neighbour has zeros here, and nobody would ask for what is there.
+        b.must(format!("madvise(MADV_DONTNEED) at {start:#x}"), nr::MADVISE, &[start, len, MADV_DONTNEED]);
+    }
     if let Some(lazies) = &mut c.lazies {
         lazies.push(HostLazy { pid: t.pid(), mappings: later });
     }

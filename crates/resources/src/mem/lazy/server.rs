@@ -127,6 +127,16 @@ fn kill_tree<'a>(processes: impl Iterator<Item = (i32, &'a OwnedFd)>) {
     }
 }
 
+/// Makes accesses fail, as far as the kernel can; what was divided into several mappings since, piece by piece.
+fn poison(uffd: &LazyUffd, start: u64, len: u64) {
+    let failed = uffd.poison(start, len).err().and_then(|e| e.raw_os_error());
+    if failed == Some(libc::ENOENT) && len > PAGE {
+        let half = (len / 2).next_multiple_of(PAGE);
+        poison(uffd, start, half);
+        poison(uffd, start + half, len - half);
+    }
+}
+
 /// What became of pages.
 enum Put {
     Done,
@@ -339,18 +349,21 @@ impl Server {
         let (pid, image) = (space.pid, space.todo.at(start).map_or(start, |(_, image)| image));
         let len = self.fetch(pid, image, len)?;
         let space = &mut self.spaces[i];
-        let mut done = 0;
+        // Bytes to put there by one call: all of them have to lie in one mapping, and that was divided since, perhaps.
+        let (mut done, mut piece) = (0, len);
         while done < len {
-            let (copied, errno) = space.uffd.copy(start + done, &self.buffer[done as usize..len as usize]);
+            let end = len.min(done.saturating_add(piece));
+            let (copied, errno) = space.uffd.copy(start + done, &self.buffer[done as usize..end as usize]);
             space.todo.take(start + done, start + done + copied);
             self.pages += copied / PAGE;
             done += copied;
             match errno {
-                None => {}
+                None => piece = piece.saturating_mul(2),
                 Some(libc::EAGAIN) if copied > 0 => {}
                 Some(libc::EAGAIN) => return Ok(Put::Later),
-                // It is there already, or the memory went away a moment ago.
-                Some(libc::EEXIST | libc::ENOENT) => {
+                Some(libc::ENOENT) if end - done > PAGE => piece = ((end - done) / 2).next_multiple_of(PAGE),
+                // No memory to put it into any more.
+                Some(libc::ENOENT) => {
                     let _ = space.uffd.wake(start + done, PAGE);
                     space.todo.take(start + done, start + done + PAGE);
                     done += PAGE;
@@ -359,6 +372,7 @@ impl Server {
                     space.gone = true;
                     return Ok(Put::Gone);
                 }
+                // EEXIST among them: something that nobody knows of would be there in place of what was dumped.
                 Some(errno) => {
                     let what = format!("cannot put pages into pid {pid} at {:#x}", start + done);
                     return Err(call(what)(std::io::Error::from_raw_os_error(errno)));
@@ -399,7 +413,7 @@ impl Server {
     fn end_tree(&mut self) {
         for space in &self.spaces {
             for (start, (len, _)) in &space.todo.0 {
-                let _ = space.uffd.poison(*start, *len);
+                poison(&space.uffd, *start, *len);
             }
         }
         kill_tree(self.spaces.iter().filter_map(|s| Some((s.pid, s.process.as_ref()?))));
