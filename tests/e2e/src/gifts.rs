@@ -49,7 +49,13 @@ pub const GIFTS: &[Gift] = &[
         words: &["userfaultfd", "close it"],
         needs: "userfaultfd",
     },
-    Gift { name: "bpf_map", open: |_| bpf_map(), options: &[], words: &["bpf-map", "close it"], needs: "BPF maps" },
+    Gift {
+        name: "bpf_map_that_is_a_queue",
+        open: |_| bpf_queue(),
+        options: &[],
+        words: &["bpf-map", "(queue, 22)", "close it"],
+        needs: "BPF maps",
+    },
     Gift {
         name: "tun_device",
         open: |_| device("/dev/net/tun"),
@@ -259,11 +265,11 @@ fn userfaultfd() -> io::Result<Pair> {
     owned(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) })
 }
 
-/// An array of one element; see bpf(2).
-fn bpf_map() -> io::Result<Pair> {
-    // BPF_MAP_CREATE; union bpf_attr: type (BPF_MAP_TYPE_ARRAY), bytes of a key and of a value, elements, and 14 more.
+/// A queue of one element, which nobody can look into; see bpf(2).
+fn bpf_queue() -> io::Result<Pair> {
+    // BPF_MAP_CREATE; union bpf_attr: type (BPF_MAP_TYPE_QUEUE), bytes of a key and of a value, elements, and 14 more.
     let mut attributes = [0_u32; 18];
-    attributes[..4].copy_from_slice(&[2, 4, 8, 1]);
+    attributes[..4].copy_from_slice(&[22, 0, 8, 1]);
     // SAFETY: the attributes are as long as they are said to be, and only read.
     owned(unsafe { libc::syscall(libc::SYS_bpf, 0, attributes.as_ptr(), size_of_val(&attributes)) })
 }

@@ -3,6 +3,7 @@
 //! The unsafe code of the crates above ends here: one file a subject, each function a thin, documented call.
 
 pub mod aio;
+pub mod bpf;
 pub mod creds;
 pub mod epoll;
 pub mod fd;

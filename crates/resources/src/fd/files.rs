@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
+use super::bpf::Maps;
 use super::fifo::Fifos;
 use super::ghost::Made;
 use super::late::{self, Late};
@@ -96,6 +97,7 @@ pub struct Files<'a> {
     pub(super) ghosts: HashMap<u32, Made>,
     pub(super) pipes: Pipes,
     pub(super) fifos: Fifos,
+    pub(super) maps: Maps,
     pub(super) ttys: Given,
     pub(super) sockets: Opened,
     pub(super) owners: Owners,
@@ -131,6 +133,7 @@ impl<'a> Files<'a> {
             ghosts: HashMap::new(),
             pipes: Pipes::load(image)?,
             fifos: Fifos::load(image)?,
+            maps: Maps::load(image)?,
             ttys: Given::load(image, options)?,
             sockets: Opened::load(image, options)?,
             owners: Owners::default(),

@@ -4,6 +4,7 @@
 //! record ([`FileTable`]); a restore opens every description once, in the host, and tasks inherit them ([`Files`]).
 //! A new kind is one file here with both directions, and one line in [`KINDS`].
 
+mod bpf;
 mod epoll;
 mod eventfd;
 mod fifo;
@@ -110,7 +111,7 @@ pub trait FdKind: Sync {
 }
 
 /// Every kind that can be dumped and restored.
-pub static KINDS: [&dyn FdKind; 17] = [
+pub static KINDS: [&dyn FdKind; 18] = [
     &reg::Reg,
     &pipe::Pipe,
     &fifo::Fifo,
@@ -128,6 +129,7 @@ pub static KINDS: [&dyn FdKind; 17] = [
     &sock::netlink::NetlinkKind,
     &sock::unix::Unix,
     &sock::packet::Packet,
+    &bpf::Bpf,
 ];
 
 /// The one kind that claims a descriptor, or why it cannot be dumped.

@@ -8,6 +8,7 @@ use dormouse_infect::host::fd as host;
 use dormouse_kernel::proc::{self, fdinfo, maps::Vma};
 use dormouse_kernel::{HostPid, TargetFd};
 
+use super::bpf;
 use super::ids::Ids;
 use super::link::LinkGuard;
 use super::locks::{self, Locks};
@@ -39,6 +40,7 @@ pub struct FileTable<'a> {
     places: HashMap<(File, Vec<u8>), u32>,
     pipes: Contents<'a>,
     fifos: Contents<'a>,
+    pub(super) maps: bpf::Contents<'a>,
     terminals: Terminals,
     locks: Locks,
     sockets: Listed,
@@ -75,6 +77,7 @@ impl<'a> FileTable<'a> {
             places: HashMap::new(),
             pipes: Contents::new(images, ImageKind::PipesData),
             fifos: Contents::new(images, ImageKind::FifoData),
+            maps: bpf::Contents::new(images),
             terminals: Terminals::default(),
             locks: Locks::default(),
             sockets: Listed::default(),
@@ -232,6 +235,7 @@ impl<'a> FileTable<'a> {
         if !packets.is_empty() {
             self.images.write_all(ImageKind::DormousePackets, 0, &packets)?;
         }
+        self.maps.finish()?;
         let memfds = self.memfds.iter().map(|m| m.finish(shared)).collect::<Result<Vec<_>>>()?;
         if !memfds.is_empty() {
             self.images.write_all(ImageKind::MemfdInode, 0, &memfds)?;
