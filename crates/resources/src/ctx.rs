@@ -1,9 +1,11 @@
 //! What kinds are given while a task's operation list is written.
 
+use std::collections::HashMap;
+
 use dormouse_infect::arena::Arena;
 
 use crate::fd::Files;
-use crate::mem::{HostFill, HostLazy, Shared, Vdso};
+use crate::mem::{HostFill, HostLazy, Proxy, Shared, Vdso};
 use crate::task::seccomp::Filters;
 
 /// Surroundings of one task of a restore.
@@ -16,6 +18,8 @@ pub struct RestoreCtx<'a, 'f> {
     pub shared: &'a Shared,
     /// This kernel's vDSO.
     pub vdso: &'a Vdso,
+    /// Tasks that keep the vDSO of another kernel, by pid.
+    pub proxies: &'a HashMap<i32, Proxy>,
     /// Seccomp filters.
     pub filters: &'a Filters,
     /// Where the vDSO is kept while the address space is rebuilt.

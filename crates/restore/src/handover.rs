@@ -4,6 +4,8 @@
 //! `STAGE_GUARDED` on by PTRACE_O_EXITKILL. The last step takes that option from all threads and detaches them; a
 //! task that is detached has everything it had when it was dumped.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use dormouse_blobs::RESTORER;
@@ -136,6 +138,7 @@ fn run_stages(
         let list = &plan.lists[*l];
         if list.tid == plan.forest.nodes[list.node].pid {
             unmap(plan, tracee)?;
+            put_vdso(plan, tracee.tid())?;
         }
     }
     for (l, tracee) in parking.iter().zip(tracees.iter_mut()) {
@@ -217,6 +220,19 @@ fn unmap(plan: &Plan, leader: &mut Tracee) -> Result<(), RestoreError> {
     leader.settle()?;
     debug_assert!(arch::pc(&leader.regs()?) != 0);
     Ok(())
+}
+
+/// Puts the code there that calls this kernel's vDSO in the name of another kernel's. The mapping is not to be written to by the
+/// task, but its tracer may (`/proc/PID/mem`, proc_pid_mem(5)).
+fn put_vdso(plan: &Plan, pid: HostPid) -> Result<(), RestoreError> {
+    let Some((at, bytes)) = plan.vdsos.get(&pid.0) else { return Ok(()) };
+    let memory = OpenOptions::new().write(true).open(pid.proc_path("mem"));
+    memory.and_then(|memory| memory.write_all_at(bytes, *at)).map_err(|cause| RestoreError::Task {
+        pid: pid.0,
+        what: "writing the code that calls this kernel's vDSO".into(),
+        cause,
+        hint: "",
+    })
 }
 
 /// Ends all tasks that exist and waits until they are gone.

@@ -11,6 +11,7 @@ mod control;
 mod fill;
 mod handover;
 mod lazy;
+mod own;
 mod plan;
 mod process;
 

@@ -3,6 +3,7 @@
 //! The stages at which all wait for each other (`STAGE_*`) are the only synchronisation between tasks: everything
 //! that depends on another task's doing lies on the other side of one.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::RawFd;
@@ -15,13 +16,14 @@ use dormouse_infect::host::process;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::cgroup::{Groups, set_of};
 use dormouse_resources::fd::{Files, When};
-use dormouse_resources::mem::{HostFill, HostLazy, Shared, Vdso, layout, map};
+use dormouse_resources::mem::{HostFill, HostLazy, Proxy, Shared, Vdso, layout, map};
 use dormouse_resources::task::seccomp::Filters;
 use dormouse_resources::task::{self, regs};
 use dormouse_resources::tree::Forest;
 use dormouse_resources::{Own, RestoreCtx, RestoreOptions, TaskImage, TreeImage, tree};
 use dormouse_sys::nr;
 
+use crate::own::{FREE, check_descriptors, descriptor_range, own_settings};
 use crate::{Request, RestoreError, call};
 
 /// Every process exists, has its memory, and leads its own session or group if it has one.
@@ -85,6 +87,8 @@ pub struct Plan {
     pub fills: Vec<HostFill>,
     /// Where tasks open the userfaultfds (list, operation) of memory whose pages come later.
     pub lazies: Vec<((usize, OpId), HostLazy)>,
+    /// What the host puts in the place of the vDSO of another kernel (address, bytes), by pid.
+    pub vdsos: HashMap<i32, (u64, Vec<u8>)>,
 }
 
 /// Plans the restore of `image`. Opens its files and makes its shared memory; forks nothing.
@@ -92,8 +96,9 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
     let options: &'a RestoreOptions = &request.options;
     let (mut own, ignored) = own_settings()?;
     let vdso = Vdso::find()?;
+    let mut proxies = HashMap::new();
     for t in &image.tasks {
-        vdso.check(t)?;
+        proxies.extend(vdso.fit(t)?.map(|proxy| (t.pid(), proxy)));
     }
     let filters = Filters::load(image)?;
     let forest = tree::forest::build(&image.tasks, options.shell_job, options.lazy)?;
@@ -106,6 +111,11 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
     let park_len = (vdso.len() + 4095) & !4095;
     let hole = layout::find_hole(image, size as u64 + park_len)?;
     let hole = hole..hole + size as u64 + park_len;
+    for t in &image.tasks {
+        if let (Some(proxy), Some(mm)) = (proxies.get_mut(&t.pid()), &t.mm) {
+            proxy.place(&vdso, mm, &hole)?;
+        }
+    }
     let mut arena = map_arena(&request.session, size, hole.start)?;
     arena.put(&RESTORER.relocated(hole.start));
     let insn = find_insn(&arena)?;
@@ -116,6 +126,7 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
         ignored,
         sibling: request.restore_sibling,
         vdso: &vdso,
+        proxies: &proxies,
         filters: &filters,
         shared: &shared,
         files: &mut files,
@@ -138,74 +149,9 @@ pub fn plan<'a>(request: &'a Request<'_>, image: &'a TreeImage) -> Result<(Plan,
     check_descriptors(&descriptors)?;
     let (lists, births, fills) = (writer.lists, writer.births, writer.fills);
     let lazies = writer.uffds.into_iter().zip(writer.lazies.unwrap_or_default()).collect();
-    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills, lazies }, files, groups))
+    let vdsos = proxies.iter().map(|(pid, proxy)| (*pid, proxy.memory(&vdso))).collect();
+    Ok((Plan { arena, control, insn, hole, lists, forest, births, shared, fills, lazies, vdsos }, files, groups))
 }
-
-/// What this process has itself, and the signals that it ignores.
-fn own_settings() -> Result<(Own, u64), RestoreError> {
-    let me = HostPid::current();
-    let status = dormouse_kernel::proc::status::read(me).map_err(dormouse_resources::ResourceError::from)?;
-    let stat = dormouse_kernel::proc::stat::read(me).map_err(dormouse_resources::ResourceError::from)?;
-    let limits = dormouse_kernel::proc::limits::read(me).map_err(dormouse_resources::ResourceError::from)?;
-    let own = Own { limits: limits.to_vec(), groups: status.groups, bounding: status.cap_bnd, nice: stat.nice as i32 };
-    Ok((own, status.sig_ign))
-}
-
-/// Descriptor numbers that no task of the tree uses: the restore's own lie there.
-///
-/// Above the tree's highest number if there is room, else in the largest hole between its numbers.
-fn descriptor_range(image: &TreeImage, own: &mut Own) -> Result<Range<RawFd>, RestoreError> {
-    let mut numbers: Vec<u64> = image.tasks.iter().flat_map(|t| &t.fds).map(|f| f.fd.into()).collect();
-    numbers.extend([LOWEST_OWN_FD - 1]);
-    numbers.sort_unstable();
-    numbers.dedup();
-    let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1).min(i32::MAX as u64);
-    let pages: usize = image.tasks.iter().filter_map(|t| t.pages.as_ref()).map(|p| p.paths.len()).sum();
-    let need = 64 + FREE + (2 * (image.files.len() + image.tasks.len() + pages) + Groups::descriptors(image)) as u64;
-    let last = numbers.last().map_or(0, |n| n + 1);
-    let holes = numbers.windows(2).map(|w| w[0] + 1..w[1]).filter(|h| h.start >= LOWEST_OWN_FD);
-    let above = last..hard.max(last);
-    let range = if above.end - above.start >= need {
-        above
-    } else {
-        holes.chain([above.clone()]).max_by_key(|h| h.end - h.start).unwrap_or(above)
-    };
-    if range.end - range.start < need {
-        let what = format!(
-            "the restore needs {need} descriptor numbers that the tree does not use, but only {} are free in a row below {hard} \
-             (hard RLIMIT_NOFILE); raise the limit and retry",
-            range.end - range.start
-        );
-        return Err(RestoreError::Call { what, cause: std::io::Error::from_raw_os_error(libc::EMFILE) });
-    }
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
-        .map_err(|e| call("cannot raise our own RLIMIT_NOFILE")(e.into()))?;
-    // The tasks inherit it, so it is what they must not take for theirs.
-    if let Some(limit) = own.limits.get_mut(libc::RLIMIT_NOFILE as usize) {
-        *limit = (hard, hard);
-    }
-    Ok(range.start as RawFd..range.end as RawFd)
-}
-
-/// What the restore opened must lie in its range, or a task would lose it, or get it in place of its own.
-fn check_descriptors(range: &Range<RawFd>) -> Result<(), RestoreError> {
-    let own = dormouse_kernel::proc::fds(HostPid::current()).map_err(dormouse_resources::ResourceError::from)?;
-    let highest = own.into_iter().max().unwrap_or(0);
-    if highest < range.end {
-        return Ok(());
-    }
-    let what = format!(
-        "the restore's descriptors do not fit into the hole below {} that the tree leaves; raise RLIMIT_NOFILE",
-        range.end
-    );
-    Err(RestoreError::Call { what, cause: std::io::Error::from_raw_os_error(libc::EMFILE) })
-}
-
-/// Numbers that are left free in front of the restore's own: a task whose numbers are all taken needs some to work with.
-const FREE: u64 = 64;
-
-/// Below it lie what this program was started with.
-const LOWEST_OWN_FD: u64 = 64;
 
 /// Bytes of address space for all lists and what they point to. Only what is touched costs memory.
 fn arena_size(image: &TreeImage, forest: &Forest) -> usize {
@@ -259,6 +205,7 @@ struct Writer<'w, 'f> {
     ignored: u64,
     sibling: bool,
     vdso: &'w Vdso,
+    proxies: &'w HashMap<i32, Proxy>,
     filters: &'w Filters,
     shared: &'w Shared,
     files: &'w mut Files<'f>,
@@ -551,6 +498,7 @@ impl<'f> Writer<'_, 'f> {
             files: self.files,
             shared: self.shared,
             vdso: self.vdso,
+            proxies: self.proxies,
             filters: self.filters,
             park: self.park,
             own: self.own,

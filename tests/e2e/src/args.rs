@@ -7,12 +7,13 @@ use anyhow::{Context as _, Result, bail};
 const USAGE: &str =
     "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|servers|refuse|kill|damage|exchange|service|concurrent|live]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
-    [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu]
+    [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu] [--part sleep|wake]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
   --programs directory of prebuilt static programs (default: they are built with --cc, $CC or gcc)
   --expect-skips  a file with one `test: need` a line; other skips, or missing ones but for lines with `? `, are failures
   --kill N   N dumps killed (default 200) and N/4 restores; --damage N  damaged copies (default 1000)
-  --as-criu  do not compare what CRIU 4.2 itself changes (the accounting flag of mappings): to validate the tests";
+  --as-criu  do not compare what CRIU 4.2 itself changes (the accounting flag of mappings): to validate the tests
+  --part     programs only: put them to sleep and leave their directories, or wake up those of another machine";
 
 /// A family of tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,6 +55,17 @@ impl Group {
     ];
 }
 
+/// How much of a program's test is done here: its images can go to another machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// The program is started and dumped; its directory stays.
+    Sleep,
+    /// It is restored from the directory that another run has left.
+    Wake,
+}
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Args {
@@ -89,6 +101,8 @@ pub struct Args {
     pub keep: bool,
     /// Be content with what CRIU 4.2 keeps.
     pub as_criu: bool,
+    /// How much of a program's test is done.
+    pub part: Part,
 }
 
 impl Args {
@@ -111,6 +125,7 @@ impl Args {
             work: std::env::temp_dir().join(format!("dormouse-e2e.{}", std::process::id())),
             keep: false,
             as_criu: false,
+            part: Part::Whole,
         };
         let mut words = words.iter();
         while let Some(word) = words.next() {
@@ -132,6 +147,7 @@ impl Args {
                 "--work" => args.work = value()?.into(),
                 "--keep" => args.keep = true,
                 "--as-criu" => args.as_criu = true,
+                "--part" => args.part = parse_part(value()?)?,
                 "-h" | "--help" => {
                     println!("{USAGE}");
                     std::process::exit(0);
@@ -139,6 +155,7 @@ impl Args {
                 _ => bail!("unknown option {word}\n{USAGE}"),
             }
         }
+        args.keep |= args.part == Part::Sleep;
         if args.groups.is_empty() {
             args.groups = Group::ALL.iter().map(|(_, group)| *group).collect();
         }
@@ -163,6 +180,14 @@ impl Args {
 /// The program `dormouse` in the directory of this one.
 fn beside() -> PathBuf {
     std::env::current_exe().ok().as_deref().and_then(Path::parent).unwrap_or(Path::new(".")).join("dormouse")
+}
+
+fn parse_part(text: &str) -> Result<Part> {
+    match text {
+        "sleep" => Ok(Part::Sleep),
+        "wake" => Ok(Part::Wake),
+        _ => bail!("unknown part {text}\n{USAGE}"),
+    }
 }
 
 fn parse_groups(text: &str) -> Result<Vec<Group>> {

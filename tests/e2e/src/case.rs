@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::args::Args;
+use crate::args::{Args, Part};
 use crate::proc::{self, Tree};
 
 /// Longest a dump or a restore may take.
@@ -68,7 +68,9 @@ impl<'a> Case<'a> {
     /// Makes the directory of the test called `name`.
     pub fn new(args: &'a Args, name: &str) -> Result<Self> {
         let dir = args.work.join(name.replace('/', "."));
-        fs::remove_dir_all(&dir).ok();
+        if args.part != Part::Wake {
+            fs::remove_dir_all(&dir).ok();
+        }
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         // Programs that drop their privileges write their verdict here as well.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o777))?;

@@ -41,7 +41,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 
-use crate::args::{Args, Group};
+use crate::args::{Args, Group, Part};
 use crate::report::Report;
 
 fn main() -> ExitCode {
@@ -88,6 +88,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
     let mut tests = Vec::new();
     for group in &args.groups {
         match group {
+            Group::Programs if args.part != Part::Whole => tests.extend(programs::tests()),
             Group::Programs => tests.extend(
                 programs::tests()
                     .into_iter()

@@ -74,6 +74,28 @@ pub fn tree(root: i32) -> Tree {
     found
 }
 
+/// A tree as text, a line each.
+pub fn print(tree: &Tree) -> String {
+    let line = |(pid, p): (&i32, &Process)| {
+        let threads: Vec<String> = p.threads.iter().map(i32::to_string).collect();
+        format!("{pid} {} {} {} {} {} {}\n", p.parent, p.group, p.session, p.state, threads.join(","), p.comm)
+    };
+    tree.iter().map(line).collect()
+}
+
+/// The tree that [`print`] has made a text of.
+pub fn parse(text: &str) -> Option<Tree> {
+    let process = |line: &str| {
+        let mut words = line.splitn(7, ' ');
+        let mut number = || words.next()?.parse().ok();
+        let (pid, parent, group, session) = (number()?, number()?, number()?, number()?);
+        let state = words.next()?.parse().ok()?;
+        let threads = words.next()?.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
+        Some((pid, Process { comm: words.next()?.to_owned(), state, parent, group, session, threads }))
+    };
+    text.lines().map(process).collect()
+}
+
 /// The children of a process.
 pub fn children(pid: i32) -> Vec<i32> {
     numbers("/proc").into_iter().filter(|child| read(*child).is_some_and(|process| process.parent == pid)).collect()

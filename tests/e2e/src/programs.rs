@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::args::Part;
 use crate::case::{Case, pid_of};
+use crate::proc;
 use crate::report::{Outcome, Test};
 use crate::tty;
 
@@ -113,6 +115,12 @@ pub fn run_with(case: &Case<'_>, name: &str, text: &str, rounds: &[(&Path, &Path
     let options = Options::parse(text, &case.dir);
     let wants = |what: &str| options.harness.iter().any(|word| word == what);
     let _reserved = wants("hugepages").then(HugePages::reserve);
+    if case.args.part == Part::Wake {
+        return wake(case, &options);
+    }
+    if wants("tty") && case.args.part == Part::Sleep {
+        return Ok(Outcome::needs("a terminal that goes along"));
+    }
     if wants("tty") {
         return tty::run(case, &program, &options);
     }
@@ -127,10 +135,29 @@ pub fn run_with(case: &Case<'_>, name: &str, text: &str, rounds: &[(&Path, &Path
         let images = case.path(&format!("img.{round}"));
         let tree = case.put_to_sleep(dump, pid_of(&child), &images, &options.dump);
         let tree = tree.with_context(|| format!("round {round}"))?;
+        if case.args.part == Part::Sleep {
+            fs::write(case.path(TREE), proc::print(&tree))?;
+            return Ok(Outcome::PASSED);
+        }
         groups.as_ref().map_or(Ok(()), Groups::remove).with_context(|| format!("round {round}"))?;
         case.wake_up(restore, &images, &options.restore, &tree).with_context(|| format!("round {round}"))?;
         ask(case, round)?;
     }
+    Ok(Outcome::PASSED)
+}
+
+/// The tree that a test has put to sleep.
+const TREE: &str = "tree";
+
+/// Wakes up what another run has put to sleep, on another kernel perhaps.
+fn wake(case: &Case<'_>, options: &Options) -> Result<Outcome> {
+    let Ok(tree) = fs::read_to_string(case.path(TREE)) else {
+        return Ok(Outcome::needs("images from the other machine"));
+    };
+    let tree = proc::parse(&tree).context("the tree that was put to sleep cannot be read")?;
+    case.wake_up(&case.args.bin, &case.path("img.1"), &options.restore, &tree)?;
+    fs::write(case.path("crossed"), "")?;
+    ask(case, 1)?;
     Ok(Outcome::PASSED)
 }
 

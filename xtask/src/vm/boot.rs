@@ -15,8 +15,17 @@ use super::initramfs::END;
 use crate::cmd;
 
 /// Boots and waits for the tests' end; true when they passed.
-pub(super) fn run(arch: Arch, kernel: &Path, initramfs: &Path, log: &Path, limit: Duration) -> Result<bool> {
+pub(super) fn run(
+    arch: Arch,
+    kernel: &Path,
+    (initramfs, disk): (&Path, Option<&Path>),
+    log: &Path,
+    limit: Duration,
+) -> Result<bool> {
     let mut command = emulator(arch);
+    if let Some(disk) = disk {
+        command.arg("-drive").arg(format!("file={},format=raw,if=virtio", disk.display()));
+    }
     command.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let log_file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;

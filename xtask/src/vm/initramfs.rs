@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::Part;
 use super::cpio::Archive;
 use super::kernel::{Kernel, WANTED};
 
@@ -53,21 +54,35 @@ for module in @MODULES@; do
 	modprobe -q $module
 done
 ulimit -c 0
+@BEFORE@
 read up idle < /proc/uptime
 echo \"kernel $(uname -r), $(nproc) processors, up after $up s\"
 dmesg -c > /dev/null
 /bin/dormouse-e2e @HARNESS@ < /dev/null
 code=$?
 [ $code = 0 ] || dmesg | tail -n 40
+@AFTER@
 echo '@END@' $code
 poweroff -f
 ";
+
+/// Images go to another machine with the directories of their tests, as an archive that begins where the disk does. Numbers
+/// of processes differ, so that those of the first machine are free in the second.
+fn around(part: Option<Part>) -> (&'static str, &'static str) {
+    match part {
+        None => ("", ""),
+        Some(Part::Sleep) => {
+            ("echo 1000 > /proc/sys/kernel/ns_last_pid", "tar -C / -cf /dev/vda tmp/e2e && sync || code=3")
+        }
+        Some(Part::Wake) => ("tar -C / -xf /dev/vda\necho 20000 > /proc/sys/kernel/ns_last_pid", ""),
+    }
+}
 
 /// Writes the archive to `file`.
 ///
 /// # Errors
 /// A part cannot be read.
-pub(super) fn write(file: &Path, parts: &Parts<'_>, harness: &[String]) -> Result<()> {
+pub(super) fn write(file: &Path, parts: &Parts<'_>, harness: &[String], part: Option<Part>) -> Result<()> {
     let mut archive = Archive::default();
     for dir in ["bin", "dev", "etc", "lib", "programs", "proc", "root", "run", "sbin", "sys", "tmp"] {
         archive.directory(dir);
@@ -78,8 +93,9 @@ pub(super) fn write(file: &Path, parts: &Parts<'_>, harness: &[String]) -> Resul
     archive.link("bin/sh", "busybox");
     archive.program("init", FIRST.as_bytes());
     let words: Vec<_> = harness.iter().map(|word| quoted(word)).collect();
-    let second =
-        SECOND.replace("@MODULES@", &WANTED.join(" ")).replace("@HARNESS@", &words.join(" ")).replace("@END@", END);
+    let (before, after) = around(part);
+    let second = SECOND.replace("@MODULES@", &WANTED.join(" ")).replace("@HARNESS@", &words.join(" "));
+    let second = second.replace("@END@", END).replace("@BEFORE@", before).replace("@AFTER@", after);
     archive.program("sbin/init", second.as_bytes());
     archive.program("bin/dormouse", &read(parts.bin)?);
     archive.program("bin/dormouse-e2e", &read(parts.harness)?);

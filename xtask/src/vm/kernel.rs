@@ -30,6 +30,8 @@ pub(super) const WANTED: &[&str] = &[
     "nft_reject_inet",
     "overlay",
     "fuse",
+    "virtio_pci",
+    "virtio_blk",
 ];
 
 /// A kernel to boot.

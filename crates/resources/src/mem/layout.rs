@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use dormouse_images::pb;
+
 use crate::checkpoint::TreeImage;
 use crate::{ResourceError, invalid};
 
@@ -25,6 +27,17 @@ pub fn find_hole(image: &TreeImage, size: u64) -> Result<u64, ResourceError> {
     best_hole(used, size).ok_or_else(|| {
         invalid!("no hole of {size} bytes is free in the address spaces of all tasks; restore fewer tasks at once")
     })
+}
+
+/// Finds `size` bytes that one task does not use, outside of `hole`.
+///
+/// # Errors
+/// There are none.
+pub fn find_room(mm: &pb::MmEntry, hole: &Range<u64>, size: u64) -> Result<u64, ResourceError> {
+    let mut used: Vec<Range<u64>> = mm.vmas.iter().map(|v| v.start..v.end).collect();
+    used.push(mm.mm_start_brk..mm.mm_brk + (1 << 30));
+    used.push(hole.clone());
+    best_hole(used, size).ok_or_else(|| invalid!("an address space has no room of {size} bytes for the vDSO"))
 }
 
 fn best_hole(mut used: Vec<Range<u64>>, size: u64) -> Option<u64> {

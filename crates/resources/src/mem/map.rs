@@ -193,7 +193,7 @@ pub fn final_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage) -> Re
         madvise_ops(b, v);
         mlock_ops(b, v, &pages.runs);
     }
-    c.vdso.final_ops(b, mm, c.park);
+    c.vdso.final_ops(b, mm, c.park, c.proxies.get(&t.pid()));
     mm::mm_map_op(b, c, mm)
 }
 

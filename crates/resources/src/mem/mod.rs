@@ -41,4 +41,4 @@ pub use pages::{PageIds, PageStats, Spans, dump_pages};
 pub use pre_dump::Snapshot;
 pub use shared::{Shared, SharedDump};
 pub use smaps::has_wiped;
-pub use vdso::Vdso;
+pub use vdso::{Proxy, Vdso};
