@@ -132,7 +132,7 @@ fn what_cannot_be_ignored_is_refused_by_name() {
         ("dump -t 1 --lazy-pages", "--lazy-pages"),
         ("dump -t 1 --compress", "--compress"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
-        ("restore -J net:/proc/1/ns/net", "--join-ns"),
+        ("restore -J uts:/proc/1/ns/uts", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),
     ] {
         let message = refusal(line);
