@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod ending;
 mod fill;
 mod handover;
 mod lazy;
@@ -138,6 +139,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
         task::creds::ordinary(&image, uid)?;
     }
     (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
+    ending::wait(&image);
     let away = ns::net::arrive(&image, &request.options)?;
     let hook = |action: &str, root| match &away {
         Some(away) => away.at_home(|| (request.hooks)(action, root))?,
