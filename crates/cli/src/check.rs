@@ -205,7 +205,7 @@ const ROWS: &[Row] = &[
         next: "use Linux 4.1 or later, with CONFIG_PID_NS",
     },
     Row {
-        names: &["network_lock_nftables"],
+        names: &["network_lock_nftables", "has_ipt_legacy"],
         need: Need::Sometimes,
         purpose: "TCP connections (else --network-lock skip)",
         next: "run with CAP_NET_ADMIN, on a kernel with CONFIG_NF_TABLES_INET",
@@ -249,7 +249,6 @@ const CRIUS: &[(&str, &str)] = &[
     ("cgroupns", NAMESPACES),
     ("compat_cr", "32-bit programs cannot be dumped yet"),
     ("external_net_ns", NAMESPACES),
-    ("has_ipt_legacy", "packets are held back by nftables, which needs no program"),
     ("link_nsid", NAMESPACES),
     ("move_mount_set_group", NAMESPACES),
     ("newifindex", NAMESPACES),

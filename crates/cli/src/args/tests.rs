@@ -125,6 +125,14 @@ fn control_groups_are_managed_as_asked() {
 }
 
 #[test]
+fn packets_are_held_back_whichever_way_is_named() {
+    for (line, skip) in [("", false), ("--network-lock iptables", false), ("--network-lock skip", true)] {
+        assert_eq!(dump(&format!("dump -t 1 {line}")).options().network_lock_skip, skip, "{line}");
+    }
+    assert!(refusal("dump -t 1 --network-lock ebtables").contains("iptables"));
+}
+
+#[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
         ("dump -t 1 --page-server --tls", "--tls"),
