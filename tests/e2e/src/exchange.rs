@@ -43,7 +43,6 @@ const PROGRAMS: &[&str] = &[
     "mem_sparse",
     "mem_stack",
     "memfd",
-    "net_own",
     "netlink_sockets",
     "pending_signals",
     "pipes",
