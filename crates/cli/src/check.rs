@@ -205,7 +205,7 @@ const ROWS: &[Row] = &[
         next: "use Linux 4.1 or later, with CONFIG_PID_NS",
     },
     Row {
-        names: &["network_lock_nftables"],
+        names: &["network_lock_nftables", "has_ipt_legacy"],
         need: Need::Sometimes,
         purpose: "TCP connections (else --network-lock skip)",
         next: "run with CAP_NET_ADMIN, on a kernel with CONFIG_NF_TABLES_INET",
@@ -238,7 +238,7 @@ const ROWS: &[Row] = &[
 ];
 
 /// What stands against all features of namespaces.
-const NAMESPACES: &str = "trees with namespaces of their own cannot be dumped yet";
+const NAMESPACES: &str = "of namespaces only network ones can be dumped yet, and of those the loopback device";
 
 /// Features that CRIU knows and nothing here uses, whatever the kernel can, and why.
 const CRIUS: &[(&str, &str)] = &[
@@ -249,15 +249,14 @@ const CRIUS: &[(&str, &str)] = &[
     ("cgroupns", NAMESPACES),
     ("compat_cr", "32-bit programs cannot be dumped yet"),
     ("external_net_ns", NAMESPACES),
-    ("has_ipt_legacy", "packets are held back by nftables, which needs no program"),
     ("link_nsid", NAMESPACES),
     ("move_mount_set_group", NAMESPACES),
     ("newifindex", NAMESPACES),
-    ("nftables", "rules are part of network namespaces, which cannot be dumped yet"),
+    ("nftables", "rules of network namespaces are saved and loaded by nft(8), if there are any"),
     ("nsid", NAMESPACES),
     ("pidfd_store", "the service keeps no handles of processes between pre-dumps yet"),
     ("sk_ns", NAMESPACES),
-    ("tun", "its devices are part of network namespaces, which cannot be dumped yet"),
+    ("tun", "devices of network namespaces cannot be dumped yet"),
     ("tun_ns", NAMESPACES),
     ("userns", NAMESPACES),
 ];

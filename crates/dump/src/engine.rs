@@ -16,6 +16,7 @@ use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
 use dormouse_resources::mem::PageIds;
+use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::task::seccomp::FilterTable;
 
 use crate::ids::Ids;
@@ -37,11 +38,15 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     }
     let page_ids = Server::page_ids(request.chain.server.as_ref())?;
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+    let mut ids = Ids::default();
+    let root_ids = ids.of(HostPid::current())?;
+    let away = Visit::to(request.pid)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
     let mut tree = None;
-    let traced = trace(request, &images, &page_ids, &mut tracking, &mut tree)?;
+    let traced = trace(request, &images, (&page_ids, ids), &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
-    let Frozen { mut report, links, connections, later } = save(request, &images, &page_ids, traced, tree.freezer())?;
+    let Frozen { mut report, links, connections, later } =
+        save(request, &images, (&page_ids, away.is_some()), traced, tree.freezer())?;
     cancel::check()?;
     let connected = !connections.is_empty();
     let mut held = Some((tree, connections));
@@ -53,9 +58,10 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
             copy.save(&images, &page_ids, &mut report)
         })?;
     }
-    (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+    let hook = || (request.hooks)("post-dump", Some(request.pid.0));
+    away.as_ref().map_or_else(|| Ok(hook()), |away| away.at_home(hook))?.map_err(DumpError::Hook)?;
     let session = &request.session;
-    let inventory = inventory::inventory(&mut Ids::default(), session, &request.options, connected)?;
+    let inventory = inventory::inventory(root_ids, session, &request.options, connected)?;
     tracking.finish(&images, session)?;
     images.write_inventory(&inventory)?;
     links.keep();
@@ -108,12 +114,12 @@ struct Traced<'a> {
 fn trace<'a>(
     request: &'a Request<'_>,
     images: &'a ImageDir,
-    page_ids: &'a PageIds,
+    (page_ids, ids): (&'a PageIds, Ids),
     tracking: &mut Tracking,
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
     let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
-    let recorder = Recorder::new(images, &request.options, page_ids, request.live)?;
+    let recorder = Recorder::new(images, &request.options, page_ids, request.live, ids)?;
     thread::scope(|scope| {
         let (steps, recording) = recorder.start(scope)?;
         let mut tracer = Tracer {
@@ -177,11 +183,12 @@ struct Frozen {
 
 /// Writes every image that is left but the inventory.
 ///
+/// `has_own_net` if the tree is in a network namespace of its own, and so is this program by now.
 /// The links that keep files without a name vanish with the guard, unless the checkpoint becomes complete.
 fn save(
     request: &Request<'_>,
     images: &ImageDir,
-    page_ids: &PageIds,
+    (page_ids, has_own_net): (&PageIds, bool),
     traced: Traced<'_>,
     freezer: Option<&Freezer>,
 ) -> Result<Frozen, DumpError> {
@@ -192,7 +199,10 @@ fn save(
     let links = files.take_links();
     let lock = network_lock(&inventory::run_id(&request.session));
     let lock = (!request.options.network_lock_skip).then_some(lock.as_str());
-    let connections = files.save_connections(lock)?;
+    if has_own_net {
+        ns::net::dump(images, own_ids.net_ns_id.unwrap_or_default())?;
+    }
+    let connections = files.save_connections(lock, has_own_net)?;
     files.finish(&mut shared)?;
     let (_, pages) = shared.finish(own_ids.ipc_ns_id.unwrap_or_default().into())?;
     if request.live && pages > 0 {

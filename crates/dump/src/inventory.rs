@@ -1,13 +1,12 @@
 //! What belongs to the checkpoint as a whole: its inventory, and the clocks of the moment.
 
 use dormouse_images::{ImageDir, ImageKind, pb};
-use dormouse_kernel::{HostPid, Session};
+use dormouse_kernel::Session;
 use dormouse_resources::DumpOptions;
 use dormouse_resources::cgroup::OWN_CG_SET;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::DumpError;
-use crate::ids::Ids;
 
 /// Version of the image format: 2 since images begin with the common magic.
 const IMG_VERSION: u32 = 2;
@@ -17,10 +16,10 @@ const LOCK_NFTABLES: u32 = 1;
 /// `network_lock_method`: they are not dropped.
 const LOCK_SKIP: u32 = 2;
 
-/// The inventory of a checkpoint. `ids` is fresh: the root numbers are those of this program. `connected` if there are TCP
-/// connections that are to go on.
+/// The inventory of a checkpoint. `root_ids` are the numbers of this program. `connected` if there are TCP connections that
+/// are to go on, or a locked network namespace.
 pub fn inventory(
-    ids: &mut Ids,
+    root_ids: pb::TaskKobjIdsEntry,
     session: &Session,
     options: &DumpOptions,
     connected: bool,
@@ -29,7 +28,7 @@ pub fn inventory(
     Ok(pb::InventoryEntry {
         img_version: IMG_VERSION,
         fdinfo_per_id: Some(true),
-        root_ids: Some(ids.of(HostPid::current())?),
+        root_ids: Some(root_ids),
         ns_per_id: Some(true),
         root_cg_set: Some(OWN_CG_SET),
         // No profile of a security module is recorded: a tree under one is refused before.

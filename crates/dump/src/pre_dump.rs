@@ -5,6 +5,7 @@ use std::time::Instant;
 use dormouse_infect::freeze::{self, Task, Tree};
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::rseq;
+use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::tree;
 use dormouse_resources::mem::{Mappings, PageIds, Snapshot};
 
@@ -57,7 +58,8 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     ids.finish()?;
     report.memory_us = copying.elapsed().as_micros() as u64;
     tracking.finish(&images, session)?;
-    images.write_inventory(&inventory::inventory(&mut Ids::default(), session, &request.options, false)?)?;
+    let own_ids = Ids::default().of(HostPid::current())?;
+    images.write_inventory(&inventory::inventory(own_ids, session, &request.options, false)?)?;
     if chain.dedup {
         tracking::dedup(&images);
     }

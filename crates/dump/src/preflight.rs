@@ -3,6 +3,7 @@
 use dormouse_infect::freeze;
 use dormouse_kernel::proc::{stat, tree};
 use dormouse_kernel::{HostPid, side_by_side};
+use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
 
 use crate::{DumpError, describe};
@@ -37,6 +38,14 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     let mut found: Vec<String> = freeze::obstacles(&pids).iter().map(describe).collect();
     if !found.is_empty() {
         return Ok(found);
+    }
+    // Sockets and lists of them are those of the tree's network namespace.
+    let away = match Visit::to(pid) {
+        Ok(away) => away,
+        Err(e) => return Ok(vec![format!("cannot dump pid {pid}: {e}")]),
+    };
+    if away.is_some() {
+        found.extend(ns::net::blockers(pid)?.iter().map(Blocker::to_string));
     }
     let members = fd::Members::of(pid);
     for (p, blockers) in pids.iter().zip(side_by_side(&pids, |p| of_one(*p, options, &members))) {

@@ -146,7 +146,7 @@ pub struct Recorder<'a> {
     pub cgroups: CgroupDump<'a>,
     /// Processes whose pages are to be written later, in the tracer's order.
     pub drafted: Vec<Drafted>,
-    /// The numbers of this program.
+    /// The numbers of this program, in the tree's network namespace.
     pub own_ids: pb::TaskKobjIdsEntry,
     ids: Ids,
     known: Vec<(HostPid, pb::TaskKobjIdsEntry)>,
@@ -158,7 +158,8 @@ pub struct Recorder<'a> {
 }
 
 impl<'a> Recorder<'a> {
-    /// One that writes to `images`; `live` if processes are to leave copies.
+    /// One that writes to `images`; `live` if processes are to leave copies. `ids` has the numbers of this program, which are
+    /// the first, as in CRIU's images; it is in the tree's network namespace by now.
     ///
     /// # Errors
     /// An image cannot be made, or `/proc` not read.
@@ -167,9 +168,8 @@ impl<'a> Recorder<'a> {
         options: &'a DumpOptions,
         page_ids: &'a PageIds,
         live: bool,
+        mut ids: Ids,
     ) -> Result<Self, DumpError> {
-        let mut ids = Ids::default();
-        // The first numbers are those of this program, as in CRIU's images.
         let own_ids = ids.of(HostPid::current())?;
         Ok(Self {
             images,
@@ -236,6 +236,11 @@ impl<'a> Recorder<'a> {
     fn look(&mut self, process: &Standing, mappings: Arc<Mappings>) -> Result<(), DumpError> {
         let pid = process.pid;
         let ids = self.ids.of(pid)?;
+        if ids.net_ns_id != self.own_ids.net_ns_id {
+            return Err(DumpError::Refused(vec![format!(
+                "cannot dump pid {pid}: it has changed its network namespace meanwhile; retry"
+            )]));
+        }
         let parent = self.known.iter().find(|(known, _)| Some(*known) == process.parent).map(|(_, ids)| ids);
         for (other, have) in &self.known {
             if let Some(what) = shared_between(&ids, have, parent) {

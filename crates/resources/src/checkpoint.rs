@@ -30,6 +30,8 @@ pub struct TreeImage {
     pub ext: HashMap<u32, pb::ThreadExt>,
     /// The set of control groups that the dumping program was in.
     pub root_cg_set: Option<u32>,
+    /// The numbers of that program: namespaces with other ones are the tree's own.
+    pub root_ids: Option<pb::TaskKobjIdsEntry>,
     /// Control groups, if any task was in other ones.
     pub cgroups: Option<pb::CgroupEntry>,
 }
@@ -160,8 +162,8 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
         tasks.push(load_task(&dir, &path, entry)?);
     }
     check_shared(&tasks)?;
-    let root_cg_set = inventory.root_cg_set;
-    Ok(TreeImage { dir, path, tasks, files, remaps, ext, root_cg_set, cgroups })
+    let (root_cg_set, root_ids) = (inventory.root_cg_set, inventory.root_ids);
+    Ok(TreeImage { dir, path, tasks, files, remaps, ext, root_cg_set, root_ids, cgroups })
 }
 
 /// What tasks share must be what they can share when one is forked by the other.

@@ -86,6 +86,8 @@ pub struct RestoreOptions {
     pub ext_unix_sk: bool,
     /// Directory that becomes the tree's root (`--root`).
     pub root: Option<PathBuf>,
+    /// File of the network namespace that the tree is to be in, whatever it was in before (`--join-ns`).
+    pub join_net: Option<PathBuf>,
     /// Rebuild TCP connections (`--tcp-established`).
     pub tcp_established: bool,
     /// Make closed sockets of TCP connections (`--tcp-close`).

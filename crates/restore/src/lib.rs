@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod ending;
 mod fill;
 mod handover;
 mod lazy;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use dormouse_images::ImageDir;
 use dormouse_kernel::Session;
 pub use dormouse_resources::{ResourceError, RestoreOptions};
-use dormouse_resources::{checkpoint, task};
+use dormouse_resources::{checkpoint, ns, task};
 
 /// Called at the stages of a restore: the action's name and, once it exists, the root task's pid.
 pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
@@ -139,6 +140,19 @@ pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
         task::creds::ordinary(&image, uid)?;
     }
     (request.hooks)("pre-restore", None).map_err(RestoreError::Hook)?;
+    ending::wait(&image);
+    let away = ns::net::arrive(&image, &request.options)?;
+    let hook = |action: &str, root| match &away {
+        Some(away) => away.at_home(|| (request.hooks)(action, root))?,
+        None => (request.hooks)(action, root),
+    };
+    let request = &Request {
+        hooks: &hook,
+        images_dir: request.images_dir.clone(),
+        options: request.options.clone(),
+        lazy: request.lazy,
+        ..*request
+    };
     let (plan, files, groups) = plan::plan(request, &image)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
     let mut report = handover::execute(request, &image, &plan, (files, groups))?;

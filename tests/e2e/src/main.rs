@@ -18,6 +18,7 @@ mod inside;
 mod kill;
 mod lazy;
 mod live;
+mod networks;
 mod proc;
 mod programs;
 mod real;
@@ -95,7 +96,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(chain::tests())
                     .chain(frozen::tests())
                     .chain(stopped::tests())
-                    .chain(lazy::tests()),
+                    .chain(lazy::tests())
+                    .chain(networks::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

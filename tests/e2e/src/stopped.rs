@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 
-use crate::case::Case;
+use crate::case::{Case, TOOL_LIMIT};
 use crate::gifts;
 use crate::proc;
 use crate::report::{Outcome, Test};
@@ -19,7 +22,41 @@ const PROGRAM: &str = "sleep_counter";
 
 /// The tests, which belong to the programs.
 pub fn tests() -> Vec<Test> {
-    vec![Test::new("stopped/connections_wait_for_the_restore", connections)]
+    vec![
+        Test::new("stopped/connections_wait_for_the_restore", connections),
+        Test::new("stopped/connections_that_are_left_behind_free_their_port", left_behind),
+        Test::new("stopped/a_tree_that_is_still_ending_is_waited_for", ending),
+    ]
+}
+
+/// Both ends are in the tree that is killed: neither can tell the other of its end, and both keep their ports.
+fn left_behind(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "tcp_connections", Session::Own, &[]));
+    let (images, established) = (case.path("img"), "--tcp-established".to_owned());
+    let ran = case.dump(&case.args.bin, target.pid, &images, &["--leave-stopped".into(), established.clone()])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    target.end();
+    case.await_end(target.ids())?;
+    case.wake_up(&case.args.bin, &images, &[established], &target.tree)?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// Who kills the stopped tree and restores it at once meets its numbers, which are free only when we have waited for it.
+fn ending(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "threads", Session::Own, &[]));
+    let (bin, images, root) = (&case.args.bin, case.path("img"), Pid::from_raw(target.pid));
+    let ran = case.dump(bin, target.pid, &images, &["--leave-stopped".into()])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    kill(root, Signal::SIGKILL)?;
+    let restore = case.start_tool(case.restore_command(bin, &images, &[]), "restore")?;
+    std::thread::sleep(Duration::from_millis(300));
+    waitpid(root, None)?;
+    let ran = case.wait_tool(restore, "restore", &images.join("restore.log"), TOOL_LIMIT)?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    case.same_tree(&target.tree)?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
 }
 
 /// Bytes that the peer has not acknowledged.

@@ -44,8 +44,9 @@ pub struct Kinds {
     /// Connections that wait to be accepted may be lost
     #[arg(long)]
     pub skip_in_flight: bool,
-    /// How packets of TCP connections are held back until they are restored: nftables or skip
-    #[arg(long, value_name = "METHOD", default_value = "nftables", value_parser = ["nftables", "skip"])]
+    /// How packets of TCP connections are held back until they are restored: nftables, iptables (the same, done by nftables) or
+    /// skip
+    #[arg(long, value_name = "METHOD", default_value = "nftables", value_parser = ["nftables", "iptables", "skip"])]
     pub network_lock: String,
     /// Datagram sockets may be connected to named unix sockets outside of the tree; with inodes, the user takes care of the
     /// peers of these sockets

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use dormouse_resources::RestoreOptions;
 use dormouse_resources::cpu::CpuCaps;
+use dormouse_resources::ns::net::named;
 
 use super::Common;
 use super::cgroup::Cgroups;
@@ -51,6 +52,9 @@ pub struct RestoreArgs {
     /// socket:[INODE], file[MNT_ID:INODE] or a path without its first slash
     #[arg(long, value_name = "fd[N]:KEY", value_parser = parse_inherit_fd)]
     pub inherit_fd: Vec<(i32, String)>,
+    /// Restore in an existing network namespace, given by a file or the pid of a process in it: net:FILE or net:PID
+    #[arg(short = 'J', long, value_name = "net:FILE", value_parser = parse_join_ns)]
+    pub join_ns: Option<PathBuf>,
     /// What the user takes care of: dev[NAME]:PATH and others, as named at the dump
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<String>,
@@ -100,6 +104,7 @@ impl RestoreArgs {
             inherit_fd: self.inherit_fd.clone(),
             external: self.external.clone(),
             root: self.root.clone(),
+            join_net: self.join_ns.clone(),
             tcp_established: self.tcp_established,
             tcp_close: self.tcp_close,
             skip_file_rwx_check: self.skip_file_rwx_check,
@@ -107,6 +112,18 @@ impl RestoreArgs {
             cgroups: self.cgroups.options(),
             cpu: self.cpu_cap.unwrap_or_default(),
         }
+    }
+}
+
+/// `net:FILE` or `net:PID`: the file of the namespace.
+fn parse_join_ns(text: &str) -> Result<PathBuf, String> {
+    match text.split_once(':') {
+        Some(("net", which)) if !which.is_empty() => Ok(named(which)),
+        Some(("net", _)) | None => Err("not of the form net:FILE or net:PID, e.g. net:/run/netns/NAME".into()),
+        Some((kind, _)) => Err(format!(
+            "{kind} namespaces cannot be joined, only network ones; leave it out and start this command in the wanted one, \
+             e.g. with nsenter(1)"
+        )),
     }
 }
 

@@ -64,8 +64,6 @@ impl Known {
 }
 
 const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
-const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
-                          command in the wanted namespaces, e.g. with nsenter(1)";
 const LSM: &str = "security profiles are not restored yet; leave it out";
 const NO_TLS: &str = "pages are not encrypted on their way yet; leave it out, or use a tunnel, e.g. of ssh(1)";
 
@@ -80,7 +78,7 @@ pub const CRIU: &[Known] = &[
     Known::new("images-dir", Value, Works, Works).short('D'),
     Known::new("work-dir", Value, Works, Works).short('W'),
     Known::new("log-file", Value, Works, Works).short('o'),
-    Known::new("join-ns", Value, Elsewhere, Refused(NAMESPACES)).short('J'),
+    Known::new("join-ns", Value, Elsewhere, Works).short('J'),
     Known::new("root", Value, Elsewhere, Works).short('r'),
     Known::new("ext-unix-sk", MaybeValue, Works, Works).short('x'),
     Known::new("help", Nothing, Works, Works).short('h'),

@@ -125,6 +125,14 @@ fn control_groups_are_managed_as_asked() {
 }
 
 #[test]
+fn packets_are_held_back_whichever_way_is_named() {
+    for (line, skip) in [("", false), ("--network-lock iptables", false), ("--network-lock skip", true)] {
+        assert_eq!(dump(&format!("dump -t 1 {line}")).options().network_lock_skip, skip, "{line}");
+    }
+    assert!(refusal("dump -t 1 --network-lock ebtables").contains("iptables"));
+}
+
+#[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
         ("dump -t 1 --page-server --tls", "--tls"),
@@ -132,7 +140,7 @@ fn what_cannot_be_ignored_is_refused_by_name() {
         ("dump -t 1 --lazy-pages", "--lazy-pages"),
         ("dump -t 1 --compress", "--compress"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
-        ("restore -J net:/proc/1/ns/net", "--join-ns"),
+        ("restore -J uts:/proc/1/ns/uts", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),
     ] {
         let message = refusal(line);

@@ -5,6 +5,7 @@
 
 pub mod diag;
 pub mod nft;
+pub mod route;
 pub mod unix;
 
 use std::io;
@@ -121,7 +122,11 @@ impl Netlink {
     /// # Errors
     /// The kernel's.
     pub fn request(&mut self, kind: u16, body: &[u8]) -> io::Result<()> {
-        self.send(kind, NLM_F_ACK, body)?;
+        self.acknowledged(kind, 0, body)
+    }
+
+    fn acknowledged(&mut self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+        self.send(kind, NLM_F_ACK | flags, body)?;
         loop {
             for m in self.receive()? {
                 if m.kind == NLMSG_ERROR {

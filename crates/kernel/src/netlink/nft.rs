@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{self, MsgFlags, SockProtocol, setsockopt, sockopt};
 
-use super::{HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, Netlink, all_messages, status};
+use super::{HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, Netlink, all_messages, attribute, attributes, status};
 
 /// `NFPROTO_INET`: both internet protocols.
 const INET: u8 = 1;
@@ -27,6 +27,7 @@ const OWNER: u32 = 2;
 
 // enum nf_tables_msg_types
 const NEWTABLE: u16 = 0;
+const GETTABLE: u16 = 1;
 const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
 const NEWRULE: u16 = 6;
@@ -209,10 +210,7 @@ impl Netlink {
     pub fn drop_packets(&mut self, name: &str, connections: &[(End, End)], mark: u32, owned: bool) -> io::Result<()> {
         self.carry_out(|batch| {
             let name = named(name);
-            let flags = if owned { OWNER } else { 0 };
-            batch.request(NEWTABLE, NLM_F_CREATE, &table(&name).number(2, flags));
-            batch.request(DELTABLE, 0, &table(&name));
-            batch.request(NEWTABLE, NLM_F_CREATE, &table(&name).number(2, flags));
+            renew(batch, &name, owned);
             for (id, family) in FAMILIES.iter().enumerate() {
                 let set = table(&name).bytes(2, family.set).number(4, family.key_type()).number(5, family.key_len());
                 batch.request(NEWSET, NLM_F_CREATE, &set.number(3, 0).number(10, id as u32 + 1));
@@ -228,17 +226,51 @@ impl Netlink {
                 }
             }
             for (chain, hook) in HOOKS {
-                let place = Attributes::default().number(1, hook).number(2, 0);
-                let new = table(&name).bytes(3, chain).nested(4, &place).number(5, NF_ACCEPT).bytes(7, b"filter\0");
-                batch.request(NEWCHAIN, NLM_F_CREATE, &new);
+                new_chain(batch, &name, chain, hook, NF_ACCEPT);
                 let ours = Attributes::default().meta(MARK, &mark.to_ne_bytes()).verdict(NF_ACCEPT);
                 let theirs = FAMILIES.iter().map(drop_members);
                 for expressions in std::iter::once(ours).chain(theirs) {
-                    let rule = table(&name).bytes(2, chain).nested(4, &expressions);
-                    batch.request(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, &rule);
+                    new_rule(batch, &name, chain, &expressions);
                 }
             }
         })
+    }
+
+    /// Makes the table `name` of family inet, which drops all packets that come in or go out but those with this mark; else as
+    /// [`Netlink::drop_packets`].
+    ///
+    /// # Errors
+    /// As [`Netlink::drop_packets`].
+    pub fn drop_all_packets(&mut self, name: &str, mark: u32, owned: bool) -> io::Result<()> {
+        self.carry_out(|batch| {
+            let name = named(name);
+            renew(batch, &name, owned);
+            for (chain, hook) in HOOKS {
+                new_chain(batch, &name, chain, hook, NF_DROP);
+                new_rule(
+                    batch,
+                    &name,
+                    chain,
+                    &Attributes::default().meta(MARK, &mark.to_ne_bytes()).verdict(NF_ACCEPT),
+                );
+            }
+        })
+    }
+
+    /// The tables of all families, each with whether it ends with the program that made it.
+    ///
+    /// # Errors
+    /// As [`Netlink::dump`]; `EPERM` without CAP_NET_ADMIN.
+    pub fn tables(&mut self) -> io::Result<Vec<(String, bool)>> {
+        let mut found = Vec::new();
+        // struct nfgenmsg: any family.
+        self.dump(SUBSYSTEM << 8 | GETTABLE, &[0; 4], |m| {
+            let has = attributes(m.body.get(4..).unwrap_or_default());
+            let name = attribute(&has, 1).unwrap_or_default();
+            let flags = attribute(&has, 2).and_then(|v| v.try_into().ok()).map_or(0, u32::from_be_bytes);
+            found.push((String::from_utf8_lossy(name).trim_end_matches('\0').to_owned(), flags & OWNER != 0));
+        })?;
+        Ok(found)
     }
 
     /// Takes the table `name` of family inet away; false if there is none.
@@ -292,6 +324,26 @@ fn named(name: &str) -> Vec<u8> {
 /// The attribute by which every request names its table: each has it as its first.
 fn table(name: &[u8]) -> Attributes {
     Attributes::default().bytes(1, name)
+}
+
+/// An empty table in place of the one that was there.
+fn renew(batch: &mut Batch, name: &[u8], owned: bool) {
+    let flags = if owned { OWNER } else { 0 };
+    batch.request(NEWTABLE, NLM_F_CREATE, &table(name).number(2, flags));
+    batch.request(DELTABLE, 0, &table(name));
+    batch.request(NEWTABLE, NLM_F_CREATE, &table(name).number(2, flags));
+}
+
+/// A chain for the packets of a hook; `policy` for those that no rule decides on.
+fn new_chain(batch: &mut Batch, name: &[u8], chain: &[u8], hook: u32, policy: u32) {
+    let place = Attributes::default().number(1, hook).number(2, 0);
+    let new = table(name).bytes(3, chain).nested(4, &place).number(5, policy).bytes(7, b"filter\0");
+    batch.request(NEWCHAIN, NLM_F_CREATE, &new);
+}
+
+fn new_rule(batch: &mut Batch, name: &[u8], chain: &[u8], expressions: &Attributes) {
+    let rule = table(name).bytes(2, chain).nested(4, expressions);
+    batch.request(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, &rule);
 }
 
 /// A rule that drops a TCP packet whose ends are in the family's set.

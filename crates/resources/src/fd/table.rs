@@ -263,13 +263,14 @@ impl<'a> FileTable<'a> {
     }
 
     /// Drops the packets of all TCP connections from now on, and writes their images; they go on when the returned value is
-    /// dropped. `lock` names the table that drops packets; `None` to do without. To be called before [`Self::finish`].
+    /// dropped. `lock` names the table that drops packets; `None` to do without; `everything` if it drops all packets of
+    /// the network namespace. To be called before [`Self::finish`].
     ///
     /// # Errors
     /// The network cannot be locked, a connection cannot be read, or an image not be written.
-    pub fn save_connections(&mut self, lock: Option<&str>) -> Result<Connections> {
+    pub fn save_connections(&mut self, lock: Option<&str>, everything: bool) -> Result<Connections> {
         let mut connections = std::mem::take(&mut self.sockets.connections);
-        for (id, state) in connections.save(self.images, lock)? {
+        for (id, state) in connections.save(self.images, lock, everything)? {
             let entry = self.entries.iter_mut().find(|e| e.id == id).and_then(|e| e.isk.as_mut());
             entry.expect("it was made with the connection").state = state.into();
         }

@@ -49,6 +49,7 @@ impl Scratch {
             remaps: remaps.into_iter().map(|r| (r.orig_id, r)).collect(),
             ext: HashMap::new(),
             root_cg_set: None,
+            root_ids: None,
             cgroups: None,
         }
     }

@@ -93,13 +93,13 @@ fn of_thread(pid: HostPid, tid: HostPid) -> Result<Vec<(String, &'static str)>> 
 
 type Namespace = (NsKind, Option<u64>);
 
-/// The namespaces of this program that a tree must be in too. This program never changes its own.
+/// The namespaces of this program that a tree must be in too. This program never changes its own of these kinds.
 fn own_namespaces() -> Result<&'static [Namespace]> {
     static OWN: OnceLock<Vec<Namespace>> = OnceLock::new();
     if let Some(own) = OWN.get() {
         return Ok(own);
     }
-    let kinds = [NsKind::User, NsKind::Mnt, NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Cgroup, NsKind::Time];
+    let kinds = [NsKind::User, NsKind::Mnt, NsKind::Ipc, NsKind::Uts, NsKind::Cgroup, NsKind::Time];
     let own = kinds.map(|kind| Ok((kind, ns_inode(HostPid::current(), kind)?)));
     let own = own.into_iter().collect::<Result<Vec<_>>>()?;
     Ok(OWN.get_or_init(|| own))
@@ -119,6 +119,12 @@ fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
         found.add(
             "its children will be in another time namespace (unshare, setns)",
             "dump the tree before it makes one",
+        );
+    }
+    if ns_inode(pid, NsKind::Net)? != ns_inode(HostPid::current(), NsKind::Net)? {
+        found.add(
+            "it is in another network namespace than the root of the tree",
+            "dump it as a tree of its own, or end it",
         );
     }
     for (kind, own) in own_namespaces()? {

@@ -14,6 +14,7 @@ use super::super::{FdKind, FdView, FileTable, Files, Look};
 use super::addr::{Address, INET, INET6};
 use super::tcp::{self, Connection};
 use super::{family, inode, ip, make, namespace_blocker, opts, small};
+use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
 use crate::{Blocker, Result, call, invalid};
 
@@ -311,7 +312,7 @@ fn unconnected(
     // A raw socket's port is its protocol.
     let has_address = if kind == libc::SOCK_RAW { !source.ip.is_unspecified() } else { source.port != 0 };
     if has_address {
-        bind(fd, s, source, what)?;
+        bind(files.image(), fd, s, source, what)?;
     }
     if s.state == u32::from(LISTEN) {
         sock::listen(fd, small(s.backlog, what)?).map_err(call(format!("cannot listen on {what}")))?;
@@ -352,7 +353,7 @@ fn scope(s: &pb::InetSkEntry, what: &str) -> Result<u32> {
 }
 
 /// Gives a socket its address.
-fn bind(fd: &OwnedFd, s: &pb::InetSkEntry, to: Address, what: &str) -> Result<()> {
+fn bind(image: &TreeImage, fd: &OwnedFd, s: &pb::InetSkEntry, to: Address, what: &str) -> Result<()> {
     let scope = scope(s, what)?;
     let address = to.to_kernel(scope);
     let freebind = if s.family == INET6 { Opt::IPV6_FREEBIND } else { Opt::IP_FREEBIND };
@@ -366,6 +367,10 @@ fn bind(fd: &OwnedFd, s: &pb::InetSkEntry, to: Address, what: &str) -> Result<()
         bound = sock::bind(fd, &address);
         opts::set(fd, freebind, 0, what)?;
     }
+    let in_use = matches!(&bound, Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE));
+    if in_use && s.r#type as i32 == libc::SOCK_STREAM && end_left_over(image, s.src_port, what)? > 0 {
+        bound = sock::bind(fd, &address);
+    }
     bound.map_err(|e| {
         let step = match e.raw_os_error() {
             Some(libc::EADDRINUSE) => " (another process uses the address; end it and retry)",
@@ -375,6 +380,18 @@ fn bind(fd: &OwnedFd, s: &pb::InetSkEntry, to: Address, what: &str) -> Result<()
         };
         call(format!("cannot bind {what}{step}"))(e)
     })
+}
+
+/// Ends what is left of the tree's own connections at a port, if nobody has them any more: a tree that was left stopped and killed
+/// leaves connections behind that cannot tell their peers, and they keep the port. How many there were.
+fn end_left_over(image: &TreeImage, port: u32, what: &str) -> Result<usize> {
+    let sockets = image.files.values().filter_map(|f| f.isk.as_ref());
+    let mut ended = 0;
+    for s in sockets.filter(|s| s.r#type as i32 == libc::SOCK_STREAM && s.src_port == port && s.dst_port != 0) {
+        let end = |words, port| Address::from_record(s.family, words, port, what);
+        ended += tcp::end_left_over(end(&s.src_addr, s.src_port)?, end(&s.dst_addr, s.dst_port)?, what);
+    }
+    Ok(ended)
 }
 
 /// Shuts directions down that were. What is not connected is shut down all the same, although the kernel complains.

@@ -19,10 +19,18 @@ pub fn table(run_id: &str) -> String {
     format!("CRIU-{}", run_id.chars().take(ID_LEN).collect::<String>())
 }
 
+/// What is dropped.
+enum Packets {
+    /// Those of connections, by their two addresses.
+    Of(Vec<(Address, Address)>),
+    /// All of the network namespace.
+    All,
+}
+
 /// Packets are dropped until this is dropped, unless it is kept.
 pub struct Lock {
     name: String,
-    connections: Vec<(Address, Address)>,
+    packets: Packets,
     /// The table's owner: whatever becomes of this process, the table does not outlive it. `None` before Linux 5.12.
     owner: Option<Netlink>,
 }
@@ -33,14 +41,25 @@ impl Lock {
     /// # Errors
     /// There is no CAP_NET_ADMIN, or no CONFIG_NF_TABLES_INET in the kernel.
     pub fn new(name: &str, connections: impl Iterator<Item = (Address, Address)>) -> Result<Self> {
-        let connections: Vec<_> = connections.map(|(a, b)| (a.unmapped(), b.unmapped())).collect();
+        Self::of(name, Packets::Of(connections.map(|(a, b)| (a.unmapped(), b.unmapped())).collect()))
+    }
+
+    /// Drops all packets of this thread's network namespace, but those that are made for rebuilding connections.
+    ///
+    /// # Errors
+    /// As [`Lock::new`].
+    pub fn everything(name: &str) -> Result<Self> {
+        Self::of(name, Packets::All)
+    }
+
+    fn of(name: &str, packets: Packets) -> Result<Self> {
         let name = name.to_owned();
         let mut owner = Netlink::netfilter().map_err(unavailable)?;
-        match drop_packets(&mut owner, &held(&name), &connections, true) {
-            Ok(()) => Ok(Self { name, connections, owner: Some(owner) }),
+        match drop_packets(&mut owner, &held(&name), &packets, true) {
+            Ok(()) => Ok(Self { name, packets, owner: Some(owner) }),
             Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
-                drop_packets(&mut owner, &name, &connections, false).map_err(unavailable)?;
-                Ok(Self { name, connections, owner: None })
+                drop_packets(&mut owner, &name, &packets, false).map_err(unavailable)?;
+                Ok(Self { name, packets, owner: None })
             }
             Err(e) => Err(unavailable(e)),
         }
@@ -58,7 +77,7 @@ impl Lock {
     pub fn keep(mut self) -> Result<()> {
         if self.owner.is_some() {
             let mut socket = Netlink::netfilter().map_err(unavailable)?;
-            drop_packets(&mut socket, &self.name, &self.connections, false).map_err(unavailable)?;
+            drop_packets(&mut socket, &self.name, &self.packets, false).map_err(unavailable)?;
         }
         self.name.clear();
         Ok(())
@@ -82,9 +101,14 @@ fn held(name: &str) -> String {
     format!("{name}-dump")
 }
 
-fn drop_packets(nl: &mut Netlink, name: &str, connections: &[(Address, Address)], owned: bool) -> io::Result<()> {
-    let ends: Vec<_> = connections.iter().map(|(a, b)| ((a.ip, a.port), (b.ip, b.port))).collect();
-    nl.drop_packets(name, &ends, MARK, owned)
+fn drop_packets(nl: &mut Netlink, name: &str, packets: &Packets, owned: bool) -> io::Result<()> {
+    match packets {
+        Packets::All => nl.drop_all_packets(name, MARK, owned),
+        Packets::Of(connections) => {
+            let ends: Vec<_> = connections.iter().map(|(a, b)| ((a.ip, a.port), (b.ip, b.port))).collect();
+            nl.drop_packets(name, &ends, MARK, owned)
+        }
+    }
 }
 
 /// Lets packets through again, if there is a table of this name.

@@ -27,7 +27,7 @@ use nix::sys::stat::SFlag;
 use super::FdView;
 use super::view::keep;
 use crate::checkpoint::TreeImage;
-use crate::{Blocker, RestoreOptions, Result, call, invalid};
+use crate::{Blocker, RestoreOptions, Result, call, invalid, ns};
 
 pub use tcp::{Connections, Cut};
 pub use unix::{Listed as UnixSockets, save as save_unix, settle as settle_unix};
@@ -40,7 +40,7 @@ pub fn family(view: &FdView) -> Option<u32> {
     sock::get_int(&view.own, Opt::SO_DOMAIN).ok().map(|f| f as u32)
 }
 
-/// A socket of another network namespace than ours cannot be made again here.
+/// A socket of another network namespace than ours, which is the tree's, cannot be made again here.
 fn namespace_blocker(view: &FdView) -> Result<Option<Blocker>> {
     let cannot = "cannot read the network namespace of a socket (SO_NETNS_COOKIE, Linux 5.14)";
     let own = sock::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0).map_err(call("cannot make a socket"))?;
@@ -48,8 +48,8 @@ fn namespace_blocker(view: &FdView) -> Result<Option<Blocker>> {
     let its = sock::get_exact::<8>(&view.own, Opt::SO_NETNS_COOKIE).map_err(call(cannot))?;
     Ok((ours != its).then(|| {
         view.blocker(
-            "a socket of another network namespace, which cannot be dumped yet",
-            "close it, or dump from inside of that namespace (nsenter --net)",
+            "a socket of another network namespace than the tree's, which cannot be dumped yet",
+            "close it and retry",
         )
     }))
 }
@@ -152,6 +152,8 @@ pub struct Opened {
     connections: Vec<(OwnedFd, bool, String)>,
     /// The table by which the run that dumped has locked the network; `None` if it did so in another way or not.
     lock: Option<String>,
+    /// That table drops all packets of the network namespace.
+    locked_all: bool,
     /// Connections become closed sockets.
     tcp_close: bool,
     /// Unix sockets.
@@ -173,9 +175,10 @@ impl Opened {
         };
         let lock = inventory.network_lock_method == Some(NFTABLES);
         let lock = inventory.dump_criu_run_id.filter(|_| lock).map(|id| lock::table(&id));
+        let locked_all = ns::net::own(image)?.is_some();
         let tcp_close = options.tcp_close || inventory.tcp_close.unwrap_or(false);
         let unix = unix::State::load(image)?;
-        Ok(Self { reuse: Vec::new(), connections: Vec::new(), lock, tcp_close, unix })
+        Ok(Self { reuse: Vec::new(), connections: Vec::new(), lock, locked_all, tcp_close, unix })
     }
 
     /// Lets packets of the connections through and ends their repair mode.
@@ -183,7 +186,7 @@ impl Opened {
     /// # Errors
     /// The network cannot be unlocked, or a connection not be let go on.
     pub fn resume(&self) -> Result<()> {
-        if self.connections.is_empty() {
+        if self.connections.is_empty() && !self.locked_all {
             return Ok(());
         }
         if let Some(name) = &self.lock {

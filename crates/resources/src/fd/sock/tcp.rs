@@ -97,22 +97,24 @@ impl Connections {
         self.list.push(connection);
     }
 
-    /// Whether there is none.
+    /// Whether there is none, and nothing is locked.
     pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
+        self.list.is_empty() && self.lock.is_none()
     }
 
-    /// Drops packets of all connections from now on, and writes their images; each one's id and state.
+    /// Drops packets of all connections from now on, and writes their images; each one's id and state. `everything` if all
+    /// packets of the network namespace are to be dropped, which is the tree's own.
     ///
     /// # Errors
     /// The network cannot be locked, a connection cannot be read, or an image not be written.
-    pub fn save(&mut self, images: &ImageDir, lock: Option<&str>) -> Result<Vec<(u32, u8)>> {
-        if self.list.is_empty() {
-            return Ok(Vec::new());
-        }
-        if let Some(name) = lock {
-            self.lock = Some(Lock::new(name, self.list.iter().map(|c| (c.source, c.target)))?);
-        }
+    pub fn save(&mut self, images: &ImageDir, lock: Option<&str>, everything: bool) -> Result<Vec<(u32, u8)>> {
+        self.lock = match lock {
+            Some(name) if everything => Some(Lock::everything(name)?),
+            Some(name) if !self.list.is_empty() => {
+                Some(Lock::new(name, self.list.iter().map(|c| (c.source, c.target)))?)
+            }
+            _ => None,
+        };
         self.list.iter().map(|c| Ok((c.id, c.save(images)?))).collect()
     }
 
@@ -344,7 +346,12 @@ impl Plan<'_> {
         let connect = || sock::connect(fd, &self.target.to_kernel(self.scope));
         let connected = match connect() {
             // A tree that was left stopped and killed leaves its connections behind, which cannot tell their peers.
-            Err(e) if e.raw_os_error() == Some(libc::EADDRNOTAVAIL) && self.end_left_over() => connect(),
+            Err(e)
+                if e.raw_os_error() == Some(libc::EADDRNOTAVAIL)
+                    && end_left_over(self.source, self.target, what) > 0 =>
+            {
+                connect()
+            }
             other => other,
         };
         match connected {
@@ -354,16 +361,6 @@ impl Plan<'_> {
             _ => {}
         }
         if connecting { repair(fd, ON, what) } else { Ok(()) }
-    }
-
-    /// Ends what is left of this very connection, if nobody has it any more.
-    fn end_left_over(&self) -> bool {
-        let (source, target) = (self.source.socket(), self.target.socket());
-        let ended = Netlink::sock_diag().and_then(|mut nl| diag::end_orphans(&mut nl, source, target));
-        ended.unwrap_or_else(|e| {
-            tracing::warn!("cannot end what is left of {}: {e}", self.what);
-            0
-        }) > 0
     }
 
     /// What both sides agreed on when they connected.
@@ -472,6 +469,15 @@ impl Plan<'_> {
             self.what
         )))
     }
+}
+
+/// Ends what is left of this very connection, if nobody has it any more; how many sockets that were.
+pub fn end_left_over(source: Address, target: Address, what: &str) -> usize {
+    let ended = Netlink::sock_diag().and_then(|mut nl| diag::end_orphans(&mut nl, source.socket(), target.socket()));
+    ended.unwrap_or_else(|e| {
+        tracing::warn!("cannot end what is left of {what}: {e}");
+        0
+    })
 }
 
 /// Sequence numbers behind the data of both queues, before the FINs.
