@@ -25,8 +25,8 @@ use crate::target::{Session, Target};
 #[path = "service_crowd.rs"]
 mod crowd;
 use crowd::{
-    a_crowd_of_one_user, handed_a_socket, in_the_background, libcriu, many_callers, many_requests, program_replaced,
-    users_service, worker_of_ones_own,
+    a_crowd_of_one_user, full_queue, handed_a_socket, in_the_background, libcriu, many_callers, many_requests,
+    program_replaced, users_service, worker_of_ones_own,
 };
 
 #[path = "service_self.rs"]
@@ -54,7 +54,8 @@ pub fn tests() -> Vec<Test> {
         ("service/in_the_background", in_the_background),
         ("service/handed_a_socket", handed_a_socket),
     ];
-    let alone: [(&str, Body); 3] = [
+    let alone: [(&str, Body); 4] = [
+        ("service/full_queue", full_queue),
         ("service/many_callers", many_callers),
         ("service/many_requests", many_requests),
         ("service/a_crowd_of_one_user", a_crowd_of_one_user),
