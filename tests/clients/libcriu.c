@@ -81,7 +81,7 @@ int main(int argc, char **argv)
 	criu_set_pid(pid);
 	criu_set_log_file("dump.log");
 	criu_set_notify_cb(on_notify);
-	if ((ret = criu_dump()) != 0 || strcmp(stages, "pre-dump post-dump "))
+	if ((ret = criu_dump()) != 0 || strcmp(stages, "pre-dump query-ext-files post-dump "))
 		return fail("criu_dump", ret);
 	for (int i = 0; i < 500 && !kill(pid, 0); i++)
 		usleep(10000);

@@ -16,7 +16,7 @@ use dormouse_infect::freezer::Freezer;
 use dormouse_infect::supervise::supervised;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::DumpOptions;
-use dormouse_restore::RestoreError;
+use dormouse_restore::{RestoreError, RestoreOptions};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -130,6 +130,12 @@ pub struct Run<'a> {
     pub accounts: bool,
     /// For this user and with no other rights, see [`dormouse_restore::Request`].
     pub only_user: Option<u32>,
+    /// Asks what else is left to the user, after "pre-dump".
+    pub query_external: Option<dormouse_rpc::QueryExternal<'a>>,
+    /// A terminal whose master is outside of the tree may be dumped, and is made anew by a restore.
+    pub orphan_pts_master: bool,
+    /// Takes its master then.
+    pub take_master: Option<dormouse_restore::TakeMaster<'a>>,
     /// The connection over which it was asked for, see [`dormouse_resources::DumpOptions`].
     pub service_socket: Option<u32>,
 }
@@ -141,7 +147,17 @@ impl<'a> Run<'a> {
     /// There is no randomness for its identity.
     pub fn new(place: &'a Place) -> Result<Self> {
         let session = Session::new().context("cannot draw a session id (getrandom)")?;
-        Ok(Self { place, session, notify: &|_, _| Ok(()), accounts: true, only_user: None, service_socket: None })
+        Ok(Self {
+            place,
+            session,
+            notify: &|_, _| Ok(()),
+            accounts: true,
+            only_user: None,
+            query_external: None,
+            orphan_pts_master: false,
+            take_master: None,
+            service_socket: None,
+        })
     }
 
     fn scripts(&self, common: &'a Common) -> Scripts<'a> {
@@ -256,6 +272,17 @@ pub fn sleep(
         (run.notify)(action, root)?;
         scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))
     };
+    // What is left to the user decides what is refused, so that is asked for before the tree is looked at, and its answer
+    // comes after "pre-dump" as in CRIU.
+    let mut options = args.options();
+    if let Some(query) = run.query_external {
+        hook("pre-dump", Some(args.tree)).map_err(DumpError::Hook)?;
+        options.external.extend(query().map_err(DumpError::Hook)?);
+    }
+    let hook = |action: &str, root: Option<i32>| match (action, run.query_external) {
+        ("pre-dump", Some(_)) => Ok(()),
+        _ => hook(action, root),
+    };
     let after = match (args.leave_running, args.leave_stopped) {
         (true, _) => After::Run,
         (false, true) => After::Stop,
@@ -265,7 +292,11 @@ pub fn sleep(
         session: run.session,
         pid: HostPid(args.tree),
         images_dir: run.place.path.clone(),
-        options: DumpOptions { service_socket: run.service_socket, ..args.options() },
+        options: DumpOptions {
+            service_socket: run.service_socket,
+            orphan_pts_master: run.orphan_pts_master,
+            ..options
+        },
         after,
         live: args.live,
         timeout: args.timeout(),
@@ -376,7 +407,8 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
     let outcome = dormouse_restore::run(&dormouse_restore::Request {
         session: run.session,
         images_dir: run.place.path.clone(),
-        options: args.options(),
+        options: RestoreOptions { orphan_pts_master: run.orphan_pts_master, ..args.options() },
+        take_master: run.take_master,
         leave_stopped: args.leave_stopped,
         restore_sibling: args.restore_sibling,
         only_user: run.only_user,

@@ -172,6 +172,9 @@ impl Here {
             notify: order.notify,
             accounts: true,
             only_user: order.only_user,
+            query_external: order.query_external,
+            orphan_pts_master: order.orphan_pts_master,
+            take_master: order.take_master,
             service_socket: order.service_socket,
         });
         if let Err(failure) = &outcome {

@@ -78,7 +78,11 @@ pub fn options(images_dir: RawFd) -> pb::CriuOpts {
 pub struct Client {
     channel: Option<Channel>,
     worker: Option<Child>,
+    external: Vec<String>,
 }
+
+/// The stage at which a dump asks what else the caller takes care of.
+const QUERY_EXTERNAL: &str = "query-ext-files";
 
 impl Client {
     /// Connects to a service.
@@ -93,7 +97,7 @@ impl Client {
             Channel::new(socket)
         };
         match connected() {
-            Ok(channel) => Ok(Self { channel: Some(channel), worker: None }),
+            Ok(channel) => Ok(Self { channel: Some(channel), worker: None, external: Vec::new() }),
             Err(cause) => Err(ClientError::Connect { whom: path.display().to_string(), cause }),
         }
     }
@@ -108,9 +112,17 @@ impl Client {
         let started = || -> io::Result<Self> {
             let (ours, theirs) = Channel::pair()?;
             let worker = Command::new(program).args(["swrk", "0"]).stdin(OwnedFd::from(theirs)).spawn()?;
-            Ok(Self { channel: Some(ours), worker: Some(worker) })
+            Ok(Self { channel: Some(ours), worker: Some(worker), external: Vec::new() })
         };
         started().map_err(|cause| ClientError::Connect { whom: program.display().to_string(), cause })
+    }
+
+    /// Resources that we take care of ourselves (`unix[INODE]`, `tty[RDEV:DEV]`, as in `opts.external`): told when a dump
+    /// with `notify_scripts` asks for them (`query-ext-files`).
+    #[must_use]
+    pub fn with_external(mut self, keys: Vec<String>) -> Self {
+        self.external = keys;
+        self
     }
 
     /// Sends a request and waits for its answer, whatever it is.
@@ -129,8 +141,12 @@ impl Client {
             if answer.r#type() != Kind::Notify {
                 return Ok(answer);
             }
-            let good = on_notify(&answer.notify.unwrap_or_default(), fd);
-            let reply = pb::CriuReq { r#type: Kind::Notify.into(), notify_success: Some(good), ..Default::default() };
+            let stage = answer.notify.unwrap_or_default();
+            let good = on_notify(&stage, fd);
+            let asked = stage.script() == QUERY_EXTERNAL && !self.external.is_empty();
+            let opts = asked.then(|| pb::CriuOpts { external: self.external.clone(), ..options(-1) });
+            let kind = Kind::Notify.into();
+            let reply = pb::CriuReq { r#type: kind, notify_success: Some(good), opts, ..Default::default() };
             channel.send(&reply, None).map_err(ClientError::Send)?;
         }
     }

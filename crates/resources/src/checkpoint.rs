@@ -140,7 +140,7 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
     let inventory: pb::InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
     if !(1..=2).contains(&inventory.img_version) {
         return Err(invalid!(
-            "inventory.img: image version {} is not known; versions 1 and 2 are",
+            "inventory.img: image version {} is not known (1 and 2 are); if a later program wrote it, restore with that one",
             inventory.img_version
         ));
     }

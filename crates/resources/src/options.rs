@@ -10,6 +10,9 @@ use crate::cpu::CpuCaps;
 pub struct DumpOptions {
     /// The tree may have the terminal and session of a shell outside of it.
     pub shell_job: bool,
+    /// The tree may have a pseudoterminal whose master is outside of it: a restore makes a new one and hands its master
+    /// to the caller (`orphan_pts_master` of the service's requests).
+    pub orphan_pts_master: bool,
     /// Largest deleted file that is kept in the images, in bytes (`--ghost-limit`).
     pub ghost_limit: u64,
     /// A file whose name is gone but which still has another link may be kept by a temporary link (`--link-remap`).
@@ -51,6 +54,7 @@ impl Default for DumpOptions {
     fn default() -> Self {
         Self {
             shell_job: false,
+            orphan_pts_master: false,
             // CRIU's.
             ghost_limit: 1 << 20,
             link_remap: false,
@@ -78,6 +82,8 @@ impl Default for DumpOptions {
 pub struct RestoreOptions {
     /// Take the caller's terminal and session for those that the tree had.
     pub shell_job: bool,
+    /// Make pseudoterminals anew whose master was outside of the tree, and keep the masters for the caller.
+    pub orphan_pts_master: bool,
     /// Descriptors to use in place of files: (our descriptor, key such as `tty[8801:4]`, `pipe:[123]` or a path).
     pub inherit_fd: Vec<(i32, String)>,
     /// Resources that the user takes care of (`--external`).

@@ -16,6 +16,7 @@ mod own;
 mod plan;
 mod process;
 
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::PathBuf;
 
 use dormouse_images::ImageDir;
@@ -25,6 +26,9 @@ use dormouse_resources::{checkpoint, ns, task};
 
 /// Called at the stages of a restore: the action's name and, once it exists, the root task's pid.
 pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
+
+/// Takes the master of a new terminal of the tree's.
+pub type TakeMaster<'a> = &'a dyn Fn(BorrowedFd<'_>) -> anyhow::Result<()>;
 
 /// What to restore and how.
 pub struct Request<'a> {
@@ -45,6 +49,9 @@ pub struct Request<'a> {
     pub dedup: bool,
     /// Who serves the pages that come later; with [`RestoreOptions::lazy`].
     pub lazy: Option<&'a std::os::unix::net::UnixStream>,
+    /// Takes masters of terminals that were outside of the tree, before the tree is made; an error ends the restore. With
+    /// [`RestoreOptions::orphan_pts_master`].
+    pub take_master: Option<TakeMaster<'a>>,
     /// Called at "pre-restore", "post-restore", "pre-resume", "post-resume" and others; an error ends the restore,
     /// except after "post-resume".
     pub hooks: Hook<'a>,
@@ -124,6 +131,9 @@ pub(crate) fn call(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Re
     move |cause| RestoreError::Call { what, cause }
 }
 
+/// Why a terminal cannot be made anew.
+const NO_TAKER: &str = "nobody takes the master of the tree's new terminal; ask a service with notify_scripts";
+
 /// Restores the tree of `request.images_dir`.
 ///
 /// # Errors
@@ -153,8 +163,13 @@ pub fn run(request: &Request<'_>) -> Result<Report, RestoreError> {
         lazy: request.lazy,
         ..*request
     };
-    let (plan, files, groups) = plan::plan(request, &image)?;
+    let (plan, mut files, groups) = plan::plan(request, &image)?;
     tracing::info!("planned {} tasks in {} us", image.tasks.len(), start.elapsed().as_micros());
+    for master in files.take_orphan_masters() {
+        // Ours is closed right away: from here on the terminal lives as long as the caller holds it.
+        let take = request.take_master.ok_or_else(|| RestoreError::Hook(anyhow::anyhow!(NO_TAKER)))?;
+        take(master.as_fd()).map_err(RestoreError::Hook)?;
+    }
     let mut report = handover::execute(request, &image, &plan, (files, groups))?;
     if request.dedup {
         // The tree runs; what fails now costs nothing but space.

@@ -11,6 +11,7 @@ pub mod service;
 pub mod worker;
 
 use std::ffi::OsString;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 use dormouse_images::pb;
@@ -18,6 +19,12 @@ use dormouse_kernel::Session;
 
 /// Called at the stages of a run: the action's name and, once there is one, the root task's pid.
 pub type Notify<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
+
+/// Gives the caller the master of a terminal that its tree has.
+pub type TakeMaster<'a> = &'a dyn Fn(BorrowedFd<'_>) -> anyhow::Result<()>;
+
+/// Asks the caller what else it takes care of itself: keys as of `--external`.
+pub type QueryExternal<'a> = &'a dyn Fn() -> anyhow::Result<Vec<String>>;
 
 /// Something to be done for a caller.
 pub struct Order<'a> {
@@ -35,6 +42,12 @@ pub struct Order<'a> {
     pub session: Session,
     /// Tells the caller of the stages, if it wants to know.
     pub notify: Notify<'a>,
+    /// Asks the caller of a dump what it takes care of, once it has been told of "pre-dump".
+    pub query_external: Option<QueryExternal<'a>>,
+    /// A terminal whose master is outside of the tree may be dumped, and is made anew by a restore.
+    pub orphan_pts_master: bool,
+    /// Gives the caller that master.
+    pub take_master: Option<TakeMaster<'a>>,
     /// The caller is this user and no other: nothing may be restored with other rights.
     pub only_user: Option<u32>,
     /// Inode of our end of the connection, which a caller that dumps itself has the other end of.

@@ -17,6 +17,7 @@ const ELSEWHERE: &[&str] = &[
     "log_file",
     "log_to_stderr",
     "notify_scripts",
+    "orphan_pts_master",
     "exec_cmd",
     "config_file",
     "pid",
@@ -151,9 +152,6 @@ fn course(opts: &pb::CriuOpts, words: &mut Words) -> Result<()> {
     words.value("verbosity", Some(opts.log_level().clamp(0, 100)));
     words.switch("display-stats", opts.display_stats);
     words.value("timeout", opts.timeout);
-    if opts.orphan_pts_master == Some(true) && opts.notify_scripts != Some(true) {
-        bail!("orphan_pts_master hands terminals over by notifications; set notify_scripts, too");
-    }
     Ok(())
 }
 
@@ -307,7 +305,6 @@ mod tests {
             pb::CriuOpts { cpu_cap: Some(64), ..Default::default() },
             pb::CriuOpts { empty_ns: Some(1), ..Default::default() },
             pb::CriuOpts { pidfd_store_sk: Some(3), ..Default::default() },
-            pb::CriuOpts { orphan_pts_master: Some(true), ..Default::default() },
         ] {
             let refusal = text(&opts, true).expect_err("impossible").to_string();
             assert!(refusal.contains("; "), "a next step: {refusal}");

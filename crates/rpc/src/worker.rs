@@ -5,7 +5,7 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -35,6 +35,12 @@ const WITH_PID: &[&str] = &["setup-namespaces", "post-restore"];
 
 /// Stages at which a caller that says no ends nothing, because what was begun cannot be taken back.
 const TOO_LATE: &[&str] = &["network-unlock", "pre-resume", "post-resume"];
+
+/// The notification that is answered by what the caller takes care of itself.
+const QUERY_EXTERNAL: &str = "query-ext-files";
+
+/// The notification that comes with the master of a terminal.
+const ORPHAN_MASTER: &str = "orphan-pts-master";
 
 /// How long a wait goes on before it is looked whether to stop, in milliseconds.
 const LOOK: u8 = 100;
@@ -215,7 +221,7 @@ impl Worker<'_> {
             if opts.notify_scripts != Some(true) || broken.get() {
                 return Ok(());
             }
-            match self.notify(stage, root) {
+            match self.notify(stage, root, None).map(drop) {
                 Err(error) if TOO_LATE.contains(&stage) => {
                     broken.set(true);
                     tracing::error!("{error:#}");
@@ -226,7 +232,16 @@ impl Worker<'_> {
         };
         let mut order = self.order(verb, opts).map_err(Failure::bad_request)?;
         order.notify = &notify;
+        let take_master = |master: BorrowedFd<'_>| self.notify(ORPHAN_MASTER, None, Some(master)).map(drop);
+        order.take_master = order.orphan_pts_master.then_some(&take_master);
+        let query = || self.query_external();
+        order.query_external = (verb == "dump" && opts.notify_scripts()).then_some(&query);
         self.work.run(&order)
+    }
+
+    /// Asks the caller which files, sockets and terminals it takes care of besides those that the request names.
+    fn query_external(&self) -> Result<Vec<String>> {
+        Ok(self.notify(QUERY_EXTERNAL, None, None)?.opts.map(|opts| opts.external).unwrap_or_default())
     }
 
     /// What is to be done, from the options.
@@ -242,6 +257,9 @@ impl Worker<'_> {
         if verb == "dump" || verb == "pre-dump" {
             let pid = if opts.pid() == 0 { self.peer.pid } else { opts.pid() };
             words.push(format!("--tree={pid}").into());
+        }
+        if verb == "restore" && opts.orphan_pts_master() && !opts.notify_scripts() {
+            bail!("orphan_pts_master hands the terminal over by a notification; set notify_scripts, too");
         }
         if verb == "restore" {
             words.push("--restore-detached".into());
@@ -263,6 +281,9 @@ impl Worker<'_> {
             log_to_stderr: log_to_stderr || is_check_without_log(verb, opts),
             session: self.session,
             notify: &|_, _| Ok(()),
+            query_external: None,
+            orphan_pts_master: opts.orphan_pts_master(),
+            take_master: None,
             service_socket: fstat(&self.channel).ok().map(|found| found.st_ino as u32),
             only_user: (!self.own && self.peer.uid != 0).then_some(self.peer.uid),
         })
@@ -290,12 +311,12 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Tells the caller of a stage and waits for its reply.
-    fn notify(&self, stage: &str, root: Option<i32>) -> Result<()> {
+    /// Tells the caller of a stage, gives it a descriptor with that if there is one, and waits for its reply.
+    fn notify(&self, stage: &str, root: Option<i32>, fd: Option<BorrowedFd<'_>>) -> Result<pb::CriuReq> {
         let pid = root.filter(|_| WITH_PID.contains(&stage));
         let notify = Some(pb::CriuNotify { script: Some(stage.into()), pid });
         let message = pb::CriuResp { notify, ..succeeded(Kind::Notify) };
-        self.channel.send(&message, None).with_context(|| format!("the caller cannot be told of {stage}"))?;
+        self.channel.send(&message, fd).with_context(|| format!("the caller cannot be told of {stage}"))?;
         // A caller may take its time; being asked to stop ends that.
         loop {
             cancel::check()?;
@@ -307,7 +328,10 @@ impl Worker<'_> {
             }
         }
         match self.channel.receive::<pb::CriuReq>() {
-            Ok(Some(reply)) if reply.r#type() == Kind::Notify && reply.notify_success() => Ok(cancel::check()?),
+            Ok(Some(reply)) if reply.r#type() == Kind::Notify && reply.notify_success() => {
+                cancel::check()?;
+                Ok(reply)
+            }
             Ok(Some(_)) => bail!("the caller reports that its {stage} script failed; mend it, or unset notify_scripts"),
             Ok(None) => bail!("the caller closed the connection at {stage}; let it wait for the answer"),
             Err(error) => bail!("the caller's reply at {stage} cannot be read: {error}"),

@@ -132,6 +132,12 @@ fn connected(path: &Path) -> Result<std::os::fd::OwnedFd> {
     Ok(socket)
 }
 
+/// Connects, asks for something if there is something to ask for, and leaves without an answer.
+pub fn leave(path: &Path, request: Option<&pb::CriuReq>) -> Result<()> {
+    let channel = dormouse_client::channel::Channel::new(connected(path)?)?;
+    Ok(request.map_or(Ok(()), |request| channel.send(request, None))?)
+}
+
 /// Sends bytes as they are; what is answered, if that is a message.
 pub fn raw(path: &Path, bytes: &[u8]) -> Result<Option<pb::CriuResp>> {
     let socket = connected(path)?;

@@ -21,6 +21,10 @@ use crate::{adversary, proc};
 /// Copies that are woken up at once.
 const COPIES: usize = 64;
 
+/// A name that the adversary can reach, and what is said there.
+const BAIT: &str = "somebody-else";
+const SECRET: &[u8] = b"something that only its owner should say";
+
 /// Runs the script `$1` with the words after it in a fresh pid and mount namespace.
 const UNSHARE: &[&str] = &["--pid", "--mount", "--fork", "--mount-proc"];
 
@@ -294,16 +298,18 @@ fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).ok()?;
             let stop = AtomicBool::new(false);
             std::thread::scope(|scope| {
+                let bait = scope.spawn(|| adversary::bait(BAIT, SECRET, &stop));
                 let adversary = scope.spawn(|| adversary::harass(&stop));
                 let options = ["--copies", "64"].map(str::to_owned);
                 let ran = case.restore(&case.args.bin, &case.path("img"), &options);
                 stop.store(true, Ordering::Relaxed);
-                Some((adversary.join().expect("the adversary"), ran))
+                let came_back = bait.join().expect("the bait");
+                Some((adversary.join().expect("the adversary"), came_back, ran))
             })
         });
         apart.join().expect("the thread with another network")
     });
-    let Some((seen, ran)) = outcome else {
+    let Some((seen, came_back, ran)) = outcome else {
         target.end();
         return Ok(Outcome::needs("a network namespace of one's own"));
     };
@@ -318,6 +324,12 @@ fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
     end_copies(&target, &roots)?;
     target.unharmed()?;
     target.end();
+    ensure!(came_back?, "the adversary did not say again what it had heard: {seen}");
+    // There was nobody else to talk to: what copies and their commands say to each other goes over sockets without names.
+    let others: Vec<&String> = seen.names.iter().filter(|name| *name != BAIT).collect();
+    ensure!(others.is_empty(), "names that a stranger can reach: {others:?}");
+    let heard: Vec<&Vec<u8>> = seen.heard.iter().filter(|message| *message != SECRET).collect();
+    ensure!(heard.is_empty(), "the adversary was told something: {heard:x?}");
     Ok(Outcome::Passed(seen.to_string()))
 }
 

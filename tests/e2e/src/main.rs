@@ -37,6 +37,7 @@ mod stopped;
 mod target;
 mod tmpfs;
 mod tty;
+mod versions;
 
 use std::process::ExitCode;
 
@@ -106,7 +107,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
             Group::Damage => tests.extend(damage::tests()),
             Group::Exchange => tests.extend(exchange::tests()),
             Group::Service => tests.extend(service::tests()),
-            Group::Concurrent => tests.extend(concurrent::tests()),
+            Group::Concurrent => tests.extend(concurrent::tests().into_iter().chain(versions::tests())),
             Group::Live => tests.extend(live::tests()),
         }
     }

@@ -23,7 +23,8 @@ pub struct Options {
     pub dump: Vec<String>,
     /// More words for the restore.
     pub restore: Vec<String>,
-    /// More words for the harness: `tty` runs the program as a job on a terminal, `hugepages` reserves some for it, `alone`
+    /// More words for the harness: `tty` runs the program as a job on a terminal, `orphan` as the leader of a session on one
+    /// whose master goes, dumped and restored by requests; `hugepages` reserves some for it, `alone`
     /// runs it beside no other (numbers of pseudo terminals are the machine's), `cgroups` has it remove its control groups
     /// before each restore and at the end.
     pub harness: Vec<String>,
@@ -123,6 +124,9 @@ pub fn run_with(case: &Case<'_>, name: &str, text: &str, rounds: &[(&Path, &Path
     }
     if wants("tty") {
         return tty::run(case, &program, &options);
+    }
+    if wants("orphan") {
+        return tty::run_orphan(case, &program, rounds);
     }
     let groups = wants("cgroups").then(|| Groups::of(case, &program));
     let mut command = case.command(&program);

@@ -25,8 +25,8 @@ use crate::target::{Session, Target};
 #[path = "service_crowd.rs"]
 mod crowd;
 use crowd::{
-    a_crowd_of_one_user, handed_a_socket, in_the_background, libcriu, many_callers, many_requests, program_replaced,
-    users_service, worker_of_ones_own,
+    a_crowd_of_one_user, full_queue, handed_a_socket, in_the_background, libcriu, many_callers, many_requests,
+    program_replaced, users_service, worker_of_ones_own,
 };
 
 #[path = "service_self.rs"]
@@ -54,7 +54,8 @@ pub fn tests() -> Vec<Test> {
         ("service/in_the_background", in_the_background),
         ("service/handed_a_socket", handed_a_socket),
     ];
-    let alone: [(&str, Body); 3] = [
+    let alone: [(&str, Body); 4] = [
+        ("service/full_queue", full_queue),
         ("service/many_callers", many_callers),
         ("service/many_requests", many_requests),
         ("service/a_crowd_of_one_user", a_crowd_of_one_user),
@@ -67,6 +68,8 @@ pub fn tests() -> Vec<Test> {
     tests.push(Test::new("service/callers_own_dump", itself::callers_own_dump));
     tests.push(Test::new("service/page_servers", itself::page_servers));
     tests.push(Test::new("service/features", itself::features));
+    tests.push(Test::new("service/asks_what_is_external", asks_what_is_external));
+    tests.push(Test::new("service/waits_for_replies", waits_for_replies));
     tests.extend(alone.map(|(name, body)| Test::new(name, body).alone()));
     tests
 }
@@ -168,7 +171,7 @@ fn dumps_and_restores(case: &Case<'_>) -> Result<Outcome> {
         stages.push(stage.script().to_owned());
         true
     })?;
-    ensure!(stages == ["pre-dump", "post-dump"], "stages of the dump: {stages:?}");
+    ensure!(stages == ["pre-dump", "query-ext-files", "post-dump"], "stages of the dump: {stages:?}");
     let left = proc::wait_free(target.ids(), Duration::from_secs(5));
     ensure!(left.is_ok(), "pid {left:?} is left after its dump");
     ensure!(case.path("img/criu.log").exists(), "the log lies where the images are");
@@ -243,6 +246,7 @@ fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
         target.unharmed()
     };
     refused("pre-dump")?;
+    refused("query-ext-files")?;
     refused("post-dump")?;
     let call = |request: pb::CriuReq| Ok::<_, anyhow::Error>(service.client()?.call(&request, &mut |_, _| true)?);
     let answer = call(pb::CriuReq { r#type: Kind::Notify.into(), ..Default::default() })?;
@@ -256,6 +260,70 @@ fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
     let answer = call(pb::CriuReq { r#type: Kind::Check.into(), ..Default::default() })?;
     ensure!(answer.success, "check: {answer:?}");
     target.unharmed()?;
+    target.end();
+    Ok(Outcome::PASSED)
+}
+
+/// One end of a connection whose other end is outside is refused, unless the reply to `query-ext-files` names it.
+fn asks_what_is_external(case: &Case<'_>) -> Result<Outcome> {
+    use std::os::fd::AsFd as _;
+    let service = Service::start(case)?;
+    let (theirs, _ours) = std::os::unix::net::UnixStream::pair()?;
+    let target = match Target::start(case, PROGRAM, Session::Own, &[theirs.as_fd()])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let key = format!("unix[{}]", nix::sys::stat::fstat(&theirs)?.st_ino);
+    let images = images(case, "img")?;
+    let live =
+        pb::CriuOpts { pid: Some(target.pid), leave_running: Some(true), notify_scripts: Some(true), ..opts(&images) };
+    let (_, message) = failure(service.client()?.dump(live.clone(), &mut |_, _| true))?;
+    ensure!(message.contains(&key), "{key} is not named: {message}");
+    let other = service.client()?.with_external(vec!["unix[1]".into()]);
+    let (_, message) = failure(other.dump(live.clone(), &mut |_, _| true))?;
+    ensure!(message.contains(&key), "{key} is not named: {message}");
+    service.client()?.with_external(vec![key]).dump(live, &mut |_, _| true)?;
+    target.unharmed()?;
+    target.end();
+    Ok(Outcome::PASSED)
+}
+
+/// Nothing is done before a reply has come: until then the tree runs, is not there, or stands still.
+fn waits_for_replies(case: &Case<'_>) -> Result<Outcome> {
+    const A_WHILE: Duration = Duration::from_millis(200);
+    let service = Service::start(case)?;
+    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let images = images(case, "img")?;
+    let told = pb::CriuOpts { notify_scripts: Some(true), ..opts(&images) };
+    let tracer = || proc::status(target.pid, "TracerPid").unwrap_or_else(|| "none".into());
+    let mut seen = Vec::new();
+    let mut look = |stage: &pb::CriuNotify, _| {
+        std::thread::sleep(A_WHILE);
+        let state = match tracer().as_str() {
+            "none" => "absent",
+            "0" => "running",
+            _ => "traced",
+        };
+        seen.push(format!("{} {state}", stage.script()));
+        true
+    };
+    service.client()?.dump(pb::CriuOpts { pid: Some(target.pid), ..told.clone() }, &mut look)?;
+    proc::wait_free(target.ids(), Duration::from_secs(5)).ok();
+    service.client()?.restore(told, &mut look)?;
+    let expected = [
+        "pre-dump running",
+        "query-ext-files running",
+        "post-dump traced",
+        "pre-restore absent",
+        "post-restore traced",
+        "pre-resume traced",
+        "post-resume running",
+    ];
+    ensure!(seen == expected, "at the stages: {seen:?}");
+    case.same_tree(&target.tree)?;
     target.end();
     Ok(Outcome::PASSED)
 }

@@ -3,6 +3,8 @@
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
 use super::*;
 
 /// Requests in a row.
@@ -158,13 +160,14 @@ pub(super) fn in_the_background(case: &Case<'_>) -> Result<Outcome> {
     Ok(Outcome::PASSED)
 }
 
-/// As systemd does it: the socket is descriptor 3, and readiness is told to another socket.
-pub(super) fn handed_a_socket(case: &Case<'_>) -> Result<Outcome> {
-    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+/// Starts a service as systemd does it: its socket, with a queue of this length, is descriptor 3, and it tells that it is
+/// ready to another socket; what it tells.
+fn activated(case: &Case<'_>, queue: i32) -> Result<(Service, String)> {
+    use nix::sys::socket::{Backlog, bind, listen};
     let path = case.path("socket");
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     bind(listener.as_raw_fd(), &UnixAddr::new(&path)?)?;
-    listen(&listener, Backlog::new(64)?)?;
+    listen(&listener, Backlog::new(queue)?)?;
     let told = std::os::unix::net::UnixDatagram::bind(case.path("notify"))?;
     told.set_read_timeout(Some(Duration::from_secs(20)))?;
     let mut command = case.command("sh");
@@ -174,7 +177,72 @@ pub(super) fn handed_a_socket(case: &Case<'_>) -> Result<Outcome> {
     let service = Service { child, socket: path.clone() };
     let mut text = [0; 400];
     let len = told.recv(&mut text).with_context(|| format!("it tells nothing; {}", case.tail("service.out")))?;
-    let text = String::from_utf8_lossy(&text[..len]).into_owned();
+    Ok((service, String::from_utf8_lossy(&text[..len]).into_owned()))
+}
+
+/// Whether one more connection would have to wait before it is in the queue.
+fn queue_is_full(path: &std::path::Path) -> Result<bool> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let probe = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => Ok(false),
+        Err(Errno::EAGAIN) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// More callers than the queue holds come while the service is stopped. Some leave before it goes on, one of them after it
+/// has asked for a dump; the others are all served, and what was asked for is done.
+pub(super) fn full_queue(case: &Case<'_>) -> Result<Outcome> {
+    const QUEUE: i32 = 8;
+    let (service, _) = activated(case, QUEUE)?;
+    service.answers()?;
+    service.idle()?;
+    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
+        Ok(target) => target,
+        Err(skip) => return Ok(skip),
+    };
+    let images = images(case, "img")?;
+    kill(Pid::from_raw(service.pid()), Signal::SIGSTOP)?;
+    let asked = pb::CriuReq {
+        r#type: Kind::Dump.into(),
+        opts: Some(pb::CriuOpts { pid: Some(target.pid), ..opts(&images) }),
+        ..Default::default()
+    };
+    caller::leave(&service.socket, Some(&asked))?;
+    for _ in 0..QUEUE / 2 {
+        caller::leave(&service.socket, None)?;
+    }
+    let numbers: Vec<usize> = (0..CALLERS).collect();
+    let full = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let crowd = scope.spawn(|| at_once(&numbers, |_| service.answers()));
+        let end = Instant::now() + Duration::from_secs(20);
+        let seen = loop {
+            match queue_is_full(&service.socket) {
+                Ok(false) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+                other => break other,
+            }
+        };
+        // Whatever was seen, the crowd waits for the service.
+        kill(Pid::from_raw(service.pid()), Signal::SIGCONT)?;
+        full.store(seen?, std::sync::atomic::Ordering::Relaxed);
+        crowd.join().expect("a thread of the test")
+    })?;
+    ensure!(full.into_inner(), "the queue was never full");
+    service.idle()?;
+    let left = proc::wait_free(target.ids(), Duration::from_secs(20));
+    ensure!(left.is_ok() && case.path("img/inventory.img").exists(), "the dump of a caller that left was not made");
+    service.client()?.restore(opts(&images), &mut |_, _| true)?;
+    case.same_tree(&target.tree)?;
+    service.answers()?;
+    target.end();
+    Ok(Outcome::Passed(format!("{CALLERS} callers for a queue of {QUEUE}")))
+}
+
+pub(super) fn handed_a_socket(case: &Case<'_>) -> Result<Outcome> {
+    let (service, text) = activated(case, 64)?;
+    let path = service.socket.clone();
     ensure!(text.starts_with("READY=1\n") && text.contains(&format!("MAINPID={}", service.pid())), "{text}");
     service.answers()?;
     kill(Pid::from_raw(service.pid()), Signal::SIGTERM)?;

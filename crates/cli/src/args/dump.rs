@@ -235,6 +235,8 @@ impl Kinds {
         let sockets = self.ext_unix_sk.iter().flat_map(|inodes| &inodes.0);
         DumpOptions {
             shell_job: self.shell_job,
+            // Only requests ask for it.
+            orphan_pts_master: false,
             ghost_limit: self.ghost_limit,
             link_remap: self.link_remap,
             file_locks: self.file_locks,

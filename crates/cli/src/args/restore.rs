@@ -101,6 +101,8 @@ impl RestoreArgs {
         RestoreOptions {
             ext_unix_sk: self.ext_unix_sk.is_some(),
             shell_job: self.shell_job,
+            // Only requests ask for it.
+            orphan_pts_master: false,
             inherit_fd: self.inherit_fd.clone(),
             external: self.external.clone(),
             root: self.root.clone(),

@@ -240,7 +240,8 @@ impl<'a> FileTable<'a> {
         if !memfds.is_empty() {
             self.images.write_all(ImageKind::MemfdInode, 0, &memfds)?;
         }
-        let terminals = self.terminals.finish(&self.tasks, self.look.options.shell_job)?;
+        let outside = self.look.options.shell_job || self.look.options.orphan_pts_master;
+        let terminals = self.terminals.finish(&self.tasks, outside)?;
         if !terminals.infos.is_empty() {
             self.images.write_all(ImageKind::TtyInfo, 0, &terminals.infos)?;
         }

@@ -267,9 +267,11 @@ impl<'a> Look<'a> {
         }
     }
 
-    /// Whether a pseudoterminal may be used: its master is in the tree, or the user gives another to the restore.
+    /// Whether a pseudoterminal may be used: its master is in the tree, or the user gives another to the restore or takes
+    /// the master of a new one from it.
     pub fn may_use_pty(&self, index: u32) -> bool {
-        self.options.shell_job || self.members.is_none_or(|m| m.has_pty(index))
+        let outside = self.options.shell_job || self.options.orphan_pts_master;
+        outside || self.members.is_none_or(|m| m.has_pty(index))
     }
 
     /// Whether the user takes care of the resource with this key (`--external`).

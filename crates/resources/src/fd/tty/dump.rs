@@ -140,7 +140,8 @@ impl Terminals {
         Ok(id)
     }
 
-    /// The records of all terminals. `tasks` are all processes of the tree; `outside` allows the terminal of a shell.
+    /// The records of all terminals. `tasks` are all processes of the tree; `outside` allows one
+    /// whose master is not in it.
     ///
     /// # Errors
     /// One is in a state that images cannot hold, or several belong to shells, and a restore is given one.
@@ -171,7 +172,7 @@ impl Terminals {
         }
         if outside.len() > 1 {
             return Err(invalid!(
-                "the tree has {} terminals of shells outside of it ({}), but a restore is given one; \
+                "the tree has {} terminals whose other side is outside of it ({}), but a restore has one; \
                  leave the others to yourself (--external) or end what uses them",
                 outside.len(),
                 outside.join(", ")

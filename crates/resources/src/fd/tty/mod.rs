@@ -1,6 +1,6 @@
 //! Terminals: pseudoterminals of the tree with the sessions that they control; those of a shell outside of the tree
-//! (`--shell-job`), those the user gives (`--external`), the controlling terminal's name /dev/tty, and consoles and serial
-//! lines that are opened by name.
+//! (`--shell-job`), those whose master a caller of the service takes (`orphan_pts_master`), those the user gives
+//! (`--external`), the controlling terminal's name /dev/tty, and consoles and serial lines that are opened by name.
 
 mod dump;
 mod modes;
@@ -226,6 +226,7 @@ fn open_terminal(files: &mut Files<'_>, t: &pb::TtyFileEntry, info: &pb::TtyInfo
             Err(invalid!("tty-info.img: the master {name} has no modes; the image is damaged"))
         }
         pb::TtyType::Pty if info.termios.is_none() => files.ttys.hung_up(info.id, flags),
+        pb::TtyType::Pty if files.options().orphan_pts_master => files.pty(t, info),
         pb::TtyType::Pty if files.options().shell_job => {
             let own = files.ttys.own(name)?;
             let fd = reopen(own, flags).map_err(call("cannot reopen the terminal of this process"))?;
@@ -233,7 +234,10 @@ fn open_terminal(files: &mut Files<'_>, t: &pb::TtyFileEntry, info: &pb::TtyInfo
             set_modes(&fd, info)?;
             Ok(fd)
         }
-        pb::TtyType::Pty => Err(invalid!("the tree had the terminal of a shell ({name}); restore it with --shell-job")),
+        pb::TtyType::Pty => Err(invalid!(
+            "the tree had the terminal of a shell ({name}); restore it with --shell-job, or by a request with \
+             orphan_pts_master"
+        )),
         pb::TtyType::Console | pb::TtyType::Vt | pb::TtyType::Serial => {
             let reg = files.reg(t.regf_id.unwrap_or(t.id))?;
             let fd = reg::open_file(files, reg, flags)?;

@@ -11,12 +11,12 @@ use nix::unistd::{Gid, Uid, fchown};
 use super::modes::{modes_of, set_modes, set_size};
 use super::queue::{self, Unread};
 use crate::fd::Files;
-use crate::fd::files::raise;
+use crate::fd::files::{raise, set_status};
 use crate::{Result, call, invalid};
 
 /// A pseudoterminal whose descriptions are there, until the tree's descriptors take them.
 pub struct Pair {
-    /// The master.
+    /// The master; of one that the tree does not have until it is kept for the caller.
     pub master: Option<OwnedFd>,
     /// Descriptions of the other side, by file.
     pub slaves: HashMap<u32, OwnedFd>,
@@ -31,13 +31,18 @@ pub struct Pair {
 pub fn make(files: &Files<'_>, number: u32) -> Result<Pair> {
     let what = format!("/dev/pts/{number}");
     let cannot = |op: &str| call(format!("cannot {op} {what}"));
-    let info = files.ttys.side(number, true).cloned();
-    let info = info.ok_or_else(|| invalid!("tty-info.img: the master of {what} is missing; the image is damaged"))?;
     let other = files.ttys.side(number, false).cloned();
-    let [entry] = entries(files, info.id)[..] else {
-        return Err(invalid!("files.img: {what} has not one master; the image is damaged"));
+    let (info, master) = match files.ttys.side(number, true).cloned() {
+        Some(info) => {
+            let [entry] = entries(files, info.id)[..] else {
+                return Err(invalid!("files.img: {what} has not one master; the image is damaged"));
+            };
+            let name = &files.reg(entry.regf_id.unwrap_or(entry.id))?.name;
+            let master = open_master(files, name, entry.flags as i32, number, &what)?;
+            (info, master)
+        }
+        None => (orphan_state(other.as_ref(), &what)?, open_orphan_master(files, other.as_ref(), number, &what)?),
     };
-    let master = open_master(files, entry, number, &what)?;
     host::set_pty_lock(&master, false).map_err(cannot("unlock"))?;
     let slaves = other.as_ref().map(|o| entries(files, o.id)).unwrap_or_default();
     let unread = unread(files, &info, other.as_ref(), number)?;
@@ -86,11 +91,10 @@ fn entries<'a>(files: &Files<'a>, id: u32) -> Vec<&'a pb::TtyFileEntry> {
 }
 
 /// A new terminal gets the lowest number that is free, so those below are taken meanwhile.
-fn open_master(files: &Files<'_>, t: &pb::TtyFileEntry, number: u32, what: &str) -> Result<OwnedFd> {
-    let name = &files.reg(t.regf_id.unwrap_or(t.id))?.name;
+fn open_master(files: &Files<'_>, name: &str, flags: i32, number: u32, what: &str) -> Result<OwnedFd> {
     let mut held = Vec::new();
     loop {
-        let fd = files.paths().open(name, t.flags as i32 | libc::O_NONBLOCK);
+        let fd = files.paths().open(name, flags | libc::O_NONBLOCK);
         let fd = fd.map_err(call(format!("cannot make {what} (opening {name})")))?;
         let index = host::pty_index(&fd).map_err(call(format!("cannot read the number of a new terminal ({name})")))?;
         if index == number {
@@ -103,6 +107,24 @@ fn open_master(files: &Files<'_>, t: &pb::TtyFileEntry, number: u32, what: &str)
         }
         held.push(fd);
     }
+}
+
+/// Modes and size of a terminal whose master was outside of the tree: both sides share them. Locks, packet mode and what
+/// was unread were that master's.
+fn orphan_state(other: Option<&pb::TtyInfoEntry>, what: &str) -> Result<pb::TtyInfoEntry> {
+    let other = other.ok_or_else(|| invalid!("tty-info.img: {what} has no side at all; the image is damaged"))?;
+    Ok(pb::TtyInfoEntry { locked: false, packet_mode: false, exclusive: false, ..other.clone() })
+}
+
+/// The master is opened in the devpts that the other side's name lies in.
+fn open_orphan_master(files: &Files<'_>, other: Option<&pb::TtyInfoEntry>, number: u32, what: &str) -> Result<OwnedFd> {
+    let slaves = other.map(|o| entries(files, o.id)).unwrap_or_default();
+    let first = slaves.first().ok_or_else(|| invalid!("files.img: nothing has {what} open; the image is damaged"))?;
+    let name = &files.reg(first.regf_id.unwrap_or(first.id))?.name;
+    let above = name.strip_suffix(&format!("pts/{number}")).unwrap_or("/dev/");
+    let master = open_master(files, &format!("{above}ptmx"), libc::O_RDWR | libc::O_NOCTTY, number, what)?;
+    set_status(&master, libc::O_RDWR, what)?;
+    Ok(master)
 }
 
 fn open_slave(files: &Files<'_>, t: &pb::TtyFileEntry, peer: &OwnedFd, what: &str) -> Result<OwnedFd> {

@@ -43,6 +43,8 @@ pub struct Given {
     masters: BTreeMap<u32, PtyMaster>,
     /// Pseudoterminals of the tree.
     pairs: BTreeMap<u32, Pair>,
+    /// Masters that the tree does not have: whoever asked for the restore takes them.
+    orphans: Vec<OwnedFd>,
 }
 
 impl Given {
@@ -63,6 +65,8 @@ impl Given {
         let leads = |sid: u32| image.tasks.iter().any(|t| t.tree.pid == sid && t.tree.sid == sid && !t.is_zombie());
         let masters = infos.values().filter(|i| is_live(i) && is_master(i));
         let mut sessions = HashMap::new();
+        let has_master = |number| infos.values().any(|i| is_live(i) && is_master(i) && index(i) == number);
+        let orphans = infos.values().filter(|i| is_live(i) && !is_master(i) && !has_master(index(i)));
         for m in masters {
             let slave = infos.values().find(|i| is_live(i) && !is_master(i) && index(i) == index(m));
             let sid = if m.sid != 0 { m.sid } else { slave.map_or(0, |s| s.sid) };
@@ -73,6 +77,18 @@ impl Given {
                 ));
             }
             if sid != 0 && sessions.insert(sid, index(m)).is_some() {
+                return Err(invalid!("tty-info.img: session {sid} has two terminals; the image is damaged"));
+            }
+        }
+        for orphan in orphans.filter(|o| options.orphan_pts_master && o.sid != 0) {
+            let (sid, number) = (orphan.sid, index(orphan));
+            if !leads(sid) {
+                return Err(invalid!(
+                    "/dev/pts/{number} controlled session {sid}, whose leader is not in the tree, so a new one cannot \
+                     control it; restore with shell_job and without orphan_pts_master"
+                ));
+            }
+            if sessions.insert(sid, number).is_some() {
                 return Err(invalid!("tty-info.img: session {sid} has two terminals; the image is damaged"));
             }
         }
@@ -203,7 +219,7 @@ fn index(info: &pb::TtyInfoEntry) -> u32 {
 }
 
 impl Files<'_> {
-    /// A description of a pseudoterminal whose master is in the images.
+    /// A description of a pseudoterminal that is made anew.
     pub(super) fn pty(&mut self, file: &pb::TtyFileEntry, info: &pb::TtyInfoEntry) -> Result<OwnedFd> {
         let pair = self.pair(index(info))?;
         let fd = if is_master(info) { pair.master.take() } else { pair.slaves.remove(&file.id) };
@@ -212,10 +228,18 @@ impl Files<'_> {
 
     fn pair(&mut self, number: u32) -> Result<&mut Pair> {
         if !self.ttys.pairs.contains_key(&number) {
-            let pair = pair::make(self, number)?;
+            let mut pair = pair::make(self, number)?;
+            if self.ttys.side(number, true).is_none() {
+                self.ttys.orphans.extend(pair.master.take());
+            }
             self.ttys.pairs.insert(number, pair);
         }
         Ok(self.ttys.pairs.get_mut(&number).expect("inserted above"))
+    }
+
+    /// The masters of new terminals that the tree does not have, each once. A terminal whose master nobody holds hangs up.
+    pub fn take_orphan_masters(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.ttys.orphans)
     }
 
     /// Adds what makes a terminal of the tree control the session that a task leads: right after setsid(2), since the
