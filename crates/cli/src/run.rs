@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use dormouse_dump::{After, DumpError};
 use dormouse_images::pb;
 use dormouse_infect::freezer::Freezer;
+use dormouse_infect::host::fd::copy_number;
 use dormouse_infect::supervise::supervised;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::DumpOptions;
@@ -157,6 +158,11 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
     if args.live && kind == Kind::PreDump {
         bail!("a pre-dump copies memory while the tree runs anyway; leave --live out");
     }
+    if args.server.lazy_pages && kind == Kind::PreDump {
+        bail!(
+            "a pre-dump copies memory for the dump that follows, which can leave the rest with the tree; leave --lazy-pages out"
+        );
+    }
     if args.live && !args.leave_running {
         bail!(
             "--live is for a tree that goes on running after the dump; add --leave-running (-R), or leave --live out"
@@ -170,7 +176,10 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
     let run = Run::new(&place)?;
     // A process that is killed leaves the group as it is at that moment; then this puts it back.
     let group = args.freeze_cgroup.as_deref().and_then(|path| Freezer::open(path).ok());
-    let code = supervised(|| put_to_sleep(args, kind, &run).into()).context("cannot start a process for the dump")?;
+    let status = status(args)?;
+    let run = &run;
+    let code = supervised(move || put_to_sleep(args, kind, run, status).into());
+    let code = code.context("cannot start a process for the dump")?;
     if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {
         let what =
             format!("the dumping process was ended by signal {signal}; look after pid {} and dump it again", args.tree);
@@ -181,13 +190,24 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
     Ok(u8::try_from(code).unwrap_or(1).into())
 }
 
+/// The descriptor of `--status-fd`, which is then only ours.
+///
+/// # Errors
+/// It is not open.
+pub fn status(args: &DumpArgs) -> Result<Option<File>> {
+    let Some(fd) = args.server.status_fd else { return Ok(None) };
+    let copy = copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--status-fd)"))?;
+    let _ = nix::unistd::close(fd);
+    Ok(Some(copy.into()))
+}
+
 /// Dumps and tells of it; the exit code.
-fn put_to_sleep(args: &DumpArgs, kind: Kind, run: &Run<'_>) -> u8 {
+fn put_to_sleep(args: &DumpArgs, kind: Kind, run: &Run<'_>, status: Option<File>) -> u8 {
     let place = run.place;
     let post_dump_failed = Cell::new(false);
     let terminal = place.log.leaves_a_terminal();
     let progress = terminal.then(|| Progress::start(args.tree, place.path.clone()));
-    let outcome = sleep(args, kind, run, &post_dump_failed);
+    let outcome = sleep(args, kind, run, status, &post_dump_failed);
     drop(progress);
     let report = match outcome {
         Ok(report) => report,
@@ -241,7 +261,8 @@ fn take_out(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Dumps in this process. `post_dump_failed` is set if that is because of a "post-dump" script.
+/// Dumps in this process. `status` gets a NUL byte at "status-ready". `post_dump_failed` is set if that is because of a
+/// "post-dump" script.
 ///
 /// # Errors
 /// See [`dormouse_dump::run`]; the log does not have it yet.
@@ -249,12 +270,17 @@ pub fn sleep(
     args: &DumpArgs,
     kind: Kind,
     run: &Run<'_>,
+    status: Option<File>,
     post_dump_failed: &Cell<bool>,
 ) -> Result<dormouse_dump::Report, DumpError> {
     let scripts = run.scripts(&args.common);
+    let status = Cell::new(status);
     let hook = |action: &str, root: Option<i32>| {
         (run.notify)(action, root)?;
-        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))
+        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))?;
+        // Closed then, whatever becomes of it.
+        let ready = (action == "status-ready").then(|| status.take()).flatten();
+        ready.map_or(Ok(()), |mut file| file.write_all(&[0])).context("cannot write to the descriptor of --status-fd")
     };
     let after = match (args.leave_running, args.leave_stopped) {
         (true, _) => After::Run,
@@ -271,6 +297,7 @@ pub fn sleep(
         timeout: args.timeout(),
         freeze_cgroup: args.freeze_cgroup.clone(),
         chain: args.chain(),
+        lazy: args.server.lazy(),
         hooks: &hook,
     };
     let report = match kind {

@@ -209,7 +209,7 @@ impl Work for Here {
                 let _held = cleanup::hold(&run.place.path)?;
                 let pre = matches!(parsed.command, Command::PreDump(_));
                 let kind = if pre { run::Kind::PreDump } else { run::Kind::Dump };
-                let outcome = run::sleep(args, kind, run, &Cell::new(false));
+                let outcome = run::sleep(args, kind, run, run::status(args)?, &Cell::new(false));
                 let done = outcome.map_err(|e| Failure { errno: e.errno(), error: e.into() })?;
                 Ok(Done { pid: Some(done.root_pid) })
             }),

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::thread;
 use std::time::Instant;
 
-use dormouse_images::ImageDir;
+use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_infect::freeze::Tree;
 use dormouse_infect::freezer::Freezer;
@@ -18,6 +18,7 @@ use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
 use dormouse_resources::mem::PageIds;
 use dormouse_resources::task::seccomp::FilterTable;
 
+use crate::fetch::Fetcher;
 use crate::ids::Ids;
 use crate::live::Later;
 use crate::record::{Recorder, Standing};
@@ -35,7 +36,11 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
     }
-    let page_ids = Server::page_ids(request.chain.server.as_ref())?;
+    let fetcher = request.lazy.as_ref().map(Fetcher::expect).transpose()?;
+    let page_ids = match &fetcher {
+        Some(_) => PageIds::leaving_behind(),
+        None => Server::page_ids(request.chain.server.as_ref())?,
+    };
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
     let mut tree = None;
@@ -53,11 +58,20 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
             copy.save(&images, &page_ids, &mut report)
         })?;
     }
-    (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let session = &request.session;
-    let inventory = inventory::inventory(&mut Ids::default(), session, &request.options, connected)?;
-    tracking.finish(&images, session)?;
-    images.write_inventory(&inventory)?;
+    let inventory = || inventory::inventory(&mut Ids::default(), session, &request.options, connected);
+    match fetcher {
+        None => {
+            (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
+            tracking.finish(&images, session)?;
+            images.write_inventory(&inventory()?)?;
+        }
+        Some(fetcher) => {
+            tracking.finish(&images, session)?;
+            images.write_inventory(&inventory()?)?;
+            fetched(request, &images, &page_ids, fetcher)?;
+        }
+    }
     links.keep();
     if request.chain.dedup {
         // The checkpoint is complete; what fails now costs nothing but space.
@@ -67,12 +81,28 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         finish(request, tree, connections)?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
     }
-    if request.chain.checksums {
+    if request.chain.checksums && request.lazy.is_none() {
         // The tree has gone on or has ended by now, and does not wait for it.
         tracking::sum_up(&images);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
+}
+
+/// Waits until the pages that stayed with the tree have been fetched. If they are not, the images are worth nothing, and no
+/// checkpoint.
+fn fetched(request: &Request<'_>, images: &ImageDir, ids: &PageIds, fetcher: Fetcher) -> Result<(), DumpError> {
+    if request.chain.checksums {
+        tracking::sum_up(images);
+    }
+    let hook = |action| (request.hooks)(action, Some(request.pid.0)).map_err(DumpError::Hook);
+    let behind = ids.behind().map(|mut behind| std::mem::take(&mut *behind)).unwrap_or_default();
+    let fetched = hook("post-dump").and_then(|()| hook("status-ready")).and_then(|()| fetcher.serve(&behind));
+    if fetched.is_err() {
+        images.remove(ImageKind::DormouseChecksums, 0)?;
+        images.remove(ImageKind::Inventory, 0)?;
+    }
+    fetched
 }
 
 /// Refuses options that do not go together.
@@ -83,6 +113,13 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
              --track-mem and --prev-images-dir"
                 .into(),
         ));
+    }
+    if request.lazy.is_some() && (request.live || request.chain.server.is_some()) {
+        let other = if request.live { "--live" } else { "--page-server" };
+        return Err(DumpError::Impossible(format!(
+            "with --lazy-pages, pages stay with the tree, which stands still until they have been fetched, so it does not go \
+             with {other}; leave out one of them"
+        )));
     }
     if request.live && request.chain.server.is_some() {
         return Err(DumpError::Impossible("--live with --page-server is not there yet; leave out one of them".into()));

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod engine;
+mod fetch;
 mod ids;
 mod inventory;
 mod live;
@@ -61,7 +62,10 @@ pub struct Request<'a> {
     pub freeze_cgroup: Option<PathBuf>,
     /// What this dump has to do with others.
     pub chain: Chain,
-    /// Called at "pre-dump" and "post-dump"; an error ends the dump.
+    /// Pages that may come later stay with the tree, which stands still until they have been fetched from here.
+    pub lazy: Option<Server>,
+    /// Called at "pre-dump" and "post-dump", and, with `lazy`, at "status-ready" when pages can be fetched; an error ends the
+    /// dump.
     pub hooks: Hook<'a>,
 }
 
@@ -80,12 +84,12 @@ pub struct Chain {
     pub server: Option<Server>,
 }
 
-/// A page server.
+/// The other side of pages that go elsewhere, or where this side waits for it.
 #[derive(Clone, Debug)]
 pub enum Server {
-    /// One that listens at an address and port.
+    /// Who listens, or where to listen: address and port.
     At(String, u16),
-    /// One behind a connected socket of this process, by its number.
+    /// Who is behind a connected socket of this process, by its number.
     Socket(i32),
 }
 
@@ -125,6 +129,8 @@ pub struct Report {
     pub pages_written: u64,
     /// Pages that are left to the checkpoint before.
     pub pages_left: u64,
+    /// Pages that stayed with the tree until they were fetched.
+    pub pages_behind: u64,
     /// Microseconds from the first to the last thread stopped.
     pub freezing_us: u64,
     /// Microseconds from the first thread stopped until the tree was killed or let go.

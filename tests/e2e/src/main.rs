@@ -17,6 +17,7 @@ mod gifts;
 mod inside;
 mod kill;
 mod lazy;
+mod lazy_dump;
 mod live;
 mod proc;
 mod programs;
@@ -94,7 +95,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(chain::tests())
                     .chain(frozen::tests())
                     .chain(stopped::tests())
-                    .chain(lazy::tests()),
+                    .chain(lazy::tests())
+                    .chain(lazy_dump::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

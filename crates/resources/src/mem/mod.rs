@@ -4,6 +4,7 @@
 //! [`MmDraft`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
 
 mod aio;
+mod behind;
 mod blockers;
 mod chunks;
 mod copier;
@@ -29,6 +30,7 @@ mod sysv;
 mod vdso;
 pub mod vma;
 
+pub use behind::Behind;
 pub use blockers::blockers;
 pub use dedup::{dedup, punch};
 pub use fill::{HostFill, HostLazy};
