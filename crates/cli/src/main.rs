@@ -21,6 +21,7 @@ mod run;
 mod scripts;
 mod serve;
 mod stats;
+mod stream;
 #[cfg(test)]
 mod test_dir;
 mod version;

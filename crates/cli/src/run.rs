@@ -14,6 +14,7 @@ use dormouse_dump::{After, DumpError};
 use dormouse_images::pb;
 use dormouse_infect::freezer::Freezer;
 use dormouse_infect::host::fd::copy_number;
+use dormouse_infect::host::mount;
 use dormouse_infect::supervise::supervised;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::DumpOptions;
@@ -31,6 +32,7 @@ use crate::namespaces;
 use crate::progress::{Progress, size, time};
 use crate::scripts::Scripts;
 use crate::stats;
+use crate::stream;
 
 /// Bytes of a page in the images; every architecture is dumped with pages of this size.
 const PAGE: u64 = 4096;
@@ -107,6 +109,19 @@ impl Place {
         Place { path: format!("/proc/self/fd/{}", self.images.as_raw_fd()).into(), ..self }
     }
 
+    /// Has images be kept in a directory in memory that has no name, and goes with this process.
+    ///
+    /// # Errors
+    /// There can be none: it needs CAP_SYS_ADMIN.
+    pub fn keep_in_memory(&mut self) -> Result<()> {
+        let root = mount::nameless("tmpfs", &[("mode", Some("0700"))]).context(
+            "cannot make a directory in memory for --stream (needs CAP_SYS_ADMIN); leave --stream out, or run as root",
+        )?;
+        self.images = root.into();
+        self.path = format!("/proc/self/fd/{}", self.images.as_raw_fd()).into();
+        Ok(())
+    }
+
     /// Writes and shows what a run cost. A directory that cannot be written is no reason to fail now.
     fn account(&self, stats: &pb::StatsEntry, common: &Common) {
         tracing::info!("Writing stats");
@@ -131,6 +146,8 @@ pub struct Run<'a> {
     pub accounts: bool,
     /// For this user and with no other rights, see [`dormouse_restore::Request`].
     pub only_user: Option<u32>,
+    /// Where a dump goes as one stream.
+    pub stream: Option<&'a File>,
     /// The connection over which it was asked for, see [`dormouse_resources::DumpOptions`].
     pub service_socket: Option<u32>,
 }
@@ -142,7 +159,15 @@ impl<'a> Run<'a> {
     /// There is no randomness for its identity.
     pub fn new(place: &'a Place) -> Result<Self> {
         let session = Session::new().context("cannot draw a session id (getrandom)")?;
-        Ok(Self { place, session, notify: &|_, _| Ok(()), accounts: true, only_user: None, service_socket: None })
+        Ok(Self {
+            place,
+            session,
+            notify: &|_, _| Ok(()),
+            accounts: true,
+            only_user: None,
+            stream: None,
+            service_socket: None,
+        })
     }
 
     fn scripts(&self, common: &'a Common) -> Scripts<'a> {
@@ -168,12 +193,22 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
             "--live is for a tree that goes on running after the dump; add --leave-running (-R), or leave --live out"
         );
     }
-    let place = Place::enter(&args.common, notes)?;
+    let mut place = Place::enter(&args.common, notes)?;
+    let stream = args.stream.then(|| stream::output(args, kind)).transpose();
+    let stream = stream.and_then(|stream| {
+        if stream.is_some() {
+            place.keep_in_memory()?;
+        }
+        Ok(stream)
+    });
+    let Ok(stream) = stream.inspect_err(|error| place.log.failure(error, Some(kind.failed()))) else {
+        return Ok(ExitCode::FAILURE);
+    };
     let held = cleanup::hold(&place.path);
     let Ok(_held) = held.inspect_err(|error| place.log.failure(error, Some(kind.failed()))) else {
         return Ok(ExitCode::FAILURE);
     };
-    let run = Run::new(&place)?;
+    let run = Run { stream: stream.as_ref(), accounts: !args.stream, ..Run::new(&place)? };
     // A process that is killed leaves the group as it is at that moment; then this puts it back.
     let group = args.freeze_cgroup.as_deref().and_then(|path| Freezer::open(path).ok());
     let status = status(args)?;
@@ -298,13 +333,16 @@ pub fn sleep(
         freeze_cgroup: args.freeze_cgroup.clone(),
         chain: args.chain(),
         lazy: args.server.lazy(),
+        stream: run.stream,
         hooks: &hook,
     };
     let report = match kind {
         Kind::Dump => dormouse_dump::run(&request),
         Kind::PreDump => dormouse_dump::pre_dump(&request),
     }?;
-    run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    if run.accounts {
+        run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    }
     for what in &report.held {
         tracing::warn!("{what}");
     }
@@ -317,11 +355,18 @@ pub fn sleep(
 /// # Errors
 /// The directories or the log are not accessible; what fails later is told here.
 pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
-    let place = Place::enter(&args.common, notes)?;
+    let mut place = Place::enter(&args.common, notes)?;
+    if args.stream
+        && let Err(error) = stream::input(args, &mut place)
+    {
+        place.log.failure(&error, Some("Restoring FAILED."));
+        return Ok(ExitCode::FAILURE);
+    }
     if namespaces::wanted(args) {
         return copies(args, &place);
     }
-    let report = match wake(args, &Run::new(&place)?) {
+    let run = Run { accounts: !args.stream, ..Run::new(&place)? };
+    let report = match wake(args, &run) {
         Ok(report) => report,
         Err(error) => {
             place.log.failure(&error.into(), Some("Restoring FAILED."));
@@ -407,7 +452,8 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
         leave_stopped: args.leave_stopped,
         restore_sibling: args.restore_sibling,
         only_user: run.only_user,
-        dedup: args.auto_dedup,
+        // What was in memory twice is there once again.
+        dedup: args.auto_dedup || args.stream,
         lazy: server.as_ref(),
         hooks: &hook,
     });

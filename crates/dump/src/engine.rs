@@ -22,12 +22,20 @@ use crate::fetch::Fetcher;
 use crate::ids::Ids;
 use crate::live::Later;
 use crate::record::{Recorder, Standing};
+use crate::stream::Streaming;
 use crate::task::{Tracer, Unsaved};
 use crate::tracking::{self, Tracking};
 use crate::{After, DumpError, Report, Request, Server, inventory, live, preflight};
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
+    let mut streaming = None;
+    let dumped = dump(request, &mut streaming);
+    // A stream that cannot be written shows as a page server that is gone.
+    dumped.map_err(|e| streaming.and_then(Streaming::failure).unwrap_or(e))
+}
+
+fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Report, DumpError> {
     let start = Instant::now();
     together(request)?;
     let images = tracking::empty_directory(&request.images_dir)?;
@@ -37,9 +45,14 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         return Err(DumpError::Refused(blockers));
     }
     let fetcher = request.lazy.as_ref().map(Fetcher::expect).transpose()?;
-    let page_ids = match &fetcher {
-        Some(_) => PageIds::leaving_behind(),
-        None => Server::page_ids(request.chain.server.as_ref())?,
+    let page_ids = match (&fetcher, request.stream) {
+        (Some(_), _) => PageIds::leaving_behind(),
+        (None, Some(out)) => {
+            let (begun, page_ids) = Streaming::begin(&request.images_dir, out)?;
+            *streaming = Some(begun);
+            page_ids
+        }
+        (None, None) => Server::page_ids(request.chain.server.as_ref())?,
     };
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
@@ -65,6 +78,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
             (request.hooks)("post-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
             tracking.finish(&images, session)?;
             images.write_inventory(&inventory()?)?;
+            streaming.take().map_or(Ok(()), |streaming| streaming.finish(&images))?;
         }
         Some(fetcher) => {
             tracking.finish(&images, session)?;
@@ -120,6 +134,15 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
             "with --lazy-pages, pages stay with the tree, which stands still until they have been fetched, so it does not go \
              with {other}; leave out one of them"
         )));
+    }
+    let chained = request.chain.track || request.chain.before.is_some() || request.chain.checksums;
+    if request.stream.is_some() && (request.live || chained || request.lazy.is_some() || request.chain.server.is_some())
+    {
+        return Err(DumpError::Impossible(
+            "--stream goes with none of --live, --track-mem, --prev-images-dir, --checksums, --page-server and --lazy-pages; leave \
+             it or them out"
+                .into(),
+        ));
     }
     if request.live && request.chain.server.is_some() {
         return Err(DumpError::Impossible("--live with --page-server is not there yet; leave out one of them".into()));

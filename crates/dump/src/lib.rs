@@ -12,6 +12,7 @@ mod live;
 mod pre_dump;
 mod preflight;
 mod record;
+mod stream;
 mod task;
 mod tracking;
 
@@ -64,6 +65,9 @@ pub struct Request<'a> {
     pub chain: Chain,
     /// Pages that may come later stay with the tree, which stands still until they have been fetched from here.
     pub lazy: Option<Server>,
+    /// Where the checkpoint goes as one stream. The images directory then only keeps what is not pages until the end, and should
+    /// be in memory.
+    pub stream: Option<&'a std::fs::File>,
     /// Called at "pre-dump" and "post-dump", and, with `lazy`, at "status-ready" when pages can be fetched; an error ends the
     /// dump.
     pub hooks: Hook<'a>,

@@ -15,6 +15,7 @@ mod reader;
 mod required;
 pub mod rpc;
 pub mod schema;
+pub mod stream;
 mod wire;
 mod writer;
 

@@ -34,6 +34,7 @@ mod servers;
 mod service;
 mod spoil;
 mod stopped;
+mod stream;
 mod target;
 mod tmpfs;
 mod tty;
@@ -96,7 +97,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(frozen::tests())
                     .chain(stopped::tests())
                     .chain(lazy::tests())
-                    .chain(lazy_dump::tests()),
+                    .chain(lazy_dump::tests())
+                    .chain(stream::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

@@ -76,6 +76,9 @@ pub struct DumpArgs {
     /// Let the tree go on as soon as its state is known, and write its memory meanwhile; needs --leave-running
     #[arg(long)]
     pub live: bool,
+    /// Write the checkpoint to the standard output as one stream, and nothing to the disk; for `restore --stream`
+    #[arg(long)]
+    pub stream: bool,
     /// Give up if the tree is not stopped within so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u32,

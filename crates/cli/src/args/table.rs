@@ -63,7 +63,6 @@ impl Known {
     }
 }
 
-const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
 const NAMESPACES: &str = "trees are restored into the namespaces of this command only; leave it out and start this \
                           command in the wanted namespaces, e.g. with nsenter(1)";
 const LSM: &str = "security profiles are not restored yet; leave it out";
@@ -137,7 +136,7 @@ pub const CRIU: &[Known] = &[
     Known::bool("tcp-close", Works, Works),
     Known::new("verbosity", MaybeValue, Works, Works).short('v'),
     Known::new("ps-socket", Value, Works, Elsewhere),
-    Known::bool("stream", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
+    Known::bool("stream", Works, Works),
     Known::new("config", Value, Works, Works),
     Known::new("no-default-config", Nothing, Works, Works),
     Known::new("tls-cacert", Value, Idle, Idle),
