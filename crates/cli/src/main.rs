@@ -22,6 +22,7 @@ mod scripts;
 mod serve;
 mod stats;
 mod stream;
+mod streamer;
 #[cfg(test)]
 mod test_dir;
 mod version;

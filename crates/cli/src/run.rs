@@ -147,7 +147,7 @@ pub struct Run<'a> {
     /// For this user and with no other rights, see [`dormouse_restore::Request`].
     pub only_user: Option<u32>,
     /// Where a dump goes as one stream.
-    pub stream: Option<&'a File>,
+    pub stream: Option<&'a stream::Output>,
     /// The connection over which it was asked for, see [`dormouse_resources::DumpOptions`].
     pub service_socket: Option<u32>,
 }
@@ -194,7 +194,7 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
         );
     }
     let mut place = Place::enter(&args.common, notes)?;
-    let stream = args.stream.then(|| stream::output(args, kind)).transpose();
+    let stream = args.stream.then(|| stream::output(args, kind, &place)).transpose();
     let stream = stream.and_then(|stream| {
         if stream.is_some() {
             place.keep_in_memory()?;
@@ -333,7 +333,7 @@ pub fn sleep(
         freeze_cgroup: args.freeze_cgroup.clone(),
         chain: args.chain(),
         lazy: args.server.lazy(),
-        stream: run.stream,
+        stream: run.stream.map(stream::Output::of_dump),
         hooks: &hook,
     };
     let report = match kind {
@@ -357,7 +357,7 @@ pub fn sleep(
 pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
     let mut place = Place::enter(&args.common, notes)?;
     if args.stream
-        && let Err(error) = stream::input(args, &mut place)
+        && let Err(error) = stream::input(&mut place)
     {
         place.log.failure(&error, Some("Restoring FAILED."));
         return Ok(ExitCode::FAILURE);

@@ -4,6 +4,7 @@
 //! it. `inventory.img` is written last: a directory without it is no checkpoint.
 #![forbid(unsafe_code)]
 
+mod capture;
 mod engine;
 mod fetch;
 mod ids;
@@ -65,12 +66,21 @@ pub struct Request<'a> {
     pub chain: Chain,
     /// Pages that may come later stay with the tree, which stands still until they have been fetched from here.
     pub lazy: Option<Server>,
-    /// Where the checkpoint goes as one stream. The images directory then only keeps what is not pages until the end, and should
-    /// be in memory.
-    pub stream: Option<&'a std::fs::File>,
+    /// Where the checkpoint goes as a stream. The images directory then only keeps what is not pages until the end, and should be
+    /// in memory.
+    pub stream: Option<Output<'a>>,
     /// Called at "pre-dump" and "post-dump", and, with `lazy`, at "status-ready" when pages can be fetched; an error ends the
     /// dump.
     pub hooks: Hook<'a>,
+}
+
+/// Where a checkpoint goes that is not left in a directory.
+#[derive(Clone, Copy, Debug)]
+pub enum Output<'a> {
+    /// One stream, in the format of [`dormouse_images::stream`].
+    One(&'a std::fs::File),
+    /// `criu-image-streamer`, behind a connected socket.
+    Streamer(&'a std::os::unix::net::UnixStream),
 }
 
 /// How a dump builds on the one before it, and what the next one needs of it.

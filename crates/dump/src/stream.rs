@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
-use dormouse_images::stream::StreamWriter;
+use dormouse_images::stream::{ImageSink, StreamWriter};
 use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_infect::host::fd::unread;
@@ -18,7 +18,8 @@ use dormouse_resources::mem::{self, PageIds};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::{DumpError, ResourceError};
+use crate::capture::Capture;
+use crate::{DumpError, Output, ResourceError};
 
 /// Bytes that are written at once.
 const BUFFER: usize = 1 << 20;
@@ -29,11 +30,18 @@ const DRAINING: u8 = 2;
 /// As many bytes as there is surely room for where there is any (pipe(7)).
 const SURELY: usize = 4096;
 
-type Writer = StreamWriter<BufWriter<Sink>>;
+type Writer = Box<dyn ImageSink + Send>;
 type Collected = Result<io::Result<Writer>, ResourceError>;
 
 /// A stream that is being written.
 pub struct Streaming(JoinHandle<Collected>);
+
+fn writer(out: Output<'_>) -> io::Result<Writer> {
+    Ok(match out {
+        Output::One(out) => Box::new(StreamWriter::new(BufWriter::with_capacity(BUFFER, Sink::new(out)?))?),
+        Output::Streamer(socket) => Box::new(Capture::new(socket.try_clone()?)),
+    })
+}
 
 fn unwritable(cause: io::Error) -> DumpError {
     DumpError::Call { what: "cannot write the stream; see why its reader ended, and dump again".into(), cause }
@@ -44,17 +52,16 @@ impl Streaming {
     ///
     /// # Errors
     /// It cannot be written, or there can be no thread.
-    pub fn begin(dir: &Path, out: &File) -> Result<(Self, PageIds), DumpError> {
+    pub fn begin(dir: &Path, out: Output<'_>) -> Result<(Self, PageIds), DumpError> {
         let failed = |what: &str| {
             let what = what.to_owned();
             |cause| DumpError::Call { what, cause }
         };
-        let sink = Sink::new(out).map_err(unwritable)?;
-        let mut writer = StreamWriter::new(BufWriter::with_capacity(BUFFER, sink)).map_err(unwritable)?;
+        let mut writer = writer(out).map_err(unwritable)?;
         let (ours, mut theirs) = UnixStream::pair().map_err(failed("cannot make a socket pair"))?;
         let images = ImageDir::open(dir)?;
         let thread = thread::Builder::new().name("stream".into()).spawn(move || {
-            let collected = mem::collect(&images, &mut theirs, &mut writer)?;
+            let collected = mem::collect(&images, &mut theirs, &mut *writer)?;
             Ok(collected.map(|()| writer))
         });
         let thread = thread.map_err(failed("cannot start a thread"))?;
@@ -93,7 +100,7 @@ impl Streaming {
 }
 
 /// Where a stream goes. A reader that stands still does not keep us from being asked to stop.
-struct Sink {
+pub struct Sink {
     file: File,
     /// Most bytes that can be written without waiting once there is room; none if it is not to be waited for.
     at_once: Option<usize>,
@@ -101,7 +108,11 @@ struct Sink {
 }
 
 impl Sink {
-    fn new(out: &File) -> io::Result<Self> {
+    /// A file, a pipe, or something else that can be written to.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub fn new(out: &File) -> io::Result<Self> {
         let kind = out.metadata()?.file_type();
         if kind.is_fifo() {
             // Opened again, so that nobody else who has this pipe finds it changed.

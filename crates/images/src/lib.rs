@@ -16,6 +16,7 @@ mod required;
 pub mod rpc;
 pub mod schema;
 pub mod stream;
+pub mod streamer;
 mod wire;
 mod writer;
 

@@ -66,7 +66,41 @@ fn after(last: &str) -> String {
     if last.is_empty() { String::new() } else { format!(" of or behind {last}") }
 }
 
-/// Writes a stream. One that is dropped before [`Self::finish`] has no end, and is refused by whoever reads it.
+/// Where the images of a checkpoint go, one after the other.
+pub trait ImageSink {
+    /// Appends bytes to the image `name`, which is made if it was not the last one.
+    ///
+    /// # Errors
+    /// They cannot be written.
+    fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()>;
+
+    /// Tells that there are no more images; everything is written then.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn finish(&mut self) -> io::Result<()>;
+
+    /// Appends a whole image.
+    ///
+    /// # Errors
+    /// It cannot be written, or the image not be read.
+    fn file(&mut self, name: &str, mut from: File) -> io::Result<()> {
+        let mut part = Vec::with_capacity(FRAME);
+        loop {
+            part.clear();
+            let n = Read::by_ref(&mut from).take(FRAME as u64).read_to_end(&mut part)?;
+            // What ends with a full frame gets no empty one.
+            if n > 0 || from.metadata()?.len() == 0 {
+                self.append(name, &part)?;
+            }
+            if n < FRAME {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Writes a stream. One that is dropped before [`ImageSink::finish`] has no end, and is refused by whoever reads it.
 #[derive(Debug)]
 pub struct StreamWriter<W> {
     out: W,
@@ -84,11 +118,19 @@ impl<W: Write> StreamWriter<W> {
         Ok(Self { out, sum: crc32fast::Hasher::new(), frames: 0 })
     }
 
-    /// Appends bytes to the image `name`, which is made if it was not the last one.
-    ///
-    /// # Errors
-    /// The stream cannot be written.
-    pub fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
+    fn frame(&mut self, name: &[u8], sum: u32, len: u64) -> io::Result<()> {
+        let mut head = Vec::with_capacity(FRAME_HEAD + name.len());
+        head.extend((name.len() as u32).to_le_bytes());
+        head.extend(sum.to_le_bytes());
+        head.extend(len.to_le_bytes());
+        head.extend(name);
+        self.sum.update(&head);
+        self.out.write_all(&head)
+    }
+}
+
+impl<W: Write> ImageSink for StreamWriter<W> {
+    fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
         // An empty image has a frame, too.
         for part in bytes.chunks(FRAME).chain(bytes.is_empty().then_some(&[][..])) {
             self.frames += 1;
@@ -98,43 +140,10 @@ impl<W: Write> StreamWriter<W> {
         Ok(())
     }
 
-    /// Appends a whole image.
-    ///
-    /// # Errors
-    /// The stream cannot be written, or the image not be read.
-    pub fn file(&mut self, name: &str, mut from: File) -> io::Result<()> {
-        let mut part = Vec::with_capacity(FRAME);
-        loop {
-            part.clear();
-            let n = Read::by_ref(&mut from).take(FRAME as u64).read_to_end(&mut part)?;
-            // What ends with a full frame gets no empty one.
-            if n > 0 || from.metadata()?.len() == 0 {
-                self.append(name, &part)?;
-            }
-            if n < FRAME {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Ends the stream; everything is written then.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn finish(mut self) -> io::Result<()> {
+    fn finish(&mut self) -> io::Result<()> {
         let sum = self.sum.clone().finalize();
         self.frame(&[], sum, self.frames)?;
         self.out.flush()
-    }
-
-    fn frame(&mut self, name: &[u8], sum: u32, len: u64) -> io::Result<()> {
-        let mut head = Vec::with_capacity(FRAME_HEAD + name.len());
-        head.extend((name.len() as u32).to_le_bytes());
-        head.extend(sum.to_le_bytes());
-        head.extend(len.to_le_bytes());
-        head.extend(name);
-        self.sum.update(&head);
-        self.out.write_all(&head)
     }
 }
 

@@ -13,6 +13,7 @@ use crate::programs;
 use crate::real;
 use crate::real_cases::{self, Work};
 use crate::report::{Outcome, Test};
+use crate::stream;
 
 /// Works whose images are exchanged.
 const WORKS: &[&str] = &["bash_pipeline", "python_threads", "xz_threads"];
@@ -101,6 +102,9 @@ pub fn tests() -> Vec<Test> {
     ] {
         tests.push(Test::new(format!("exchange/lazy_{who}"), move |case| lazy(case, peers)));
     }
+    for (to, ours_first) in [("to_peer", true), ("from_peer", false)] {
+        tests.push(Test::new(format!("exchange/stream_{to}"), move |case| streamed(case, ours_first)));
+    }
     tests.push(Test::new("exchange/crit_decodes_programs", crit_decodes_programs).alone());
     tests.push(Test::new("exchange/crit_decodes_python_threads", crit_decodes_work));
     tests
@@ -156,6 +160,19 @@ fn exchanged_programs(case: &Case<'_>, ours_first: bool, programs: &[&str]) -> R
     }
     ensure!(failures.is_empty(), "{} of {}:\n    {}", failures.len(), programs.len(), failures.join("\n    "));
     Ok(Outcome::Passed(format!("{passed} of {}", programs.len())))
+}
+
+/// By way of a streamer, which only passes on what one of the two has sent.
+fn streamed(case: &Case<'_>, ours_first: bool) -> Result<Outcome> {
+    let (dump, restore) = match pair(case, ours_first) {
+        Ok(pair) => pair,
+        Err(outcome) => return Ok(outcome),
+    };
+    let mut own = Case::new(case.args, &case.name())?;
+    own.as_criu = true;
+    let outcome = stream::streamed(&own, [dump, restore], "tree_threads");
+    own.end_everything();
+    outcome
 }
 
 /// Whether a pipe may hold 4 MiB, which CRIU takes for granted.

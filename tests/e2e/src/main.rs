@@ -35,6 +35,7 @@ mod service;
 mod spoil;
 mod stopped;
 mod stream;
+mod streamer;
 mod target;
 mod tmpfs;
 mod tty;

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use nix::unistd::Pid;
 use crate::case::{Case, Ran, TOOL_LIMIT};
 use crate::programs;
 use crate::report::{Outcome, Test};
+use crate::streamer;
 use crate::target::{Session, Target, nothing_left, ready, refused};
 
 /// The tests, which belong to the programs.
@@ -23,6 +25,11 @@ pub fn tests() -> Vec<Test> {
         Test::new("stream/shared_memory", |case| through(case, "mem_shared_anon", "cat", "cat")),
         Test::new("stream/deleted_files", |case| through(case, "file_deleted", "cat", "cat")),
         Test::new("stream/to_a_file", to_a_file),
+        Test::new("stream/to_a_streamer", |case| streamed(case, [&case.args.bin; 2], "mem_private")),
+        Test::new("stream/a_tree_to_a_streamer", |case| streamed(case, [&case.args.bin; 2], "tree_threads")),
+        Test::new("stream/deleted_files_to_a_streamer", |case| streamed(case, [&case.args.bin; 2], "file_deleted")),
+        Test::new("stream/shared_memory_to_a_streamer", |case| streamed(case, [&case.args.bin; 2], "mem_shared_anon")),
+        Test::new("stream/the_streamer_is_not_there", no_streamer),
         Test::new("stream/cut_off", cut_off),
         Test::new("stream/the_reader_dies", |case| reader(case, Reader::Dies)),
         Test::new("stream/the_reader_is_not_there", |case| reader(case, Reader::IsNotThere)),
@@ -119,6 +126,55 @@ fn to_a_file(case: &Case<'_>) -> Result<Outcome> {
         target.ask()?;
     }
     nothing_on_disk(case)?;
+    Ok(Outcome::PASSED)
+}
+
+/// By way of what `criu-image-streamer` does. The binaries that dump and restore may be another than the one under test.
+pub fn streamed(case: &Case<'_>, [dump, restore]: [&Path; 2], program: &str) -> Result<Outcome> {
+    let target = ready!(Target::start(case, program, Session::Own, &[]));
+    let images = case.path("img");
+    fs::create_dir_all(&images)?;
+    let captured = streamer::capture(&images)?;
+    let ran = case.dump(dump, target.pid, &images, &["--stream".into()])?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    let taken = captured.join().ok().context("the streamer")??;
+    ensure!(taken.contains_key("inventory.img") && taken.contains_key("pages-1.img"), "images: {:?}", taken.keys());
+    case.await_end(target.ids().collect::<Vec<_>>())?;
+    let on_disk =
+        || Ok::<_, anyhow::Error>(fs::read_dir(&images)?.flatten().any(|e| e.path().ends_with("inventory.img")));
+    ensure!(!on_disk()?, "images are on the disk");
+    let served = streamer::serve(&images, taken)?;
+    let ran = case.restore(restore, &images, &["--stream".into()])?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    served.join().ok().context("the streamer")??;
+    case.same_tree(&target.tree)?;
+    programs::ask(case, 1)?;
+    Ok(Outcome::PASSED)
+}
+
+/// A streamer that went away, at its socket or in the middle, or has nothing: an error, and nothing else.
+fn no_streamer(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "mem_private", Session::Own, &[]));
+    let images = case.path("img");
+    fs::create_dir_all(&images)?;
+    drop(UnixListener::bind(images.join("streamer-capture.sock"))?);
+    let options = ["--stream".to_owned()];
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options)?;
+    refused(case, &ran, &["criu-image-streamer"])?;
+    fs::remove_file(images.join("streamer-capture.sock"))?;
+    let listener = UnixListener::bind(images.join("streamer-capture.sock"))?;
+    let leaves = std::thread::spawn(move || listener.accept().and_then(|(mut peer, _)| peer.read_exact(&mut [0; 10])));
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options)?;
+    refused(case, &ran, &["cannot write the stream"])?;
+    leaves.join().ok().context("the streamer")??;
+    target.unharmed()?;
+    target.ask()?;
+    let served = streamer::serve(&images, streamer::Images::new())?;
+    let ran = case.restore(&case.args.bin, &images, &options)?;
+    refused(case, &ran, &["no pstree.img"])?;
+    served.join().ok().context("the streamer")??;
+    target.unharmed()?;
+    target.end();
     Ok(Outcome::PASSED)
 }
 

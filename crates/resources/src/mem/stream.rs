@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use dormouse_blob_abi::PAGE;
-use dormouse_images::stream::StreamWriter;
+use dormouse_images::stream::ImageSink;
 use dormouse_images::{ImageDir, ImageKind};
 use dormouse_pages::runs::PE_PRESENT;
 use dormouse_pages::server::{Header, MapId, command};
@@ -23,7 +23,7 @@ const BUFFER: u64 = 1 << 20;
 pub fn collect(
     images: &ImageDir,
     peer: &mut (impl Read + Write),
-    stream: &mut StreamWriter<impl Write>,
+    stream: &mut dyn ImageSink,
 ) -> Result<io::Result<()>> {
     let ids = PageIds::new();
     let mut map: Option<(Records, String)> = None;
