@@ -21,6 +21,8 @@ mod run;
 mod scripts;
 mod serve;
 mod stats;
+mod stream;
+mod streamer;
 #[cfg(test)]
 mod test_dir;
 mod version;

@@ -13,6 +13,8 @@ use anyhow::{Context as _, Result, bail};
 use dormouse_dump::{After, DumpError};
 use dormouse_images::pb;
 use dormouse_infect::freezer::Freezer;
+use dormouse_infect::host::fd::copy_number;
+use dormouse_infect::host::mount;
 use dormouse_infect::supervise::supervised;
 use dormouse_kernel::{HostPid, Session};
 use dormouse_resources::DumpOptions;
@@ -30,6 +32,7 @@ use crate::namespaces;
 use crate::progress::{Progress, size, time};
 use crate::scripts::Scripts;
 use crate::stats;
+use crate::stream;
 
 /// Bytes of a page in the images; every architecture is dumped with pages of this size.
 const PAGE: u64 = 4096;
@@ -106,6 +109,19 @@ impl Place {
         Place { path: format!("/proc/self/fd/{}", self.images.as_raw_fd()).into(), ..self }
     }
 
+    /// Has images be kept in a directory in memory that has no name, and goes with this process.
+    ///
+    /// # Errors
+    /// There can be none: it needs CAP_SYS_ADMIN.
+    pub fn keep_in_memory(&mut self) -> Result<()> {
+        let root = mount::nameless("tmpfs", &[("mode", Some("0700"))]).context(
+            "cannot make a directory in memory for --stream (needs CAP_SYS_ADMIN); leave --stream out, or run as root",
+        )?;
+        self.images = root.into();
+        self.path = format!("/proc/self/fd/{}", self.images.as_raw_fd()).into();
+        Ok(())
+    }
+
     /// Writes and shows what a run cost. A directory that cannot be written is no reason to fail now.
     fn account(&self, stats: &pb::StatsEntry, common: &Common) {
         tracing::info!("Writing stats");
@@ -136,6 +152,8 @@ pub struct Run<'a> {
     pub orphan_pts_master: bool,
     /// Takes its master then.
     pub take_master: Option<dormouse_restore::TakeMaster<'a>>,
+    /// Where a dump goes as one stream.
+    pub stream: Option<&'a stream::Output>,
     /// The connection over which it was asked for, see [`dormouse_resources::DumpOptions`].
     pub service_socket: Option<u32>,
 }
@@ -156,6 +174,7 @@ impl<'a> Run<'a> {
             query_external: None,
             orphan_pts_master: false,
             take_master: None,
+            stream: None,
             service_socket: None,
         })
     }
@@ -173,20 +192,38 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
     if args.live && kind == Kind::PreDump {
         bail!("a pre-dump copies memory while the tree runs anyway; leave --live out");
     }
+    if args.server.lazy_pages && kind == Kind::PreDump {
+        bail!(
+            "a pre-dump copies memory for the dump that follows, which can leave the rest with the tree; leave --lazy-pages out"
+        );
+    }
     if args.live && !args.leave_running {
         bail!(
             "--live is for a tree that goes on running after the dump; add --leave-running (-R), or leave --live out"
         );
     }
-    let place = Place::enter(&args.common, notes)?;
+    let mut place = Place::enter(&args.common, notes)?;
+    let stream = args.stream.then(|| stream::output(args, kind, &place)).transpose();
+    let stream = stream.and_then(|stream| {
+        if stream.is_some() {
+            place.keep_in_memory()?;
+        }
+        Ok(stream)
+    });
+    let Ok(stream) = stream.inspect_err(|error| place.log.failure(error, Some(kind.failed()))) else {
+        return Ok(ExitCode::FAILURE);
+    };
     let held = cleanup::hold(&place.path);
     let Ok(_held) = held.inspect_err(|error| place.log.failure(error, Some(kind.failed()))) else {
         return Ok(ExitCode::FAILURE);
     };
-    let run = Run::new(&place)?;
+    let run = Run { stream: stream.as_ref(), accounts: !args.stream, ..Run::new(&place)? };
     // A process that is killed leaves the group as it is at that moment; then this puts it back.
     let group = args.freeze_cgroup.as_deref().and_then(|path| Freezer::open(path).ok());
-    let code = supervised(|| put_to_sleep(args, kind, &run).into()).context("cannot start a process for the dump")?;
+    let status = status(args)?;
+    let run = &run;
+    let code = supervised(move || put_to_sleep(args, kind, run, status).into());
+    let code = code.context("cannot start a process for the dump")?;
     if let Some(signal) = code.checked_sub(128).filter(|signal| (1..=64).contains(signal)) {
         let what =
             format!("the dumping process was ended by signal {signal}; look after pid {} and dump it again", args.tree);
@@ -197,13 +234,24 @@ pub fn dump(args: &DumpArgs, kind: Kind, notes: &[String]) -> Result<ExitCode> {
     Ok(u8::try_from(code).unwrap_or(1).into())
 }
 
+/// The descriptor of `--status-fd`, which is then only ours.
+///
+/// # Errors
+/// It is not open.
+pub fn status(args: &DumpArgs) -> Result<Option<File>> {
+    let Some(fd) = args.server.status_fd else { return Ok(None) };
+    let copy = copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--status-fd)"))?;
+    let _ = nix::unistd::close(fd);
+    Ok(Some(copy.into()))
+}
+
 /// Dumps and tells of it; the exit code.
-fn put_to_sleep(args: &DumpArgs, kind: Kind, run: &Run<'_>) -> u8 {
+fn put_to_sleep(args: &DumpArgs, kind: Kind, run: &Run<'_>, status: Option<File>) -> u8 {
     let place = run.place;
     let post_dump_failed = Cell::new(false);
     let terminal = place.log.leaves_a_terminal();
     let progress = terminal.then(|| Progress::start(args.tree, place.path.clone()));
-    let outcome = sleep(args, kind, run, &post_dump_failed);
+    let outcome = sleep(args, kind, run, status, &post_dump_failed);
     drop(progress);
     let report = match outcome {
         Ok(report) => report,
@@ -257,7 +305,8 @@ fn take_out(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Dumps in this process. `post_dump_failed` is set if that is because of a "post-dump" script.
+/// Dumps in this process. `status` gets a NUL byte at "status-ready". `post_dump_failed` is set if that is because of a
+/// "post-dump" script.
 ///
 /// # Errors
 /// See [`dormouse_dump::run`]; the log does not have it yet.
@@ -265,12 +314,17 @@ pub fn sleep(
     args: &DumpArgs,
     kind: Kind,
     run: &Run<'_>,
+    status: Option<File>,
     post_dump_failed: &Cell<bool>,
 ) -> Result<dormouse_dump::Report, DumpError> {
     let scripts = run.scripts(&args.common);
+    let status = Cell::new(status);
     let hook = |action: &str, root: Option<i32>| {
         (run.notify)(action, root)?;
-        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))
+        scripts.run(action, root).inspect_err(|_| post_dump_failed.set(action == "post-dump"))?;
+        // Closed then, whatever becomes of it.
+        let ready = (action == "status-ready").then(|| status.take()).flatten();
+        ready.map_or(Ok(()), |mut file| file.write_all(&[0])).context("cannot write to the descriptor of --status-fd")
     };
     // What is left to the user decides what is refused, so that is asked for before the tree is looked at, and its answer
     // comes after "pre-dump" as in CRIU.
@@ -302,13 +356,17 @@ pub fn sleep(
         timeout: args.timeout(),
         freeze_cgroup: args.freeze_cgroup.clone(),
         chain: args.chain(),
+        lazy: args.server.lazy(),
+        stream: run.stream.map(stream::Output::of_dump),
         hooks: &hook,
     };
     let report = match kind {
         Kind::Dump => dormouse_dump::run(&request),
         Kind::PreDump => dormouse_dump::pre_dump(&request),
     }?;
-    run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    if run.accounts {
+        run.place.account(&pb::StatsEntry { dump: Some(stats::of_dump(&report)), restore: None }, &args.common);
+    }
     for what in &report.held {
         tracing::warn!("{what}");
     }
@@ -321,11 +379,18 @@ pub fn sleep(
 /// # Errors
 /// The directories or the log are not accessible; what fails later is told here.
 pub fn restore(args: &RestoreArgs, notes: &[String]) -> Result<ExitCode> {
-    let place = Place::enter(&args.common, notes)?;
+    let mut place = Place::enter(&args.common, notes)?;
+    if args.stream
+        && let Err(error) = stream::input(&mut place)
+    {
+        place.log.failure(&error, Some("Restoring FAILED."));
+        return Ok(ExitCode::FAILURE);
+    }
     if namespaces::wanted(args) {
         return copies(args, &place);
     }
-    let report = match wake(args, &Run::new(&place)?) {
+    let run = Run { accounts: !args.stream, ..Run::new(&place)? };
+    let report = match wake(args, &run) {
         Ok(report) => report,
         Err(error) => {
             place.log.failure(&error.into(), Some("Restoring FAILED."));
@@ -412,7 +477,8 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
         leave_stopped: args.leave_stopped,
         restore_sibling: args.restore_sibling,
         only_user: run.only_user,
-        dedup: args.auto_dedup,
+        // What was in memory twice is there once again.
+        dedup: args.auto_dedup || args.stream,
         lazy: server.as_ref(),
         hooks: &hook,
     });

@@ -19,7 +19,7 @@ use dormouse_rpc::worker::Worker;
 use dormouse_rpc::{Done, Failure, Order, PageServer, Work};
 use nix::sys::signal::SigSet;
 
-use crate::args::{self, Command, Foreign, Parsed, ServiceArgs, WorkerArgs};
+use crate::args::{self, Command, DumpArgs, Foreign, Parsed, RestoreArgs, ServiceArgs, WorkerArgs};
 use crate::log::Log;
 use crate::run::{self, Place, Run, told};
 use crate::{check, cleanup, config, namespaces, page_server, version};
@@ -175,6 +175,7 @@ impl Here {
             query_external: order.query_external,
             orphan_pts_master: order.orphan_pts_master,
             take_master: order.take_master,
+            stream: None,
             service_socket: order.service_socket,
         });
         if let Err(failure) = &outcome {
@@ -207,12 +208,19 @@ fn command(order: &Order<'_>) -> Result<Parsed, Failure> {
 impl Work for Here {
     fn run(&self, order: &Order<'_>) -> Result<Done, Failure> {
         let parsed = command(order)?;
+        if let Command::Dump(DumpArgs { stream: true, .. }) | Command::Restore(RestoreArgs { stream: true, .. }) =
+            &parsed.command
+        {
+            let what = "--stream is for the command line, as in CRIU: a request has no standard output; take it out of the \
+                        configuration file";
+            return Err(Failure::bad_request(anyhow!(what)));
+        }
         match &parsed.command {
             Command::Dump(args) | Command::PreDump(args) => self.at(&args.common, &parsed.notes, order, |run| {
                 let _held = cleanup::hold(&run.place.path)?;
                 let pre = matches!(parsed.command, Command::PreDump(_));
                 let kind = if pre { run::Kind::PreDump } else { run::Kind::Dump };
-                let outcome = run::sleep(args, kind, run, &Cell::new(false));
+                let outcome = run::sleep(args, kind, run, run::status(args)?, &Cell::new(false));
                 let done = outcome.map_err(|e| Failure { errno: e.errno(), error: e.into() })?;
                 Ok(Done { pid: Some(done.root_pid) })
             }),

@@ -21,6 +21,7 @@ pub fn of_dump(report: &dormouse_dump::Report) -> pb::DumpStatsEntry {
         pages_scanned: report.pages_scanned,
         pages_written: report.pages_written,
         pages_skipped_parent: report.pages_left,
+        pages_lazy: report.pages_behind,
         // CRIU always writes these, and its clients take them for granted.
         irmap_resolve: Some(0),
         page_pipes: Some(0),
@@ -28,7 +29,6 @@ pub fn of_dump(report: &dormouse_dump::Report) -> pb::DumpStatsEntry {
         shpages_scanned: Some(0),
         shpages_skipped_parent: Some(0),
         shpages_written: Some(0),
-        ..pb::DumpStatsEntry::default()
     }
 }
 

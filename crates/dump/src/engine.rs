@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::thread;
 use std::time::Instant;
 
-use dormouse_images::ImageDir;
+use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_infect::freeze::Tree;
 use dormouse_infect::freezer::Freezer;
@@ -19,15 +19,24 @@ use dormouse_resources::mem::PageIds;
 use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::task::seccomp::FilterTable;
 
+use crate::fetch::Fetcher;
 use crate::ids::Ids;
 use crate::live::Later;
 use crate::record::{Recorder, Standing};
+use crate::stream::Streaming;
 use crate::task::{Tracer, Unsaved};
 use crate::tracking::{self, Tracking};
 use crate::{After, DumpError, Report, Request, Server, inventory, live, preflight};
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
+    let mut streaming = None;
+    let dumped = dump(request, &mut streaming);
+    // A stream that cannot be written shows as a page server that is gone.
+    dumped.map_err(|e| streaming.and_then(Streaming::failure).unwrap_or(e))
+}
+
+fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Report, DumpError> {
     let start = Instant::now();
     together(request)?;
     let images = tracking::empty_directory(&request.images_dir)?;
@@ -36,7 +45,16 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
     }
-    let page_ids = Server::page_ids(request.chain.server.as_ref())?;
+    let fetcher = request.lazy.as_ref().map(Fetcher::expect).transpose()?;
+    let page_ids = match (&fetcher, request.stream) {
+        (Some(_), _) => PageIds::leaving_behind(),
+        (None, Some(out)) => {
+            let (begun, page_ids) = Streaming::begin(&request.images_dir, out)?;
+            *streaming = Some(begun);
+            page_ids
+        }
+        (None, None) => Server::page_ids(request.chain.server.as_ref())?,
+    };
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let mut ids = Ids::default();
     let root_ids = ids.of(HostPid::current())?;
@@ -58,12 +76,25 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
             copy.save(&images, &page_ids, &mut report)
         })?;
     }
-    let hook = || (request.hooks)("post-dump", Some(request.pid.0));
-    away.as_ref().map_or_else(|| Ok(hook()), |away| away.at_home(hook))?.map_err(DumpError::Hook)?;
+    let hook = |action: &str| {
+        let run = || (request.hooks)(action, Some(request.pid.0));
+        away.as_ref().map_or_else(|| Ok(run()), |away| away.at_home(run))?.map_err(DumpError::Hook)
+    };
     let session = &request.session;
-    let inventory = inventory::inventory(root_ids, session, &request.options, connected)?;
-    tracking.finish(&images, session)?;
-    images.write_inventory(&inventory)?;
+    let inventory = || inventory::inventory(root_ids, session, &request.options, connected);
+    match fetcher {
+        None => {
+            hook("post-dump")?;
+            tracking.finish(&images, session)?;
+            images.write_inventory(&inventory()?)?;
+            streaming.take().map_or(Ok(()), |streaming| streaming.finish(&images))?;
+        }
+        Some(fetcher) => {
+            tracking.finish(&images, session)?;
+            images.write_inventory(&inventory()?)?;
+            fetched(request, &images, (&page_ids, fetcher), &hook)?;
+        }
+    }
     links.keep();
     if request.chain.dedup {
         // The checkpoint is complete; what fails now costs nothing but space.
@@ -73,12 +104,32 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         finish(request, tree, connections)?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
     }
-    if request.chain.checksums {
+    if request.chain.checksums && request.lazy.is_none() {
         // The tree has gone on or has ended by now, and does not wait for it.
         tracking::sum_up(&images);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
+}
+
+/// Waits until the pages that stayed with the tree have been fetched. If they are not, the images are worth nothing, and no
+/// checkpoint.
+fn fetched(
+    request: &Request<'_>,
+    images: &ImageDir,
+    (ids, fetcher): (&PageIds, Fetcher),
+    hook: &dyn Fn(&str) -> Result<(), DumpError>,
+) -> Result<(), DumpError> {
+    if request.chain.checksums {
+        tracking::sum_up(images);
+    }
+    let behind = ids.behind().map(|mut behind| std::mem::take(&mut *behind)).unwrap_or_default();
+    let fetched = hook("post-dump").and_then(|()| hook("status-ready")).and_then(|()| fetcher.serve(&behind));
+    if fetched.is_err() {
+        images.remove(ImageKind::DormouseChecksums, 0)?;
+        images.remove(ImageKind::Inventory, 0)?;
+    }
+    fetched
 }
 
 /// Refuses options that do not go together.
@@ -87,6 +138,22 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
         return Err(DumpError::Impossible(
             "--live with --track-mem or --prev-images-dir is not there yet, since copies are written after the tree goes on; leave out --live, or \
              --track-mem and --prev-images-dir"
+                .into(),
+        ));
+    }
+    if request.lazy.is_some() && (request.live || request.chain.server.is_some()) {
+        let other = if request.live { "--live" } else { "--page-server" };
+        return Err(DumpError::Impossible(format!(
+            "with --lazy-pages, pages stay with the tree, which stands still until they have been fetched, so it does not go \
+             with {other}; leave out one of them"
+        )));
+    }
+    let chained = request.chain.track || request.chain.before.is_some() || request.chain.checksums;
+    if request.stream.is_some() && (request.live || chained || request.lazy.is_some() || request.chain.server.is_some())
+    {
+        return Err(DumpError::Impossible(
+            "--stream goes with none of --live, --track-mem, --prev-images-dir, --checksums, --page-server and --lazy-pages; leave \
+             it or them out"
                 .into(),
         ));
     }

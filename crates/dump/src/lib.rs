@@ -4,13 +4,16 @@
 //! it. `inventory.img` is written last: a directory without it is no checkpoint.
 #![forbid(unsafe_code)]
 
+mod capture;
 mod engine;
+mod fetch;
 mod ids;
 mod inventory;
 mod live;
 mod pre_dump;
 mod preflight;
 mod record;
+mod stream;
 mod task;
 mod tracking;
 
@@ -61,8 +64,23 @@ pub struct Request<'a> {
     pub freeze_cgroup: Option<PathBuf>,
     /// What this dump has to do with others.
     pub chain: Chain,
-    /// Called at "pre-dump" and "post-dump"; an error ends the dump.
+    /// Pages that may come later stay with the tree, which stands still until they have been fetched from here.
+    pub lazy: Option<Server>,
+    /// Where the checkpoint goes as a stream. The images directory then only keeps what is not pages until the end, and should be
+    /// in memory.
+    pub stream: Option<Output<'a>>,
+    /// Called at "pre-dump" and "post-dump", and, with `lazy`, at "status-ready" when pages can be fetched; an error ends the
+    /// dump.
     pub hooks: Hook<'a>,
+}
+
+/// Where a checkpoint goes that is not left in a directory.
+#[derive(Clone, Copy, Debug)]
+pub enum Output<'a> {
+    /// One stream, in the format of [`dormouse_images::stream`].
+    One(&'a std::fs::File),
+    /// `criu-image-streamer`, behind a connected socket.
+    Streamer(&'a std::os::unix::net::UnixStream),
 }
 
 /// How a dump builds on the one before it, and what the next one needs of it.
@@ -80,12 +98,12 @@ pub struct Chain {
     pub server: Option<Server>,
 }
 
-/// A page server.
+/// The other side of pages that go elsewhere, or where this side waits for it.
 #[derive(Clone, Debug)]
 pub enum Server {
-    /// One that listens at an address and port.
+    /// Who listens, or where to listen: address and port.
     At(String, u16),
-    /// One behind a connected socket of this process, by its number.
+    /// Who is behind a connected socket of this process, by its number.
     Socket(i32),
 }
 
@@ -125,6 +143,8 @@ pub struct Report {
     pub pages_written: u64,
     /// Pages that are left to the checkpoint before.
     pub pages_left: u64,
+    /// Pages that stayed with the tree until they were fetched.
+    pub pages_behind: u64,
     /// Microseconds from the first to the last thread stopped.
     pub freezing_us: u64,
     /// Microseconds from the first thread stopped until the tree was killed or let go.

@@ -176,6 +176,7 @@ impl Tracer<'_> {
         self.report.pages_scanned += pages.scanned;
         self.report.pages_written += pages.written;
         self.report.pages_left += pages.left;
+        self.report.pages_behind += pages.behind;
         Ok((pages.written, spans))
     }
 

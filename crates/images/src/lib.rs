@@ -15,6 +15,8 @@ mod reader;
 mod required;
 pub mod rpc;
 pub mod schema;
+pub mod stream;
+pub mod streamer;
 mod wire;
 mod writer;
 

@@ -21,7 +21,6 @@ const ELSEWHERE: &[&str] = &[
     "exec_cmd",
     "config_file",
     "pid",
-    // It is written to when a daemon is ready; a request makes none, and in CRIU it has no effect either.
     "status_fd",
 ];
 

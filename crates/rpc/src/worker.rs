@@ -5,7 +5,8 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, IntoRawFd as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -260,6 +261,13 @@ impl Worker<'_> {
         }
         if verb == "restore" && opts.orphan_pts_master() && !opts.notify_scripts() {
             bail!("orphan_pts_master hands the terminal over by a notification; set notify_scripts, too");
+        }
+        if let Some(fd) = opts.status_fd.filter(|_| verb == "dump" && opts.lazy_pages()) {
+            let its = format!("/proc/{}/fd/{fd}", self.peer.pid);
+            let open = OpenOptions::new().write(true).open(&its);
+            let open =
+                open.with_context(|| format!("descriptor {fd} of the caller (status_fd) cannot be written to"))?;
+            words.push(format!("--status-fd={}", open.into_raw_fd()).into());
         }
         if verb == "restore" {
             words.push("--restore-detached".into());

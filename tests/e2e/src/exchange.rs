@@ -7,10 +7,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::case::Case;
+use crate::lazy_dump;
+use crate::proc;
 use crate::programs;
 use crate::real;
 use crate::real_cases::{self, Work};
 use crate::report::{Outcome, Test};
+use crate::stream;
 
 /// Works whose images are exchanged.
 const WORKS: &[&str] = &["bash_pipeline", "python_threads", "xz_threads"];
@@ -91,6 +94,17 @@ pub fn tests() -> Vec<Test> {
                 .alone(),
         );
     }
+    for (who, peers) in [
+        ("dump_by_peer", [true, false, false]),
+        ("pages_by_peer", [false, true, false]),
+        ("restore_by_peer", [false, false, true]),
+        ("pages_and_restore_by_peer", [false, true, true]),
+    ] {
+        tests.push(Test::new(format!("exchange/lazy_{who}"), move |case| lazy(case, peers)));
+    }
+    for (to, ours_first) in [("to_peer", true), ("from_peer", false)] {
+        tests.push(Test::new(format!("exchange/stream_{to}"), move |case| streamed(case, ours_first)));
+    }
     tests.push(Test::new("exchange/crit_decodes_programs", crit_decodes_programs).alone());
     tests.push(Test::new("exchange/crit_decodes_python_threads", crit_decodes_work));
     tests
@@ -146,6 +160,47 @@ fn exchanged_programs(case: &Case<'_>, ours_first: bool, programs: &[&str]) -> R
     }
     ensure!(failures.is_empty(), "{} of {}:\n    {}", failures.len(), programs.len(), failures.join("\n    "));
     Ok(Outcome::Passed(format!("{passed} of {}", programs.len())))
+}
+
+/// By way of a streamer, which only passes on what one of the two has sent.
+fn streamed(case: &Case<'_>, ours_first: bool) -> Result<Outcome> {
+    let (dump, restore) = match pair(case, ours_first) {
+        Ok(pair) => pair,
+        Err(outcome) => return Ok(outcome),
+    };
+    let mut own = Case::new(case.args, &case.name())?;
+    own.as_criu = true;
+    let outcome = stream::streamed(&own, [dump, restore], "tree_threads");
+    own.end_everything();
+    outcome
+}
+
+/// Whether a pipe may hold 4 MiB, which CRIU takes for granted.
+fn may_have_large_pipes() -> bool {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let largest =
+        fs::read_to_string("/proc/sys/fs/pipe-max-size").ok().and_then(|text| text.trim().parse::<u64>().ok());
+    let capable =
+        proc::status(std::process::id().cast_signed(), "CapEff").and_then(|text| u64::from_str_radix(&text, 16).ok());
+    largest.is_some_and(|bytes| bytes >= 4 << 20) || capable.is_some_and(|bits| bits & CAP_SYS_RESOURCE != 0)
+}
+
+/// Pages stay with the tree, and one of those who dump, fetch and restore is the peer.
+fn lazy(case: &Case<'_>, peers: [bool; 3]) -> Result<Outcome> {
+    let (ours, peer) = match pair(case, true) {
+        Ok(pair) => pair,
+        Err(outcome) => return Ok(outcome),
+    };
+    if peers[0] && !may_have_large_pipes() {
+        return Ok(Outcome::needs(
+            "pipes of 4 MiB for CRIU, whose dump else cannot give pages (CAP_SYS_RESOURCE, or fs.pipe-max-size)",
+        ));
+    }
+    let mut own = Case::new(case.args, &case.name())?;
+    own.as_criu = true;
+    let outcome = lazy_dump::moved(&own, peers.map(|is_peer| if is_peer { peer } else { ours }), "tree_threads", &[]);
+    own.end_everything();
+    outcome
 }
 
 // ---- crit -----------------------------------------------------------------------------------------------------------

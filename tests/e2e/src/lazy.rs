@@ -17,6 +17,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("lazy/one_command", |case| one_command(case, "mem_churn", &["--forks"])),
         Test::new("lazy/a_tree", |case| one_command(case, "tree_threads", &[])),
         Test::new("lazy/divided_memory", |case| one_command(case, "mem_divided", &[])),
+        Test::new("lazy/protections", |case| one_command(case, "mem_private", &[])),
         Test::new("lazy/locked_memory", |case| one_command(case, "mem_locked", &[])),
         Test::new("lazy/daemon", daemon),
         Test::new("lazy/from_a_page_server", |case| remote(case, false)),

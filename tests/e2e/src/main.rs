@@ -17,6 +17,7 @@ mod gifts;
 mod inside;
 mod kill;
 mod lazy;
+mod lazy_dump;
 mod live;
 mod networks;
 mod proc;
@@ -34,6 +35,8 @@ mod servers;
 mod service;
 mod spoil;
 mod stopped;
+mod stream;
+mod streamer;
 mod target;
 mod tmpfs;
 mod tty;
@@ -98,7 +101,9 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(frozen::tests())
                     .chain(stopped::tests())
                     .chain(lazy::tests())
-                    .chain(networks::tests()),
+                    .chain(networks::tests())
+                    .chain(lazy_dump::tests())
+                    .chain(stream::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

@@ -77,6 +77,9 @@ pub struct DumpArgs {
     /// Let the tree go on as soon as its state is known, and write its memory meanwhile; needs --leave-running
     #[arg(long)]
     pub live: bool,
+    /// Write the checkpoint to the standard output as one stream, and nothing to the disk; for `restore --stream`
+    #[arg(long)]
+    pub stream: bool,
     /// Give up if the tree is not stopped within so many seconds; 0 for never
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u32,
@@ -126,15 +129,22 @@ pub struct ServerArgs {
     /// Send pages to a page server at --address and --port, or behind --ps-socket, and do not write them here
     #[arg(long)]
     pub page_server: bool,
-    /// Host name or address of the page server
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
-    pub address: String,
-    /// Port of the page server
+    /// Leave pages with the tree, which stands still until `lazy-pages --page-server` of a restore elsewhere has fetched them from
+    /// --address and --port, or from --ps-socket
+    #[arg(long)]
+    pub lazy_pages: bool,
+    /// Host name or address of the page server [default: 127.0.0.1], or with --lazy-pages to listen at [default: all]
+    #[arg(long, value_name = "ADDRESS")]
+    pub address: Option<String>,
+    /// Port of the page server, or to listen at: 0 for any, which the log tells
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     pub port: u16,
-    /// Descriptor of a socket that is connected to a page server
+    /// Descriptor of a socket that is connected to a page server, or to lazy-pages
     #[arg(long, value_name = "FD")]
     pub ps_socket: Option<i32>,
+    /// With --lazy-pages, write a NUL byte to this descriptor, and close it, once pages can be fetched
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<i32>,
 }
 
 /// `dormouse page-server`
@@ -222,10 +232,19 @@ pub struct DedupArgs {
 
 impl ServerArgs {
     fn server(&self) -> Option<Server> {
-        self.page_server.then(|| match self.ps_socket {
+        self.page_server.then(|| self.other_side("127.0.0.1"))
+    }
+
+    /// Where pages are fetched that stay with the tree.
+    pub fn lazy(&self) -> Option<Server> {
+        self.lazy_pages.then(|| self.other_side("0.0.0.0"))
+    }
+
+    fn other_side(&self, default: &str) -> Server {
+        match self.ps_socket {
             Some(fd) => Server::Socket(fd),
-            None => Server::At(self.address.clone(), self.port),
-        })
+            None => Server::At(self.address.clone().unwrap_or_else(|| default.to_owned()), self.port),
+        }
     }
 }
 

@@ -78,6 +78,10 @@ pub struct RestoreArgs {
     /// The same with a process of this command's own that brings them; its log is lazy-pages.log in --work-dir
     #[arg(long, conflicts_with_all = ["lazy_pages", "restore_sibling", "new_pid_ns", "new_mount_ns", "copies", "auto_dedup"])]
     pub lazy: bool,
+    /// Read the checkpoint from the standard input, as dump --stream has written it. It is kept in memory, and all of it is there
+    /// before anything is restored
+    #[arg(long, conflicts_with_all = ["lazy_pages", "lazy", "new_pid_ns", "copies"])]
+    pub stream: bool,
     /// Do not compare the permission bits of files with those at the dump
     #[arg(long)]
     pub skip_file_rwx_check: bool,

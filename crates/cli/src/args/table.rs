@@ -63,7 +63,6 @@ impl Known {
     }
 }
 
-const PAGES_ELSEWHERE: &str = "pages go to and come from the images directory only; leave it out";
 const LSM: &str = "security profiles are not restored yet; leave it out";
 const NO_TLS: &str = "pages are not encrypted on their way yet; leave it out, or use a tunnel, e.g. of ssh(1)";
 
@@ -120,12 +119,7 @@ pub const CRIU: &[Known] = &[
     Known::new("timeout", Value, Works, Elsewhere),
     Known::new("external", Value, Works, Works),
     Known::new("empty-ns", Value, Idle, Idle),
-    Known::new(
-        "lazy-pages",
-        Nothing,
-        Refused("pages do not stay behind with the tree yet; leave it out, and restore with --lazy"),
-        Works,
-    ),
+    Known::new("lazy-pages", Nothing, Works, Works),
     Known::bool("extra", Elsewhere, Elsewhere),
     Known::bool("experimental", Elsewhere, Elsewhere),
     Known::new("all", Nothing, Elsewhere, Elsewhere),
@@ -136,11 +130,11 @@ pub const CRIU: &[Known] = &[
     Known::bool("deprecated", Idle, Idle),
     Known::bool("display-stats", Works, Works),
     Known::bool("weak-sysctls", Idle, Idle),
-    Known::new("status-fd", Value, Elsewhere, Elsewhere),
+    Known::new("status-fd", Value, Works, Elsewhere),
     Known::bool("tcp-close", Works, Works),
     Known::new("verbosity", MaybeValue, Works, Works).short('v'),
     Known::new("ps-socket", Value, Works, Elsewhere),
-    Known::bool("stream", Refused(PAGES_ELSEWHERE), Refused(PAGES_ELSEWHERE)),
+    Known::bool("stream", Works, Works),
     Known::new("config", Value, Works, Works),
     Known::new("no-default-config", Nothing, Works, Works),
     Known::new("tls-cacert", Value, Idle, Idle),

@@ -133,11 +133,26 @@ fn packets_are_held_back_whichever_way_is_named() {
 }
 
 #[test]
+fn pages_go_to_a_server_or_stay_until_they_are_fetched() {
+    use dormouse_dump::Server;
+    let at = |server: Option<Server>| match server {
+        Some(Server::At(address, port)) => format!("{address}:{port}"),
+        Some(Server::Socket(fd)) => format!("descriptor {fd}"),
+        None => "nowhere".into(),
+    };
+    let args = dump("dump -t 1 --lazy-pages --port 7");
+    assert_eq!((at(args.server.lazy()), at(args.chain().server)), ("0.0.0.0:7".into(), "nowhere".into()));
+    let args = dump("dump -t 1 --page-server --port 7");
+    assert_eq!((at(args.server.lazy()), at(args.chain().server)), ("nowhere".into(), "127.0.0.1:7".into()));
+    assert_eq!(at(dump("dump -t 1 --lazy-pages --ps-socket 5").server.lazy()), "descriptor 5");
+    assert_eq!(at(dump("dump -t 1 --lazy-pages --address ::1").server.lazy()), "::1:0");
+}
+
+#[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
         ("dump -t 1 --page-server --tls", "--tls"),
-        ("dump -t 1 --stream", "--stream"),
-        ("dump -t 1 --lazy-pages", "--lazy-pages"),
+        ("restore --tls", "--tls"),
         ("dump -t 1 --compress", "--compress"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
         ("restore -J uts:/proc/1/ns/uts", "--join-ns"),
@@ -277,7 +292,7 @@ fn options_of_a_request_stand_between_the_files() {
     assert_eq!(dump.common.log_file, Some("other.log".into()));
     let dump = args(&Foreign { words: &words[..1], defaults: &defaults, ..Foreign::default() });
     assert_eq!(dump.common.log_file, Some("criu.log".into()));
-    let refused = [words[0].clone(), "--stream".into()];
+    let refused = [words[0].clone(), "--tls".into()];
     let error = parse_foreign("dump", &Foreign { words: &refused, ..Foreign::default() }).expect_err("refused");
-    assert!(error.to_string().contains("--stream"), "{error}");
+    assert!(error.to_string().contains("--tls"), "{error}");
 }

@@ -86,6 +86,7 @@ options! {
     TCP_KEEPIDLE = libc::SOL_TCP, libc::TCP_KEEPIDLE;
     TCP_KEEPINTVL = libc::SOL_TCP, libc::TCP_KEEPINTVL;
     TCP_KEEPCNT = libc::SOL_TCP, libc::TCP_KEEPCNT;
+    TCP_USER_TIMEOUT = libc::SOL_TCP, libc::TCP_USER_TIMEOUT;
     TCP_INFO = libc::SOL_TCP, libc::TCP_INFO;
     TCP_REPAIR = libc::SOL_TCP, 19;
     TCP_REPAIR_QUEUE = libc::SOL_TCP, 20;

@@ -15,9 +15,11 @@ pub const PROT_RW: u32 = prot::READ | prot::WRITE;
 /// Bytes that [`OpKind::ReadChanged`] reads at once.
 const SCRATCH: u64 = 64 << 10;
 
-/// Protection of a mapping while its pages, if it has any, are filled in.
-pub fn fill_prot(v: &pb::VmaEntry, runs: &[Run]) -> u32 {
-    if is_private(v) && overlaps(runs, v.start, v.end) { PROT_RW } else { v.prot }
+/// Protection of a mapping while its pages, if it has any, are filled in. Those that come later (address, bytes) count too: the
+/// kernel charges a mapping that was ever writable (`ac` in smaps).
+pub fn fill_prot(v: &pb::VmaEntry, runs: &[Run], later: &[(u64, u64)]) -> u32 {
+    let comes_later = || later.iter().any(|(start, len)| *start < v.end && start + len > v.start);
+    if is_private(v) && (overlaps(runs, v.start, v.end) || comes_later()) { PROT_RW } else { v.prot }
 }
 
 /// From this many bytes on the host fills a task's memory: below, asking costs more than it saves.

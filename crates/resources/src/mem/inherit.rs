@@ -47,7 +47,7 @@ pub fn inherit_ops(
     let len = v.end - v.start;
     let mine: Vec<Run> = clip(own, v.start, v.end).collect();
     let theirs: Vec<Run> = clip(parent, v.start, v.end).collect();
-    if fill_prot(p, parent) != PROT_RW && !mine.is_empty() {
+    if fill_prot(p, parent, &[]) != PROT_RW && !mine.is_empty() {
         b.must(format!("mprotect of {}", describe(v)), nr::MPROTECT, &[v.start, len, PROT_RW.into()]);
     }
     for r in without(&theirs, &mine) {

@@ -19,11 +19,14 @@ pub use super::vma::{VMA_AIORING, VMA_GUARD, VMA_REGULAR};
 use crate::checkpoint::{PageMap, Run, TaskImage};
 use crate::{ResourceError, RestoreCtx, invalid};
 
+const PAGE: u64 = 4096;
 const MADV_DONTNEED: u64 = 4;
 const MADV_MERGEABLE: u64 = 12;
 const MADV_HUGEPAGE: u64 = 14;
 const MADV_NOHUGEPAGE: u64 = 15;
 const MADV_GUARD_INSTALL: u64 = 102;
+/// Linux 5.14.
+const MADV_POPULATE_WRITE: u64 = 23;
 /// mlock2(2), Linux 4.4.
 const MLOCK_ONFAULT: u64 = 1;
 
@@ -62,7 +65,7 @@ pub fn map_ops(
             inherit_ops(b, c.arena, (v, p), (&pages.runs, parent_runs), &mut reads);
             continue;
         }
-        mmap_op(b, c, t, v, fill_prot(v, &pages.runs))?;
+        mmap_op(b, c, t, v, fill_prot(v, &pages.runs, &pages.lazy))?;
         if is_private(v) {
             // Before the pages come, too: faults bring huge ones where they were asked for.
             let huge = v.madv.unwrap_or(0) & 1 << MADV_HUGEPAGE != 0;
@@ -72,6 +75,12 @@ pub fn map_ops(
             }
             let lazy = if c.lazies.is_some() { lazy_in(mm, v, pages) } else { Vec::new() };
             later.extend((!lazy.is_empty()).then_some((v.start, v.end - v.start)));
+            if let Some((page, _)) = lazy.first().filter(|_| v.prot & prot::WRITE == 0) {
+                // The kernel takes the charge of memory back that becomes read-only before it had any page (mm/mprotect.c).
+                for advice in [MADV_POPULATE_WRITE, MADV_DONTNEED] {
+                    b.attempt(format!("madvise({advice}) of {}", describe(v)), nr::MADVISE, &[*page, PAGE, advice]);
+                }
+            }
             for run in at_once(clip(&pages.runs, v.start, v.end), &lazy) {
                 if huge || !small_pages || !is_plain(v) {
                     reads.add(b, c.arena, run);
@@ -187,7 +196,7 @@ pub fn final_ops(b: &mut Batch, c: &mut RestoreCtx<'_, '_>, t: &TaskImage) -> Re
     aio::ring_ops(b, c, mm)?;
     for v in mm.vmas.iter().filter(|v| is_mapped(v)) {
         // An inherited mapping may have been opened up by the parent, so private ones are always set.
-        if is_private(v) && (fill_prot(v, &pages.runs) != v.prot || c.forked_with_memory) {
+        if is_private(v) && (fill_prot(v, &pages.runs, &pages.lazy) != v.prot || c.forked_with_memory) {
             b.must(format!("mprotect of {}", describe(v)), nr::MPROTECT, &[v.start, v.end - v.start, v.prot.into()]);
         }
         madvise_ops(b, v);

@@ -4,6 +4,7 @@
 //! [`MmDraft`], and at the end [`SharedDump::finish`]. Restore: [`Shared`] and [`Vdso`] for all tasks, [`map`] for each.
 
 mod aio;
+mod behind;
 mod blockers;
 mod chunks;
 mod copier;
@@ -25,10 +26,12 @@ mod records;
 mod route;
 mod shared;
 mod smaps;
+mod stream;
 mod sysv;
 mod vdso;
 pub mod vma;
 
+pub use behind::Behind;
 pub use blockers::blockers;
 pub use dedup::{dedup, punch};
 pub use fill::{HostFill, HostLazy};
@@ -41,4 +44,5 @@ pub use pages::{PageIds, PageStats, Spans, dump_pages};
 pub use pre_dump::Snapshot;
 pub use shared::{Shared, SharedDump};
 pub use smaps::has_wiped;
+pub use stream::collect;
 pub use vdso::{Proxy, Vdso};

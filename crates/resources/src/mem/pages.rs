@@ -15,25 +15,29 @@ use dormouse_images::ImageDir;
 use dormouse_infect::arch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
-use dormouse_kernel::proc::status;
+use dormouse_kernel::proc::{stat, status};
 use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
 use dormouse_pages::{PageClient, PageRun, PageScanner, Want, category};
 
+use super::behind::Behind;
 use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
 use super::out::{Out, lost};
 use super::vdso;
 use crate::{ResourceError, Result, call, unwritten};
 
+/// Most pages of a command line or an environment: no process is given more (execve(2)), but it may say that it has more.
+const MOST_WORDS: usize = 2048;
 /// From this size on, a mapping that holds nothing to save is left out of a walk.
 const LARGE_GAP: u64 = 2 << 20;
 
 /// Numbers of pages images (`pages-1.img`, …), one sequence for all tasks and shared objects of a dump; or the page server
-/// that makes them elsewhere.
+/// that makes them elsewhere; or what is left where it is.
 #[derive(Debug)]
 pub struct PageIds {
     next: AtomicU32,
     server: Option<Mutex<PageClient>>,
+    behind: Option<Mutex<Behind>>,
 }
 
 impl PageIds {
@@ -44,7 +48,17 @@ impl PageIds {
 
     /// The first number is this one.
     pub fn from(first: u32) -> Self {
-        Self { next: AtomicU32::new(first), server: None }
+        Self { next: AtomicU32::new(first), server: None, behind: None }
+    }
+
+    /// Pages that may come later stay with their processes, to be fetched from there.
+    pub fn leaving_behind() -> Self {
+        Self { behind: Some(Mutex::default()), ..Self::new() }
+    }
+
+    /// What has stayed with its processes, if that was asked for.
+    pub fn behind(&self) -> Option<MutexGuard<'_, Behind>> {
+        self.behind.as_ref().map(|b| b.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// Pages go to a page server.
@@ -92,6 +106,8 @@ pub struct PageStats {
     pub outside: u64,
     /// Pages that are left to the checkpoint before.
     pub left: u64,
+    /// Pages that stay with the process, to be fetched from there.
+    pub behind: u64,
 }
 
 /// Where the pages of mappings lie in a pages image.
@@ -257,8 +273,11 @@ struct Dump<'a, 'p> {
     /// Index of the first line that ends behind the last run.
     at: usize,
     spans: Spans,
-    /// Pages that stack pointers are in, ascending.
-    stacks: Vec<u64>,
+    /// Pages that are never fetched later, ascending: those that stack pointers are in, and those that others read in `/proc`.
+    early: Vec<u64>,
+    /// What stays with the process, if pages may.
+    behind: Option<Vec<Range<u64>>>,
+    ids: &'a PageIds,
     /// Mappings whose pages must be in memory: not to be fetched later.
     locked: Vec<Range<u64>>,
     stats: PageStats,
@@ -274,18 +293,27 @@ impl<'a, 'p> Dump<'a, 'p> {
     ) -> Result<Self> {
         let pid = mappings.source();
         let leader = std::iter::once(arch::sp(&parasite.leader_state().regs));
-        let mut stacks: Vec<u64> = mappings.stacks().iter().copied().chain(leader).map(|sp| sp & !(PAGE - 1)).collect();
-        stacks.sort_unstable();
+        let mut early: Vec<u64> = mappings.stacks().iter().copied().chain(leader).map(|sp| sp & !(PAGE - 1)).collect();
+        let behind = ids.behind().map(|_| Vec::new());
+        if behind.is_some() {
+            // Nobody waits for a page who reads a command line or an environment in /proc, so these do not stay.
+            let stat = stat::read(pid)?;
+            for (from, to) in [(stat.arg_start, stat.arg_end), (stat.env_start, stat.env_end)] {
+                early.extend((from & !(PAGE - 1)..to.max(from)).step_by(PAGE as usize).take(MOST_WORDS));
+            }
+        }
+        early.sort_unstable();
+        early.dedup();
         // Smaps takes its time, so it is waited for only where something is locked.
         let any = status::read(pid)?.vm_lck_kb.is_none_or(|kb| kb > 0);
         let locked = if any { mappings.flagged("lo")? } else { Vec::new() };
         let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
         let most = saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add);
         let out = Out::new(parasite, mappings, images, ids, most)?;
-        // What was sent cannot be erased, so smaps is waited for.
+        // What was sent cannot be erased, nor what stays, so smaps is waited for.
         let dropped = match &out {
-            Out::Server(_) => mappings.flagged("dp")?.iter().map(|d| d.start).collect(),
-            Out::Images { .. } => Vec::new(),
+            Out::Images { .. } if behind.is_none() => Vec::new(),
+            Out::Images { .. } | Out::Server(_) => mappings.flagged("dp")?.iter().map(|d| d.start).collect(),
         };
         Ok(Self {
             out,
@@ -297,7 +325,9 @@ impl<'a, 'p> Dump<'a, 'p> {
             at: 0,
             spans: Spans::default(),
             locked,
-            stacks,
+            early,
+            behind,
+            ids,
             stats: PageStats::default(),
         })
     }
@@ -353,9 +383,9 @@ impl<'a, 'p> Dump<'a, 'p> {
         }
         let plain = matches!(kind, Kind::Anonymous { .. }) && !self.locked.iter().any(|l| l.contains(&range.start));
         let mut at = range.start;
+        let mut bytes = 0;
         while at < range.end {
-            // The page that a thread's stack pointer is in is never fetched later.
-            let page = self.stacks.get(self.stacks.partition_point(|page| *page < at)).copied();
+            let page = self.early.get(self.early.partition_point(|page| *page < at)).copied();
             let page = page.filter(|page| *page < range.end);
             let end = match page {
                 Some(page) if page == at => at + PAGE,
@@ -363,11 +393,20 @@ impl<'a, 'p> Dump<'a, 'p> {
                 None => range.end,
             };
             let lazy = plain && page != Some(at);
-            self.out.pages(at..end, if lazy { PE_PRESENT | PE_LAZY } else { PE_PRESENT }, v.read)?;
-            self.stats.lazy += if lazy { (end - at) / PAGE } else { 0 };
+            match &mut self.behind {
+                Some(behind) if lazy => {
+                    self.out.entry(at..end, PE_LAZY)?;
+                    behind.push(at..end);
+                    self.stats.behind += (end - at) / PAGE;
+                }
+                _ => {
+                    self.out.pages(at..end, if lazy { PE_PRESENT | PE_LAZY } else { PE_PRESENT }, v.read)?;
+                    self.stats.lazy += if lazy { (end - at) / PAGE } else { 0 };
+                    bytes += end - at;
+                }
+            }
             at = end;
         }
-        let bytes = range.end - range.start;
         self.stats.written += bytes / PAGE;
         let Out::Images { copier, .. } = &self.out else { return Ok(()) };
         let end = copier.end();
@@ -389,7 +428,10 @@ impl<'a, 'p> Dump<'a, 'p> {
 
     fn finish(mut self) -> Result<(PageStats, Spans)> {
         self.mappings.found_guards(self.guards);
-        self.stats.scanned = self.stats.written + self.stats.left;
+        self.stats.scanned = self.stats.written + self.stats.left + self.stats.behind;
+        if let (Some(stay), Some(mut behind)) = (self.behind, self.ids.behind()) {
+            behind.add(self.mappings.pid(), stay);
+        }
         (self.stats.outside, self.spans.image) = self.out.finish()?;
         Ok((self.stats, self.spans))
     }

@@ -148,7 +148,8 @@ enum Put {
 
 struct Server {
     source: Source,
-    maps: Vec<(i32, PageMap, Vec<File>)>,
+    /// Page maps, with those of their images that are read here.
+    maps: Vec<(i32, PageMap, Vec<Option<File>>)>,
     spaces: Vec<Space>,
     buffer: Vec<u8>,
     /// Bytes to put there next while nobody waits.
@@ -208,13 +209,12 @@ impl Server {
         for v in &mm.vmas {
             lazy_in(&mm, v, &map).into_iter().for_each(|(start, len)| todo.add(start, len, start));
         }
+        let open = |p| File::open(p).map_err(call(format!("cannot open the pages of pid {pid}")));
+        let needed = map.runs.iter().map(|r| r.file + 1).max().unwrap_or(0);
         let files = match self.source {
-            Source::Images => {
-                let open = |p| File::open(p).map_err(call(format!("cannot open the pages of pid {pid}")));
-                let needed = map.runs.iter().map(|r| r.file + 1).max().unwrap_or(0);
-                map.paths[..needed].iter().map(open).collect::<Result<_>>()?
-            }
-            Source::Server(_) => Vec::new(),
+            Source::Images => map.paths[..needed].iter().map(|p| open(p).map(Some)).collect::<Result<_>>()?,
+            // A dump that left its own pages behind has not those that are in the checkpoints before; a page server has all.
+            Source::Server(_) => (0..needed).map(|i| (i > 0).then(|| open(&map.paths[i]).ok()).flatten()).collect(),
         };
         tracing::info!("pid {pid}: {} pages come later", todo.0.values().map(|(len, _)| len / PAGE).sum::<u64>());
         self.maps.push((pid, map, files));
@@ -384,29 +384,32 @@ impl Server {
 
     /// Reads pages into the buffer; how many bytes there are.
     fn fetch(&mut self, pid: i32, image: u64, len: u64) -> Result<u64> {
-        if let Source::Server(client) = &mut self.source {
-            let got = client.get(pid as u64, image, &mut self.buffer[..len as usize]);
-            return got.map_err(call(format!("the page server at {} failed", client.name())));
-        }
         let Some((_, map, files)) = self.maps.iter().find(|(p, ..)| *p == pid) else {
             return Err(invalid!("pid {pid} has no page map"));
         };
         let mut done = 0;
+        let mut elsewhere = len;
         for run in clip(&map.runs, image, image + len) {
+            let Some(file) = &files[run.file] else { continue };
             if run.start != image + done {
+                elsewhere = run.start - image;
                 break;
             }
             let part = &mut self.buffer[done as usize..(done + run.len) as usize];
-            let read = files[run.file].read_exact_at(part, run.offset);
+            let read = file.read_exact_at(part, run.offset);
             read.map_err(call(format!("cannot read pages of pid {pid} from {}", map.paths[run.file].display())))?;
             done += run.len;
         }
-        if done == 0 {
-            return Err(invalid!(
-                "the page at {image:#x} of pid {pid} is not in the images; give --page-server and the address where it is"
-            ));
+        if done > 0 {
+            return Ok(done);
         }
-        Ok(done)
+        if let Source::Server(client) = &mut self.source {
+            let got = client.get(pid as u64, image, &mut self.buffer[..elsewhere as usize]);
+            return got.map_err(call(format!("the page server at {} failed", client.name())));
+        }
+        Err(invalid!(
+            "the page at {image:#x} of pid {pid} is not in the images; give --page-server and the address where it is"
+        ))
     }
 
     /// Nobody is to get past a page that will never come: accesses fail, and the tree is killed.
