@@ -88,8 +88,22 @@ fn emulated(arch: Arch, kernel: &str) -> Result<()> {
 }
 
 /// Programs that go from one kernel to another; all of them take two machines' time.
-const CROSSING: &[&str] =
-    &["vdso", "xstate", "registers", "threads", "tree", "mem_", "tcp_", "unix_", "restart", "timerfd", "sessions"];
+const CROSSING: &[&str] = &[
+    "vdso",
+    "xstate",
+    "registers",
+    "tree",
+    "creds_threads",
+    "mem_p",
+    "mem_s",
+    "mem_file",
+    "tcp_",
+    "unix_",
+    "futex_restart",
+    "nanosleep_restart",
+    "timerfd",
+    "sessions",
+];
 
 fn run_in_vm(options: &vm::Options) -> Result<()> {
     if vm::run(options)? { Ok(()) } else { bail!("see above") }
