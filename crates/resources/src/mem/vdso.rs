@@ -236,7 +236,8 @@ fn redirections(
     let room = jump(0).len() as u64;
     let starts: Vec<u64> = old.values().copied().chain([len]).collect();
     for at in calls.keys() {
-        if at % CODE_ALIGN != 0 || starts.iter().any(|next| next > at && next - at < room) || at + room > len {
+        if !at.is_multiple_of(CODE_ALIGN) || starts.iter().any(|next| next > at && next - at < room) || at + room > len
+        {
             return Err(format!("the function at {at:#x} is too short"));
         }
     }

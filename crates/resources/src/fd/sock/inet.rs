@@ -338,7 +338,8 @@ fn connected(
     };
     let scope = scope(s, what)?;
     opts::bind_device(fd, &s.opts, what)?;
-    tcp::Plan { fd, state: s.state, source, target, scope, what }.restore(entry, payload)?;
+    let receive_buffer = s.opts.so_rcvbuf;
+    tcp::Plan { fd, state: s.state, source, target, scope, receive_buffer, what }.restore(entry, payload)?;
     files.sockets.connections.push((keep(fd, what)?, s.opts.reuseaddr.unwrap_or(false), what.to_owned()));
     Ok(())
 }

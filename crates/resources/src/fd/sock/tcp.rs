@@ -266,6 +266,8 @@ pub struct Plan<'a> {
     pub target: Address,
     /// Interface of link-local addresses.
     pub scope: u32,
+    /// Its `SO_RCVBUF`.
+    pub receive_buffer: u32,
     /// For messages.
     pub what: &'a str,
 }
@@ -295,15 +297,23 @@ impl Plan<'_> {
             sent: entry.outq_seq.wrapping_sub(fin_sent),
             unacknowledged: entry.outq_len,
         };
-        self.widen()?;
+        // The kernel derives the windows that it will offer from the buffer that a connection is made with.
+        self.resize(Opt::SO_RCVBUFFORCE, self.receive_buffer / 2)?;
+        super::super::files::set_status(fd, libc::O_NONBLOCK, what)?;
         repair(fd, ON, what)?;
-        self.connect(state, entry, &numbers)?;
-        if state & states::SYN_SENT == 0 {
+        if state & states::SYN_SENT != 0 {
+            self.connect(state, entry, &numbers)?;
+        } else {
+            set(fd, Opt::TCP_MAXSEG, segment_size(entry), what)?;
+            self.connect(state, entry, &numbers)?;
+            // Whether the program had asked for a size is not told by the kernel.
+            set(fd, Opt::TCP_MAXSEG, 0, what)?;
             self.negotiated(entry)?;
         }
         if let Some(timestamp) = entry.timestamp.filter(|_| entry.opt_mask & HAS_TIMESTAMPS != 0) {
             set(fd, Opt::TCP_TIMESTAMP, timestamp, what)?;
         }
+        self.widen()?;
         self.fill(RECEIVE, received)?;
         self.fill(SEND, sent)?;
         if !unsent.is_empty() {
@@ -311,17 +321,22 @@ impl Plan<'_> {
             self.send_all(unsent)?;
             repair(fd, ON, what)?;
         }
-        self.window(entry, fin_received)?;
+        self.window(state, entry, fin_received)?;
         self.half_closed(state, entry, numbers)
     }
 
     /// Room for whatever the queues hold; the sizes of the record are set later.
     fn widen(&self) -> Result<()> {
-        let most = (i32::MAX / 2).to_ne_bytes();
         for opt in [Opt::SO_SNDBUFFORCE, Opt::SO_RCVBUFFORCE] {
-            sock::set(self.fd, opt, &most).map_err(call(format!("cannot set {} of {}", opt.label(), self.what)))?;
+            self.resize(opt, i32::MAX as u32 / 2)?;
         }
-        super::super::files::set_status(self.fd, libc::O_NONBLOCK, self.what)
+        Ok(())
+    }
+
+    /// Sets the size of a buffer; the kernel doubles what it is told.
+    fn resize(&self, opt: Opt, half: u32) -> Result<()> {
+        let set = sock::set(self.fd, opt, &half.to_ne_bytes());
+        set.map_err(call(format!("cannot set {} of {}", opt.label(), self.what)))
     }
 
     fn connect(&self, state: u32, entry: &pb::TcpStreamEntry, n: &Numbers) -> Result<()> {
@@ -413,9 +428,18 @@ impl Plan<'_> {
         Ok(())
     }
 
-    fn window(&self, entry: &pb::TcpStreamEntry, fin_received: u32) -> Result<()> {
+    /// The windows of both directions.
+    ///
+    /// The kernel takes a packet of an established connection for one that tells no other window than the last, if its window
+    /// is the one that it had when it connected (`tcp_rcv_established`), which it does in repair mode with a window of 0: a
+    /// peer that closes its window before it has told another one would be sent what it has no room for. Since Linux
+    /// 6.17 it does not believe acknowledgements from behind its window either, so both would wait for ever. Therefore an
+    /// established connection starts with what the kernel takes for granted: no room. It asks the peer for its window as
+    /// soon as it goes on ([`resume`], [`push`]).
+    fn window(&self, state: u32, entry: &pb::TcpStreamEntry, fin_received: u32) -> Result<()> {
         let all = (entry.snd_wl1, entry.snd_wnd, entry.max_window, entry.rcv_wnd, entry.rcv_wup);
         let (Some(wl1), Some(snd), Some(max), Some(rcv), Some(wup)) = all else { return Ok(()) };
+        let snd = if state & states::ESTABLISHED != 0 { 0 } else { snd };
         let words = [wl1, snd, max, rcv.wrapping_add(fin_received), wup.wrapping_sub(fin_received)];
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
         sock::set(self.fd, Opt::TCP_REPAIR_WINDOW, &bytes)
@@ -462,7 +486,7 @@ impl Plan<'_> {
             sequence: n.received,
             acknowledged: n.sent.wrapping_sub(n.unacknowledged),
             flags,
-            window: entry.rcv_wnd.unwrap_or(0) as u16,
+            window: (entry.snd_wnd.unwrap_or(0) >> entry.snd_wscale.min(14)).min(u16::MAX.into()) as u16,
         };
         packet.inject(self.scope).map_err(call(format!(
             "cannot rebuild the half-closed state of {} (needs CAP_NET_RAW and CAP_NET_ADMIN)",
@@ -478,6 +502,21 @@ pub fn end_left_over(source: Address, target: Address, what: &str) -> usize {
         tracing::warn!("cannot end what is left of {what}: {e}");
         0
     })
+}
+
+/// The `TCP_MAXSEG` with which a connection has to be made so that it sends segments of the size that it has sent before.
+///
+/// The kernel derives that size from the peer's maximum when it connects, and not again when the maximum is repaired: the
+/// connection would send segments of 536 bytes for good. Besides being slow they take several times their size in the peer's
+/// memory, which then does not hold what the peer has promised room for.
+fn segment_size(entry: &pb::TcpStreamEntry) -> u32 {
+    /// `TCP_MIN_MSS` and `MAX_TCP_WINDOW`: what setsockopt(2) takes.
+    const RANGE: std::ops::RangeInclusive<u32> = 88..=32767;
+    /// `TCP_MSS_DEFAULT`: smaller windows are filled by one segment.
+    const DEFAULT: u32 = 536;
+    // As the kernel does: no more than half of what the peer has ever had room for.
+    let window = entry.max_window.filter(|w| *w > 0).map_or(u32::MAX, |w| if w > DEFAULT { w / 2 } else { w });
+    entry.mss_clamp.min(window).clamp(*RANGE.start(), *RANGE.end())
 }
 
 /// Sequence numbers behind the data of both queues, before the FINs.
@@ -514,5 +553,22 @@ pub fn push(fd: &OwnedFd) {
     let Ok(before) = sock::get_int(fd, Opt::TCP_NODELAY) else { return };
     for value in [1, before] {
         let _ = sock::set_int(fd, Opt::TCP_NODELAY, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_fit_twice_into_the_largest_window() {
+        let of =
+            |mss_clamp, max_window| segment_size(&pb::TcpStreamEntry { mss_clamp, max_window, ..Default::default() });
+        assert_eq!(of(1460, Some(65536)), 1460);
+        assert_eq!(of(1460, None), 1460, "images of old kernels have no windows");
+        assert_eq!(of(8960, Some(10000)), 5000);
+        assert_eq!(of(1460, Some(400)), 400);
+        assert_eq!(of(65495, Some(1 << 20)), 32767, "the most that the kernel takes");
+        assert_eq!((of(0, Some(1)), of(u32::MAX, Some(u32::MAX))), (88, 32767), "whatever a damaged image says");
     }
 }
