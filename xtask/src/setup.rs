@@ -34,6 +34,7 @@ pub const TEST: &[Tool] = &[
     tool("busybox", "busybox-static", "small programs to dump and restore"),
     tool("crit", "criu", "reads our images"),
     tool("ip", "iproute2", "network tests"),
+    tool("nft", "nftables", "network tests"),
     tool("make", "make", "a build to dump in the middle"),
     tool("perl", "perl", "an interpreter to dump"),
     tool("python3", "python3", "an interpreter to dump"),
