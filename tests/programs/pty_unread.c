@@ -66,7 +66,7 @@ static void reads(const char *what, int fd, const char *want, ssize_t size)
 
 static void check(void)
 {
-	struct termios now;
+	struct termios now = { 0 }; // the kernel fills but what it knows of it
 	int on = 0;
 	MUST(!tcgetattr(cooked[1], &now) && !memcmp(&now, &modes, sizeof now));
 	MUST(!tcgetattr(raw[1], &now) && !memcmp(&now, &raw_modes, sizeof now));
