@@ -47,7 +47,7 @@ static void setup(void)
 
 static void check(void)
 {
-	struct termios now;
+	struct termios now = { 0 };
 	struct winsize size;
 	char line[64];
 	MUST(!tcgetattr(slave, &now) && !ioctl(slave, TIOCGWINSZ, &size));

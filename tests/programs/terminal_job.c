@@ -28,7 +28,7 @@ static void setup(void)
 
 static void check(void)
 {
-	struct termios now;
+	struct termios now = { 0 };
 	struct stat st, standard;
 	for (int fd = 0; fd < 3; fd++)
 		SAME("descriptor is a terminal", isatty(fd), 1);

@@ -55,7 +55,7 @@ static void setup(void)
 
 static void check(void)
 {
-	struct termios now;
+	struct termios now = { 0 };
 	struct winsize has;
 	char got[64], line[64], expected[64];
 	for (int fd = 0; fd < 3; fd++)
