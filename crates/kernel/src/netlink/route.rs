@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn files_have_the_form_of_ip() {
-        let m = Message { kind: 20, flags: 0, body: vec![2, 8, 0, 0, 1, 0, 0, 0, 5] };
+        let m = Message { kind: 20, flags: NLM_F_MULTI, body: vec![2, 8, 0, 0, 1, 0, 0, 0, 5] };
         let bytes = Listed::Addresses.to_bytes(&[m.clone(), m.clone()]);
         assert_eq!((bytes.len(), &bytes[..4]), (4 + 2 * 28, &0x4736_1222u32.to_ne_bytes()[..]));
         assert_eq!(Listed::Addresses.from_bytes(&bytes).unwrap(), [m.clone(), m]);
