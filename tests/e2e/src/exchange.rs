@@ -272,12 +272,19 @@ fn decode_all(images: &Path, crit: &Path) -> Result<usize> {
     Ok(paths.len())
 }
 
-/// The images with a format: not the page contents, and not the files that are ours alone.
+/// What ip(8), nft(8) and the iptables tools write and read, each in its own format.
+const OF_TOOLS: [&str; 7] = ["ifaddr-", "route-", "route6-", "rule-", "iptables-", "ip6tables-", "nftables-"];
+
+fn of_tool(name: &str) -> bool {
+    OF_TOOLS.iter().any(|tool| name.starts_with(tool))
+}
+
+/// The images with a format of CRIU's: not the page contents, nor other programs' files, nor those that are ours alone.
 fn image_files(images: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(images)? {
         let name = entry?.file_name().display().to_string();
-        if name.ends_with(".img") && !name.starts_with("pages-") && !name.starts_with("dormouse") {
+        if name.ends_with(".img") && !name.starts_with("pages-") && !name.starts_with("dormouse") && !of_tool(&name) {
             paths.push(images.join(name));
         }
     }
