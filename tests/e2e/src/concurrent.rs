@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use crate::case::{Case, TOOL_LIMIT, pid_of};
 use crate::programs;
 use crate::report::{Outcome, Test};
-use crate::target::{Session, Target};
+use crate::target::{Session, Target, ready};
 use crate::{adversary, proc};
 
 /// Copies that are woken up at once.
@@ -335,10 +335,7 @@ fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
 
 /// A dump that is killed together with what it supervises leaves links and images, which `check --cleanup` removes.
 fn cleanup(case: &Case<'_>) -> Result<Outcome> {
-    let mut target = match Target::start(case, "file_link_remap", Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let mut target = ready!(Target::start(case, "file_link_remap", Session::Own, &[]));
     let (script, images) = (case.path("script"), case.path("img"));
     let text = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\n\
                 kill -9 $(cut -d' ' -f4 /proc/$PPID/stat) $PPID\nsleep 1\n";

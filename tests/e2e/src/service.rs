@@ -20,7 +20,7 @@ use crate::case::{Case, pid_of};
 use crate::proc;
 use crate::programs;
 use crate::report::{Outcome, Test};
-use crate::target::{Session, Target};
+use crate::target::{Session, Target, ready};
 
 #[path = "service_crowd.rs"]
 mod crowd;
@@ -156,10 +156,7 @@ pub fn opts(images: &fs::File) -> pb::CriuOpts {
 
 fn dumps_and_restores(case: &Case<'_>) -> Result<Outcome> {
     let service = Service::start(case)?;
-    let mut target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     let mut stages = Vec::new();
     let live = pb::CriuOpts { pid: Some(target.pid), leave_running: Some(true), ..opts(&images) };
@@ -202,10 +199,7 @@ fn failure<T: std::fmt::Debug>(outcome: Result<T, ClientError>) -> Result<(i32, 
 
 fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
     let service = Service::start(case)?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     let max: i32 = fs::read_to_string("/proc/sys/kernel/pid_max")?.trim().parse()?;
     let base = opts(&images);
@@ -269,10 +263,7 @@ fn asks_what_is_external(case: &Case<'_>) -> Result<Outcome> {
     use std::os::fd::AsFd as _;
     let service = Service::start(case)?;
     let (theirs, _ours) = std::os::unix::net::UnixStream::pair()?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[theirs.as_fd()])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[theirs.as_fd()]));
     let key = format!("unix[{}]", nix::sys::stat::fstat(&theirs)?.st_ino);
     let images = images(case, "img")?;
     let live =
@@ -292,10 +283,7 @@ fn asks_what_is_external(case: &Case<'_>) -> Result<Outcome> {
 fn waits_for_replies(case: &Case<'_>) -> Result<Outcome> {
     const A_WHILE: Duration = Duration::from_millis(200);
     let service = Service::start(case)?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     let told = pb::CriuOpts { notify_scripts: Some(true), ..opts(&images) };
     let tracer = || proc::status(target.pid, "TracerPid").unwrap_or_else(|| "none".into());
@@ -350,10 +338,7 @@ fn is_unmoved_by_garbage(case: &Case<'_>) -> Result<Outcome> {
 
 fn worker_killed(case: &Case<'_>) -> Result<Outcome> {
     let service = Service::start(case)?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     let told = pb::CriuOpts { notify_scripts: Some(true), ..opts(&images) };
     let dump = pb::CriuOpts { pid: Some(target.pid), ..told.clone() };
@@ -397,10 +382,7 @@ fn worker_killed(case: &Case<'_>) -> Result<Outcome> {
 
 fn caller_vanished(case: &Case<'_>) -> Result<Outcome> {
     let service = Service::start(case)?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     fs::create_dir(case.path("img"))?;
     let at = |verb: &str, stage: &str| -> Result<()> {
         let caller = Caller { socket: &service.socket, verb, pid: target.pid, images: &case.path("img"), user: None };
@@ -473,10 +455,7 @@ fn users_get_no_more_rights(case: &Case<'_>) -> Result<Outcome> {
         return Ok(Outcome::needs("root, to serve other users"));
     }
     let service = Service::start(case)?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let (roots, users) = (case.path("root"), users_dir(case, "user")?);
     fs::create_dir(&roots)?;
     let caller = Caller { socket: &service.socket, verb: "dump", pid: target.pid, images: &users, user: Some(USER) };

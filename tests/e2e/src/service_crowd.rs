@@ -198,10 +198,7 @@ pub(super) fn full_queue(case: &Case<'_>) -> Result<Outcome> {
     let (service, _) = activated(case, QUEUE)?;
     service.answers()?;
     service.idle()?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     kill(Pid::from_raw(service.pid()), Signal::SIGSTOP)?;
     let asked = pb::CriuReq {
@@ -253,10 +250,7 @@ pub(super) fn handed_a_socket(case: &Case<'_>) -> Result<Outcome> {
 
 /// `swrk`: what is restored can be the caller's child, and the caller's descriptors can be used.
 pub(super) fn worker_of_ones_own(case: &Case<'_>) -> Result<Outcome> {
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     let start = || Client::start(&case.args.bin);
     start()?.dump(pb::CriuOpts { pid: Some(target.pid), ..opts(&images) }, &mut |_, _| true)?;
@@ -335,10 +329,7 @@ pub(super) fn program_replaced(case: &Case<'_>) -> Result<Outcome> {
     fs::remove_file(&copy)?;
     fs::write(&copy, "another program")?;
     service.answers()?;
-    let target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     let live = pb::CriuOpts { pid: Some(target.pid), leave_running: Some(true), ..opts(&images) };
     service.client()?.dump(live, &mut |_, _| true)?;

@@ -68,10 +68,7 @@ fn page_server_request(kind: Kind, dir: &fs::File, address: &str) -> pb::CriuReq
 /// Pages of a dump go to a server that was asked for; what has come together is restored.
 pub(super) fn page_servers(case: &Case<'_>) -> Result<Outcome> {
     let service = Service::start(case)?;
-    let mut target = match Target::start(case, PROGRAM, Session::Own, &[])? {
-        Ok(target) => target,
-        Err(skip) => return Ok(skip),
-    };
+    let mut target = ready!(Target::start(case, PROGRAM, Session::Own, &[]));
     let images = images(case, "img")?;
     for kind in [Kind::PageServer, Kind::PageServerChld] {
         let mut client = service.client()?;
