@@ -81,21 +81,20 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
         away.as_ref().map_or_else(|| Ok(run()), |away| away.at_home(run))?.map_err(DumpError::Hook)
     };
     let session = &request.session;
-    let inventory = || inventory::inventory(root_ids, session, &request.options, connected);
+    tracking.finish(&images, session)?;
+    images.write_inventory(&inventory::inventory(root_ids, session, &request.options, connected)?)?;
     match fetcher {
         None => {
-            hook("post-dump")?;
-            tracking.finish(&images, session)?;
-            images.write_inventory(&inventory()?)?;
             streaming.take().map_or(Ok(()), |streaming| streaming.finish(&images))?;
+            links.keep();
+            // Scripts copy the images, so they are complete here; if one fails, they stay complete and the tree goes on.
+            hook("post-dump")?;
         }
         Some(fetcher) => {
-            tracking.finish(&images, session)?;
-            images.write_inventory(&inventory()?)?;
             fetched(request, &images, (&page_ids, fetcher), &hook)?;
+            links.keep();
         }
     }
-    links.keep();
     if request.chain.dedup {
         // The checkpoint is complete; what fails now costs nothing but space.
         tracking::dedup(&images);

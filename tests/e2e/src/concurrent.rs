@@ -2,17 +2,22 @@
 //!
 //! Programs that name their sockets after a pid meet here, since all copies have the same pids.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 
 use crate::case::{Case, TOOL_LIMIT, pid_of};
+use crate::lazy_dump::until;
 use crate::programs;
 use crate::report::{Outcome, Test};
 use crate::target::{Session, Target, ready};
@@ -336,20 +341,24 @@ fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
 /// A dump that is killed together with what it supervises leaves links and images, which `check --cleanup` removes.
 fn cleanup(case: &Case<'_>) -> Result<Outcome> {
     let mut target = ready!(Target::start(case, "file_link_remap", Session::Own, &[]));
-    let (script, images) = (case.path("script"), case.path("img"));
-    let text = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\n\
-                kill -9 $(cut -d' ' -f4 /proc/$PPID/stat) $PPID\nsleep 1\n";
-    fs::write(&script, text)?;
-    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let words = ["--link-remap", "--leave-running", "--action-script", script.to_str().context("a path")?];
-    let options = words.map(str::to_owned);
-    let ran = case.dump(&case.args.bin, target.pid, &images, &options)?;
-    ensure!(!ran.ok(), "a dump succeeded that was killed");
-    target.unharmed()?;
+    let images = case.path("img");
+    // Writing it waits for a reader: the dump hangs when links are made and the inventory is still to be written.
+    fs::create_dir_all(&images)?;
+    let full = images.join("timens-0.img");
+    mkfifo(&full, Mode::S_IRWXU)?;
+    let full = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(full)?;
+    while (&full).write(&[0; 4096]).is_ok() {}
+    let options = ["--link-remap", "--leave-running"].map(str::to_owned);
     let links = || -> Result<usize> {
         let names = fs::read_dir(case.path("dir"))?.flatten().map(|entry| entry.file_name());
         Ok(names.filter(|name| name.to_string_lossy().starts_with("link_remap.")).count())
     };
+    let mut dump = case.start_tool(case.dump_command(&case.args.bin, target.pid, &images, &options)?, "dump")?;
+    let written = || fs::metadata(images.join("files.img")).is_ok_and(|file| file.len() > 0);
+    let linked = until("a link that an image names", || Ok(links()? == 1 && written()));
+    kill_with_worker(&mut dump)?;
+    linked?;
+    target.unharmed()?;
     ensure!(links()? == 1, "{} links are left", links()?);
     let clean = || -> Result<String> {
         let output = case.command(&case.args.bin).args(["check", "--cleanup", "-D"]).arg(&images).output()?;
@@ -360,10 +369,23 @@ fn cleanup(case: &Case<'_>) -> Result<Outcome> {
     ensure!(said.contains("link_remap.") && said.contains("never finished"), "it says {said}");
     target.ask()?;
     ensure!(links()? == 0 && !images.join("pstree.img").exists(), "something is left");
-    let ran = case.dump(&case.args.bin, target.pid, &images, &options[..2])?;
+    let ran = case.dump(&case.args.bin, target.pid, &images, &options)?;
     ensure!(ran.ok(), "the next dump: {}", ran.errors());
     ensure!(clean()?.is_empty() && images.join("inventory.img").exists(), "a finished checkpoint was touched");
     target.unharmed()?;
     target.end();
     Ok(Outcome::PASSED)
+}
+
+/// Kills a dump and what does its work, so that neither can take back what the other leaves.
+fn kill_with_worker(dump: &mut Child) -> Result<()> {
+    let supervisor = dump.id() as i32;
+    kill(Pid::from_raw(supervisor), Signal::SIGSTOP)?;
+    let worker = proc::children(supervisor);
+    for pid in worker.iter().chain([&supervisor]) {
+        kill(Pid::from_raw(*pid), Signal::SIGKILL)?;
+    }
+    dump.wait()?;
+    ensure!(worker.len() == 1, "a dump was at work in {} processes", worker.len());
+    Ok(())
 }

@@ -54,7 +54,7 @@ fn unfit(case: &Case<'_>) -> Result<Option<Outcome>> {
 }
 
 /// Waits for a condition.
-fn until(what: &str, mut is: impl FnMut() -> Result<bool>) -> Result<()> {
+pub fn until(what: &str, mut is: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(20);
     while !is()? {
         ensure!(Instant::now() < end, "{what} did not happen in time");

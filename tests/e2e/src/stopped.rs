@@ -1,8 +1,11 @@
-//! Trees that are left stopped (`--leave-stopped`), end, and are restored: their connections outlive that.
+//! Trees that outlive their dump: left stopped (`--leave-stopped`), they end and are restored, and their connections outlive
+//! that; a script that fails at "post-dump" lets them go on.
 
+use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,7 +18,7 @@ use crate::case::{Case, TOOL_LIMIT};
 use crate::gifts;
 use crate::proc;
 use crate::report::{Outcome, Test};
-use crate::target::{Session, Target, ready};
+use crate::target::{Session, Target, ready, word};
 
 /// A program that leaves its descriptors alone.
 const PROGRAM: &str = "sleep_counter";
@@ -26,6 +29,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("stopped/connections_wait_for_the_restore", connections),
         Test::new("stopped/connections_that_are_left_behind_free_their_port", left_behind),
         Test::new("stopped/a_tree_that_is_still_ending_is_waited_for", ending),
+        Test::new("stopped/a_script_copies_the_checkpoint_and_lets_the_tree_go_on", copied),
     ]
 }
 
@@ -38,6 +42,25 @@ fn left_behind(case: &Case<'_>) -> Result<Outcome> {
     target.end();
     case.await_end(target.ids())?;
     case.wake_up(&case.args.bin, &images, &[established], &target.tree)?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// At "post-dump" the checkpoint is complete, so that a script can copy it; if the script fails, the tree goes on.
+fn copied(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "tree", Session::Own, &[]));
+    let (bin, images, copy) = (&case.args.bin, case.path("img"), case.path("copy"));
+    let script = case.path("script");
+    let text = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\n\
+                cp -r \"$CRTOOLS_IMAGE_DIR\" \"$CRTOOLS_IMAGE_DIR/../copy\"\nexit 1\n";
+    fs::write(&script, text)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let ran = case.dump(bin, target.pid, &images, &["--action-script".to_owned(), word(&script).to_owned()])?;
+    ensure!(ran.status.and_then(|status| status.code()) == Some(255), "a failed script shows as {:?}", ran.status);
+    target.unharmed()?;
+    target.end();
+    case.await_end(target.ids())?;
+    case.wake_up(bin, &copy, &[], &target.tree)?;
     target.ask()?;
     Ok(Outcome::PASSED)
 }
