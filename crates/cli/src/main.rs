@@ -47,6 +47,7 @@ fn main() -> ExitCode {
 }
 
 fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
+    dormouse_infect::host::creds::own_proc_files()?;
     match parsed.command {
         Command::Dump(args) => run::dump(&args, run::Kind::Dump, &parsed.notes),
         Command::PreDump(args) => run::dump(&args, run::Kind::PreDump, &parsed.notes),

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
-use dormouse_kernel::proc::{stat, status, tree};
+use dormouse_kernel::proc::{misc, stat, status, tree};
 
 use crate::freezer::Freezer;
 use crate::ptrace::Tracee;
@@ -85,8 +85,9 @@ impl Tree {
         let mut held = HashMap::new();
         let freezer = group.map(Freezer::open).transpose()?;
         if let Some(freezer) = &freezer {
+            let stopped = threads_of(root).filter(|(pid, tid)| is_stopped(*pid, *tid)).map(|(_, tid)| tid).collect();
             freezer.freeze()?;
-            seize_all(root, &mut held)?;
+            seize_all(root, &stopped, &mut held)?;
             freezer.thaw()?;
         }
         let mut tasks: BTreeMap<HostPid, Task> = BTreeMap::new();
@@ -244,19 +245,37 @@ fn wait_for(seized: Vec<(HostPid, Tracee)>, tasks: &mut BTreeMap<HostPid, Task>)
     Ok(any)
 }
 
-/// Asks all threads of a tree to stop, and does not wait for it.
-fn seize_all(root: HostPid, held: &mut HashMap<HostPid, Tracee>) -> Result<(), InfectError> {
+/// The threads of a tree, each with its process.
+fn threads_of(root: HostPid) -> impl Iterator<Item = (HostPid, HostPid)> {
+    let threads = |pid| tree::threads(pid).unwrap_or_default().into_iter().map(move |tid| (pid, tid));
+    tree::descendants(root).into_iter().flat_map(threads)
+}
+
+/// Is a thread stopped by a signal? Since Linux 6.1 one that has been frozen as well shows as waiting (`D`), and only what it
+/// sleeps in tells.
+fn is_stopped(pid: HostPid, tid: HostPid) -> bool {
+    let sleeps_in = || misc::wchan(tid).is_ok_and(|name| name == b"do_signal_stop");
+    stat::read_thread(pid, tid).is_ok_and(|s| s.state == b'T' || (s.state == b'D' && sleeps_in()))
+}
+
+/// Asks all threads of a tree to stop, and does not wait for it. The tree is in a frozen group, where PTRACE_SEIZE would wait
+/// for ever for a thread that is stopped by a signal, since that one cannot say that it is (ptrace_attach() in Linux
+/// 6.18; not even a signal that can be caught ends it). These are left for later, and do nothing until then; `stopped` are
+/// those that were when the group was thawed.
+fn seize_all(
+    root: HostPid,
+    stopped: &HashSet<HostPid>,
+    held: &mut HashMap<HostPid, Tracee>,
+) -> Result<(), InfectError> {
     let mut seccomp = Seccomp::Suspended;
-    for pid in tree::descendants(root) {
-        for tid in tree::threads(pid).unwrap_or_default() {
-            match seccomp.seize(pid, tid) {
-                Ok(t) => drop(held.insert(tid, t)),
-                Err(InfectError::Gone(_)) => {}
-                // One that has ended cannot be seized.
-                Err(e) => {
-                    if stat::read_thread(pid, tid).is_ok_and(|s| !matches!(s.state, b'Z' | b'X')) {
-                        return Err(e);
-                    }
+    for (pid, tid) in threads_of(root).filter(|(pid, tid)| !stopped.contains(tid) && !is_stopped(*pid, *tid)) {
+        match seccomp.seize(pid, tid) {
+            Ok(t) => drop(held.insert(tid, t)),
+            Err(InfectError::Gone(_)) => {}
+            // One that has ended cannot be seized.
+            Err(e) => {
+                if stat::read_thread(pid, tid).is_ok_and(|s| !matches!(s.state, b'Z' | b'X')) {
+                    return Err(e);
                 }
             }
         }

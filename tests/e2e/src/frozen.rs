@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::case::{Case, TOOL_LIMIT};
 use crate::proc;
@@ -144,6 +146,17 @@ fn frozen(case: &Case<'_>, version: Version) -> Result<Outcome> {
     };
     dump(&["--leave-running"])?;
     group.is(false)?;
+    target.unharmed()?;
+    let root = Pid::from_raw(pid);
+    kill(root, Signal::SIGSTOP)?;
+    dump(&["--leave-running"]).context("of a tree that is stopped")?;
+    group.is(false)?;
+    group.set(true)?;
+    group.is(true)?;
+    dump(&["--leave-running"]).context("of a stopped tree in a group that was frozen")?;
+    group.is(true)?;
+    group.set(false)?;
+    kill(root, Signal::SIGCONT)?;
     target.unharmed()?;
     group.set(true)?;
     group.is(true)?;

@@ -27,6 +27,7 @@ mod real_cases;
 mod refuse;
 mod report;
 mod rng;
+mod rootless;
 mod server_cases;
 mod server_load;
 mod server_local;
@@ -99,6 +100,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .into_iter()
                     .chain(chain::tests())
                     .chain(frozen::tests())
+                    .chain(rootless::tests())
                     .chain(stopped::tests())
                     .chain(lazy::tests())
                     .chain(networks::tests())

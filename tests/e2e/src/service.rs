@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use crate::case::{Case, pid_of};
 use crate::proc;
 use crate::programs;
 use crate::report::{Outcome, Test};
+use crate::rootless::{USER, start_as_user, users_dir};
 use crate::target::{Session, Target, ready};
 
 #[path = "service_crowd.rs"]
@@ -35,8 +35,6 @@ pub use itself::{SELF_DUMP, dump_self};
 
 /// What is dumped where its kind does not matter.
 const PROGRAM: &str = "tree";
-/// A user without any rights.
-const USER: u32 = 12345;
 /// Callers at once.
 const CALLERS: usize = 64;
 
@@ -407,32 +405,12 @@ fn caller_vanished(case: &Case<'_>) -> Result<Outcome> {
     Ok(Outcome::PASSED)
 }
 
-/// Starts the program as an ordinary user.
-fn start_as_user<'a>(case: &'a Case<'a>) -> Result<Child> {
-    let program = programs::find(case, PROGRAM)?;
-    let mut command = case.command(&program);
-    command.arg(&case.dir).uid(USER).gid(USER);
-    fs::write(case.path("out"), "")?;
-    fs::set_permissions(case.path("out"), fs::Permissions::from_mode(0o666))?;
-    let child = case.start(command)?;
-    ensure!(programs::await_ready(case)?.is_none(), "the program cannot be set up");
-    Ok(child)
-}
-
-/// A directory of the user's.
-fn users_dir(case: &Case<'_>, name: &str) -> Result<PathBuf> {
-    let dir = case.path(name);
-    fs::create_dir_all(&dir)?;
-    std::os::unix::fs::chown(&dir, Some(USER), Some(USER))?;
-    Ok(dir)
-}
-
 fn users_get_what_is_theirs(case: &Case<'_>) -> Result<Outcome> {
     if !nix::unistd::geteuid().is_root() {
         return Ok(Outcome::needs("root, to serve other users"));
     }
     let service = Service::start(case)?;
-    let child = start_as_user(case)?;
+    let child = start_as_user(case, PROGRAM)?;
     let (pid, images) = (pid_of(&child), users_dir(case, "img")?);
     let tree = proc::tree(pid);
     let caller = Caller { socket: &service.socket, verb: "dump", pid, images: &images, user: Some(USER) };
@@ -493,7 +471,7 @@ fn users_get_no_more_rights(case: &Case<'_>) -> Result<Outcome> {
 /// Images of the user's own, changed so that a task has all capabilities, are refused.
 fn forged(case: &Case<'_>, caller: Caller<'_>) -> Result<()> {
     fs::remove_file(case.path("ready"))?;
-    let (child, images) = (start_as_user(case)?, users_dir(case, "forged")?);
+    let (child, images) = (start_as_user(case, PROGRAM)?, users_dir(case, "forged")?);
     let pid = pid_of(&child);
     let tree = proc::tree(pid);
     let caller = Caller { pid, images: &images, ..caller };

@@ -31,6 +31,20 @@ pub fn become_user(uid: u32, gid: u32, groups: &[u32], keep: u64, bounding: u64)
     Ok(())
 }
 
+/// Makes the files of /proc about this process its user's. They are root's if its program got capabilities by being executed
+/// (setcap(8)), and processes that it makes could not be traced by it. The kernel still lets only those trace it who have
+/// its capabilities, too (cap_ptrace_access_check() in Linux).
+///
+/// # Errors
+/// prctl(2)'s; there should be none.
+pub fn own_proc_files() -> io::Result<()> {
+    // A program that was executed with set-user-ID stays root's.
+    if nix::unistd::getuid() == nix::unistd::geteuid() {
+        nix::sys::prctl::set_dumpable(true)?;
+    }
+    Ok(())
+}
+
 /// Gives all permitted and effective capabilities up but those of `keep`, all inheritable and ambient ones, and, with
 /// CAP_SETPCAP, those of the bounding set but `bounding`: more than these, no program that is executed can get.
 ///
