@@ -26,7 +26,7 @@
 
 // What the file STATE holds; xtask/src/bench/hog.rs reads and writes it.
 struct state {
-	volatile uint64_t ready, ticks, longest, reset, verify, verified;
+	volatile uint64_t ready, ticks, longest, reset, verify, verified, dirty;
 };
 
 #define MB (1ul << 20)
@@ -61,6 +61,17 @@ static int walk(int fill)
 				return 0;
 		}
 	return 1;
+}
+
+// Writes to every page of the first `mb` megabytes what is there.
+static void dirty(size_t mb)
+{
+	volatile uint64_t *p = map;
+	for (size_t i = 0; i < mb && i < filled; i++)
+		for (size_t page = 0; page < MB; page += 4096) {
+			volatile uint64_t *at = p + ((1 + gap) * MB * i + page) / 8;
+			*at = *at;
+		}
 }
 
 static void *idle(void *unused)
@@ -119,6 +130,10 @@ int main(int argc, char **argv)
 			s->longest = t - last;
 		last = t;
 		s->ticks++;
+		if (s->dirty) {
+			dirty(s->dirty);
+			s->dirty = 0;
+		}
 		if (s->verify) {
 			s->verify = 0;
 			s->verified = walk(0) ? 1 : 2;

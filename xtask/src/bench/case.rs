@@ -1,6 +1,7 @@
 //! The cases, and one round of one: dump and leave running, dump and end, restore.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -76,10 +77,14 @@ pub enum Measure {
     Frozen,
     /// The same in a live dump; for a tool that has none, in the other.
     FrozenLive,
+    /// How long it stood still in a dump after a pre-dump, when it had written to [`DIRTY`] megabytes since.
+    FrozenIncremental,
     /// Wall time of a dump that ends the program.
     Dump,
     /// Wall time of a restore.
     Restore,
+    /// From the start of `restore --lazy` until the program runs.
+    FirstStep,
     /// Peak memory of a dump.
     DumpMemory,
     /// Peak memory of a restore.
@@ -92,6 +97,8 @@ impl Measure {
         match self {
             Self::Frozen => "frozen",
             Self::FrozenLive => "frozen-live",
+            Self::FrozenIncremental => "frozen-again",
+            Self::FirstStep => "lazy-step",
             Self::Dump => "dump",
             Self::Restore => "restore",
             Self::DumpMemory => "dump-memory",
@@ -102,11 +109,15 @@ impl Measure {
     /// What its figures are in.
     pub fn unit(self) -> &'static str {
         match self {
-            Self::Frozen | Self::FrozenLive | Self::Dump | Self::Restore => "ms",
+            Self::Frozen | Self::FrozenLive | Self::FrozenIncremental => "ms",
+            Self::Dump | Self::Restore | Self::FirstStep => "ms",
             Self::DumpMemory | Self::RestoreMemory => "MB",
         }
     }
 }
+
+/// Megabytes that are written to between a pre-dump and the dump.
+pub const DIRTY: u64 = 10;
 
 /// Where images go, below the directory of the run.
 const IMAGES: &str = "images";
@@ -115,8 +126,8 @@ const IMAGES: &str = "images";
 pub struct Bench<'a> {
     /// Its binary.
     pub bin: &'a Path,
-    /// Whether it has `dump --live`.
-    pub live: bool,
+    /// Whether it is dormouse: it has `dump --live`, `restore --lazy`, and needs no soft-dirty bits for increments.
+    pub own: bool,
     /// The program that times it.
     pub timed: &'a Path,
     /// The program that it dumps.
@@ -141,33 +152,63 @@ impl Bench<'_> {
         fresh(&images)?;
         let mut hog = Hog::start(self.hog, self.dir, case)?;
         let pid = hog.pid().to_string();
-        let mut frozen = Vec::new();
-        let live: &[&str] = if self.live { &["--live"] } else { &[] };
-        for more in [&[], live] {
-            hog.reset()?;
-            sleep(Duration::from_millis(50));
-            self.timed(&images, &[&["dump", "-t", &pid, "--leave-running"], more].concat())?;
-            sleep(Duration::from_millis(50));
-            frozen.push(hog.longest_ms()?);
+        let mut figures = Vec::new();
+        let live: &[&str] = if self.own { &["--live"] } else { &[] };
+        for (measure, more) in [(Measure::Frozen, &[][..]), (Measure::FrozenLive, live)] {
+            let dump = [&["dump", "-t", &pid, "--leave-running"], more].concat();
+            figures.push((measure, self.frozen_ms(&hog, case, &images, &dump)?));
             fresh(&images)?;
         }
+        let alone = case.threads == 1 && case.processes == 1;
+        if self.own && alone {
+            let (before, after) = (images.join("before"), images.join("after"));
+            fs::create_dir(&before)?;
+            fs::create_dir(&after)?;
+            self.timed(&before, &["pre-dump", "-t", &pid, "--track-mem"])?;
+            hog.dirty(DIRTY)?;
+            let dump = ["dump", "-t", &pid, "--leave-running", "--track-mem", "--prev-images-dir", "../before"];
+            figures.push((Measure::FrozenIncremental, self.frozen_ms(&hog, case, &after, &dump)?));
+            fs::remove_dir_all(&before)?;
+            fs::remove_dir_all(&after)?;
+        }
+        warm_cache(self.dir, case.mb)?;
         let dump = self.timed(&images, &["dump", "-t", &pid])?;
         hog.ended()?;
+        warm_memory(case.mb);
         let restore = self.timed(&images, &["restore", "--restore-detached"])?;
         hog.runs().context("the restored program does not run")?;
         if verify {
             hog.verify()?;
         }
+        if self.own && alone {
+            hog.kill()?;
+            let words = ["restore", "--lazy", "--restore-detached", "-o", "log", "-D"];
+            let mut command = Command::new(self.bin);
+            command.args(words).arg(&images).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            figures.push((Measure::FirstStep, hog.first_step_ms(&mut command)?));
+            if verify {
+                hog.verify()?;
+            }
+        }
         drop(hog);
         fresh(&images)?;
-        Ok(vec![
-            (Measure::Frozen, frozen[0]),
-            (Measure::FrozenLive, frozen[1]),
+        figures.extend([
             (Measure::Dump, dump.ms),
             (Measure::Restore, restore.ms),
             (Measure::DumpMemory, dump.mb),
             (Measure::RestoreMemory, restore.mb),
-        ])
+        ]);
+        Ok(figures)
+    }
+
+    /// How long the program stands still during this dump, as it sees it itself.
+    fn frozen_ms(&self, hog: &Hog, case: &Case, images: &Path, dump: &[&str]) -> Result<f64> {
+        warm_cache(self.dir, case.mb)?;
+        hog.reset()?;
+        sleep(Duration::from_millis(50));
+        self.timed(images, dump)?;
+        sleep(Duration::from_millis(50));
+        hog.longest_ms()
     }
 
     fn timed(&self, images: &Path, words: &[&str]) -> Result<Cost> {
@@ -189,6 +230,35 @@ impl Bench<'_> {
         }
         Ok(Cost { ms: nanos / 1e6, mb: kb / 1024.0 })
     }
+}
+
+/// Whether there is room for what a step needs twice.
+fn spare(mb: u64) -> bool {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix(" kB"));
+    line.and_then(|kb| kb.trim().parse().ok()).is_some_and(|kb: u64| kb / 1024 > 2 * mb)
+}
+
+/// Touches as much memory as a restore will need, and gives it back. On a virtual machine that gives unused memory back to its
+/// host, the first touch of a page is several times as slow, and would be the cost of whoever comes first.
+fn warm_memory(mb: u64) {
+    if spare(mb) {
+        std::hint::black_box(vec![1u8; (mb << 20) as usize]);
+    }
+}
+
+/// The same for the page cache, which takes its memory in other pieces.
+fn warm_cache(dir: &Path, mb: u64) -> Result<()> {
+    if spare(mb) {
+        let path = dir.join("warm");
+        let mut file = fs::File::create(&path)?;
+        let piece = vec![1u8; 8 << 20];
+        for _ in 0..mb.div_ceil(8) {
+            file.write_all(&piece)?;
+        }
+        fs::remove_file(&path)?;
+    }
+    Ok(())
 }
 
 /// An empty directory.

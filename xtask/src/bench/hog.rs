@@ -23,6 +23,7 @@ enum Word {
     Reset = 3,
     Verify = 4,
     Verified = 5,
+    Dirty = 6,
 }
 
 /// A running program. Dropping it ends it.
@@ -104,6 +105,46 @@ impl Hog {
         Ok(())
     }
 
+    /// Has it write to every page of its first megabytes.
+    ///
+    /// # Errors
+    /// Its file cannot be used, or it does not answer.
+    pub fn dirty(&self, mb: u64) -> Result<()> {
+        self.set(Word::Dirty, mb)?;
+        self.until("writing", |h| Ok(h.get(Word::Dirty)? == 0))
+    }
+
+    /// Ends it after a restore.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn kill(&self) -> Result<()> {
+        // Once restored it is a child of the init process or of a subreaper: a signal by number is all there is.
+        Command::new("kill").args(["-9", &self.pid.to_string()]).stderr(Stdio::null()).status()?;
+        self.until("gone", |h| Ok(h.is_gone()))
+    }
+
+    /// How many milliseconds pass from the start of `command` until the program ticks, which stands still.
+    ///
+    /// # Errors
+    /// The command cannot be run or fails, or the program does not tick.
+    pub fn first_step_ms(&self, command: &mut Command) -> Result<f64> {
+        let before = self.get(Word::Ticks)?;
+        let start = Instant::now();
+        let mut child = command.spawn()?;
+        while self.get(Word::Ticks)? == before {
+            if start.elapsed() > PATIENCE {
+                bail!("pid {} does not tick after {} s", self.pid, PATIENCE.as_secs());
+            }
+            sleep(Duration::from_micros(100));
+        }
+        let ms = start.elapsed().as_secs_f64() * 1000.0;
+        if !child.wait()?.success() {
+            bail!("{command:?} failed");
+        }
+        Ok(ms)
+    }
+
     /// Waits until it has ended, as after a dump.
     ///
     /// # Errors
@@ -143,7 +184,6 @@ impl Hog {
 
 impl Drop for Hog {
     fn drop(&mut self) {
-        // Once restored it is a child of the init process or of a subreaper: a signal by number is all there is.
         let _ = Command::new("kill").args(["-9", &self.pid.to_string()]).stderr(Stdio::null()).status();
         if let Some(mut child) = self.child.take() {
             let _ = child.wait();

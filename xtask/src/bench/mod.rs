@@ -167,7 +167,7 @@ fn measure(results: &Results, programs: &Programs, case: &'static Case, rounds: 
         for (tool, bin) in tools {
             let bench = case::Bench {
                 bin,
-                live: *tool != Tool::Peer,
+                own: *tool != Tool::Peer,
                 timed: &programs.timed,
                 hog: &programs.hog,
                 dir: &results.dir,
