@@ -329,7 +329,9 @@ pub fn sleep(
     // What is left to the user decides what is refused, so that is asked for before the tree is looked at, and its answer
     // comes after "pre-dump" as in CRIU.
     let mut options = args.options();
-    if let Some(query) = run.query_external {
+    if kind == Kind::Dump
+        && let Some(query) = run.query_external
+    {
         hook("pre-dump", Some(args.tree)).map_err(DumpError::Hook)?;
         options.external.extend(query().map_err(DumpError::Hook)?);
     }

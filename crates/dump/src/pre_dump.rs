@@ -32,7 +32,6 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         return Err(DumpError::Refused(obstacles));
     }
     let ids = Server::page_ids(request.chain.server.as_ref())?;
-    (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let session = &request.session;
     let frozen = Instant::now();
     let mut tree = Tree::freeze(request.pid, request.timeout, request.freeze_cgroup.as_deref())?;

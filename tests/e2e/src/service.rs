@@ -162,6 +162,16 @@ fn dumps_and_restores(case: &Case<'_>) -> Result<Outcome> {
     target.ask()?;
     target.look();
     let told = pb::CriuOpts { pid: Some(target.pid), notify_scripts: Some(true), ..opts(&images) };
+    let tracking = pb::CriuFeatures { mem_track: Some(true), ..Default::default() };
+    if service.client()?.features(tracking)?.mem_track == Some(true) {
+        let request = pb::CriuReq { r#type: Kind::PreDump as i32, opts: Some(told.clone()), ..Default::default() };
+        let mut count = 0;
+        let answer = service.client()?.call(&request, &mut |_, _| {
+            count += 1;
+            true
+        })?;
+        ensure!(answer.success && count == 0, "a pre-dump, which has no stages, tells of {count}");
+    }
     service.client()?.dump(told, &mut |stage, _| {
         stages.push(stage.script().to_owned());
         true
