@@ -3,7 +3,7 @@
 #![no_main]
 
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::Ordering;
 
 use dormouse_blob_abi::parasite::{
     Entry, OCCUPIED, PAIR_FAILED, PAIR_MADE, PAIR_PATIENCE_MS, PAIR_TAKEN, Reply, Request, Snapshot,
@@ -95,11 +95,14 @@ fn visit(e: &mut Entry) {
     // SAFETY: the host composed the list for this address space.
     let status = unsafe { run(e.ops as *mut Op, e.n_ops, &mut Nothing) };
     e.status.store(status, Ordering::Release);
-    if reply(sock, status) {
-        wait_for_end(sock);
+    // SAFETY: the leader's entry record is in the same mapping, and only its atomics are used.
+    let leader = unsafe { &*(e.leader as *const Entry) };
+    let finished = leader.finished.fetch_add(1, Ordering::AcqRel) + 1;
+    if finished == leader.visitors.load(Ordering::Acquire) & !OCCUPIED {
+        futex::wake_all(&leader.finished);
     }
-    // SAFETY: a word of the leader's entry record, in the same mapping.
-    unsafe { &*(e.leader_visitors as *const AtomicU32) }.fetch_sub(1, Ordering::AcqRel);
+    wait_for_end(sock);
+    leader.visitors.fetch_sub(1, Ordering::AcqRel);
 }
 
 /// Makes the socket pair and waits until the host has taken its end; false if that does not come about.

@@ -34,13 +34,17 @@ pub struct Entry {
     pub visitors: AtomicU32,
     /// Leader: one more than the descriptor that [`crate::OpKind::TakeFd`] has received; 0 for none.
     pub given: AtomicU32,
-    /// Other threads: address of the leader's `visitors` word.
-    pub leader_visitors: u64,
-    /// Other threads: [`crate::DONE`] or the index of the operation that failed, stored before the reply is sent.
+    /// Other threads: address of the leader's entry record.
+    pub leader: u64,
+    /// Other threads: [`crate::DONE`] or the index of the operation that failed, stored before they count as finished.
     pub status: AtomicU64,
+    /// Leader: how many of the other threads have run their lists; a futex, woken when it is as many as came in.
+    pub finished: AtomicU32,
+    /// Padding.
+    pub pad: u32,
 }
 
-const _: () = assert!(size_of::<Entry>() == 80);
+const _: () = assert!(size_of::<Entry>() == 88);
 const _: () = assert!(offset_of!(Entry, frame) == 24);
 const _: () = assert!(offset_of!(Entry, phase) == 48);
 

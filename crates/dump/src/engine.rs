@@ -11,7 +11,7 @@ use dormouse_infect::freezer::Freezer;
 use dormouse_infect::host::process;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::ptrace::Tracee;
-use dormouse_kernel::proc::fdinfo;
+use dormouse_kernel::proc::{fdinfo, stat};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
@@ -229,11 +229,13 @@ fn stop_and_ask(
         let parent = (Some(task.ppid) != outside).then_some(task.ppid);
         let pid = task.pid;
         if task.zombie {
-            tracer.steps.zombie(Standing { pid, parent, threads: vec![pid], fds: Vec::new() })?;
+            let stat = stat::read(pid)?;
+            tracer.steps.zombie(Standing { pid, parent, threads: vec![pid], fds: Vec::new(), stat, umask: None })?;
         } else {
             let threads = task.threads.iter().map(Tracee::tid).collect();
             let fds = fdinfo::fds(pid)?.into_iter().map(TargetFd).collect();
-            tracer.save(task, Standing { pid, parent, threads, fds })?;
+            let stat = stat::read(pid)?;
+            tracer.save(task, Standing { pid, parent, threads, fds, stat, umask: None })?;
         }
     }
     Ok(())

@@ -12,6 +12,10 @@ use dormouse_kernel::proc::misc::{NsKind, ns_inode};
 
 use crate::DumpError;
 
+fn compare(a: HostPid, b: HostPid, kind: Kcmp) -> Result<Ordering, DumpError> {
+    kcmp(a, b, kind).map_err(|cause| DumpError::Call { what: format!("kcmp of pid {b}"), cause })
+}
+
 #[derive(Debug, Default)]
 struct Sorted {
     /// In the kernel's order: a task that has the object, and its number.
@@ -24,9 +28,7 @@ impl Sorted {
         let (mut low, mut high) = (0, self.objects.len());
         while low < high {
             let middle = low + (high - low) / 2;
-            let order = kcmp(self.objects[middle].0, pid, kind)
-                .map_err(|cause| DumpError::Call { what: format!("kcmp of pid {pid}"), cause })?;
-            match order {
+            match compare(self.objects[middle].0, pid, kind)? {
                 Ordering::Equal => return Ok(self.objects[middle].1),
                 Ordering::Less => low = middle + 1,
                 Ordering::Greater => high = middle,
@@ -44,19 +46,27 @@ pub struct Ids {
     vm: Sorted,
     files: Sorted,
     fs: Sorted,
-    sighand: Sorted,
+    /// By address space: signal actions are shared by processes that share that, and by no others (clone(2)).
+    sighand: HashMap<u32, Vec<(HostPid, u32)>>,
+    sighands: u32,
     namespaces: HashMap<(u8, u64), u32>,
 }
 
 impl Ids {
     /// The numbers of a process; new ones for what no process before it had.
     pub fn of(&mut self, pid: HostPid) -> Result<TaskKobjIdsEntry, DumpError> {
+        let vm_id = self.vm.id(pid, Kcmp::Vm)?;
+        let sighand_id = self.sighand(pid, vm_id)?;
         let mut ns = |kind: NsKind| -> Result<Option<u32>, DumpError> {
             let Some(inode) = ns_inode(pid, kind)? else { return Ok(None) };
             let next = self.namespaces.len() as u32 + 1;
             Ok(Some(*self.namespaces.entry((kind as u8, inode)).or_insert(next)))
         };
         Ok(TaskKobjIdsEntry {
+            vm_id,
+            sighand_id,
+            files_id: self.files.id(pid, Kcmp::Files)?,
+            fs_id: self.fs.id(pid, Kcmp::Fs)?,
             pid_ns_id: ns(NsKind::Pid)?,
             net_ns_id: ns(NsKind::Net)?,
             ipc_ns_id: ns(NsKind::Ipc)?,
@@ -65,31 +75,58 @@ impl Ids {
             user_ns_id: ns(NsKind::User)?,
             cgroup_ns_id: ns(NsKind::Cgroup)?,
             time_ns_id: ns(NsKind::Time)?,
-            vm_id: self.vm.id(pid, Kcmp::Vm)?,
-            files_id: self.files.id(pid, Kcmp::Files)?,
-            fs_id: self.fs.id(pid, Kcmp::Fs)?,
-            sighand_id: self.sighand.id(pid, Kcmp::Sighand)?,
         })
+    }
+
+    fn sighand(&mut self, pid: HostPid, vm: u32) -> Result<u32, DumpError> {
+        let known = self.sighand.entry(vm).or_default();
+        for (other, id) in known.iter() {
+            if compare(*other, pid, Kcmp::Sighand)? == Ordering::Equal {
+                return Ok(*id);
+            }
+        }
+        self.sighands += 1;
+        known.push((pid, self.sighands));
+        Ok(self.sighands)
     }
 }
 
-/// What task `a` shares with task `b` that cannot be restored as shared yet, if anything. What a task shares with its
-/// `parent` can be.
-pub fn shared_between(
-    a: &TaskKobjIdsEntry,
-    b: &TaskKobjIdsEntry,
-    parent: Option<&TaskKobjIdsEntry>,
-) -> Option<&'static str> {
-    let with_parent = |id: fn(&TaskKobjIdsEntry) -> u32| parent.is_some_and(|p| id(p) == id(a));
-    if a.vm_id == b.vm_id {
-        Some("its memory (CLONE_VM)")
-    } else if a.files_id == b.files_id && !with_parent(|i| i.files_id) {
-        Some("its descriptor table (CLONE_FILES)")
-    } else if a.fs_id == b.fs_id && !with_parent(|i| i.fs_id) {
-        Some("its working directory (CLONE_FS)")
-    } else if a.sighand_id == b.sighand_id {
-        Some("its signal actions (CLONE_SIGHAND)")
-    } else {
-        None
+/// The processes that were the first to have each object.
+#[derive(Debug, Default)]
+pub struct Holders {
+    vm: HashMap<u32, HostPid>,
+    files: HashMap<u32, HostPid>,
+    fs: HashMap<u32, HostPid>,
+    sighand: HashMap<u32, HostPid>,
+    all: HashMap<HostPid, TaskKobjIdsEntry>,
+}
+
+impl Holders {
+    /// What a process shares with one that was added before, and cannot be restored as shared yet, if anything; and that one.
+    /// What it shares with its `parent` can be.
+    pub fn shared(&self, a: &TaskKobjIdsEntry, parent: Option<HostPid>) -> Option<(&'static str, HostPid)> {
+        let parent = parent.and_then(|parent| self.all.get(&parent));
+        let with_parent = |id: fn(&TaskKobjIdsEntry) -> u32| parent.is_some_and(|p| id(p) == id(a));
+        let vm = self.vm.get(&a.vm_id).map(|who| ("its memory (CLONE_VM)", *who));
+        let files = || self.files.get(&a.files_id).filter(|_| !with_parent(|i| i.files_id));
+        let fs = || self.fs.get(&a.fs_id).filter(|_| !with_parent(|i| i.fs_id));
+        let sighand = || self.sighand.get(&a.sighand_id).map(|who| ("its signal actions (CLONE_SIGHAND)", *who));
+        vm.or_else(|| files().map(|who| ("its descriptor table (CLONE_FILES)", *who)))
+            .or_else(|| fs().map(|who| ("its working directory (CLONE_FS)", *who)))
+            .or_else(sighand)
+    }
+
+    /// Has a process that was added before this descriptor table?
+    pub fn have_files(&self, a: &TaskKobjIdsEntry) -> bool {
+        self.files.contains_key(&a.files_id)
+    }
+
+    /// Adds a process.
+    pub fn add(&mut self, pid: HostPid, ids: TaskKobjIdsEntry) {
+        self.vm.entry(ids.vm_id).or_insert(pid);
+        self.files.entry(ids.files_id).or_insert(pid);
+        self.fs.entry(ids.fs_id).or_insert(pid);
+        self.sighand.entry(ids.sighand_id).or_insert(pid);
+        self.all.insert(pid, ids);
     }
 }

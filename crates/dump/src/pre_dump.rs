@@ -76,7 +76,9 @@ fn look(tracking: &mut Tracking, task: &mut Task, ids: &PageIds) -> Result<Snaps
     let increment = if tracking.needs_parasite(pid) {
         let leader = task.threads.first_mut().expect("a live task has a leader");
         let mut state = leader.state()?;
-        rseq::abort_section(pid, leader, &mut state)?;
+        if let Some(config) = leader.rseq()? {
+            rseq::abort_section(pid, &config, &mut state);
+        }
         let mut parasite = Parasite::infect(leader, state)?;
         let increment = tracking.task(pid, Some(&mut parasite), ids);
         let cured = parasite.cure();

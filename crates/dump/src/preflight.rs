@@ -1,7 +1,7 @@
 //! Before anything is touched: every reason why the tree cannot be dumped, found at once.
 
 use dormouse_infect::freeze;
-use dormouse_kernel::proc::{stat, tree};
+use dormouse_kernel::proc::{stat, status, tree};
 use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
@@ -47,7 +47,7 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     if away.is_some() {
         found.extend(ns::net::blockers(pid)?.iter().map(Blocker::to_string));
     }
-    let members = fd::Members::of(pid);
+    let members = fd::Members::among(pid, pids.clone());
     for (p, blockers) in pids.iter().zip(side_by_side(&pids, |p| of_one(*p, options, &members))) {
         match blockers {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
@@ -67,12 +67,14 @@ fn is_ending(pid: HostPid) -> bool {
 }
 
 fn of_one(pid: HostPid, options: &DumpOptions, members: &fd::Members) -> Result<Vec<Blocker>, ResourceError> {
-    if stat::read(pid)?.state == b'Z' {
+    let leader = status::read(pid)?;
+    if leader.state == b'Z' {
         return Ok(Vec::new());
     }
-    let mut found = task::blockers(pid, options)?;
-    found.extend(mem::blockers(pid)?);
-    found.extend(fd::blockers(pid, options, members)?);
+    let mut found = task::blockers_of(pid, &leader, options)?;
+    let (blockers, mappings) = mem::blockers_and_mappings(pid)?;
+    found.extend(blockers);
+    found.extend(fd::blockers_among(pid, &mappings, options, members)?);
     Ok(found)
 }
 

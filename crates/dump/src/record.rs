@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use dormouse_images::{ImageDir, ImageKind, ImageWriter, pb};
-use dormouse_kernel::proc::{stat, status};
+use dormouse_kernel::proc::stat::Stat;
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::DumpOptions;
 use dormouse_resources::cgroup::CgroupDump;
@@ -17,7 +17,7 @@ use dormouse_resources::mem::{Mappings, MmDraft, MmTold, PageIds, SharedDump, Sp
 use dormouse_resources::task::zombie_core;
 
 use crate::DumpError;
-use crate::ids::{Ids, shared_between};
+use crate::ids::{Holders, Ids};
 
 /// Steps that the tracer may be ahead.
 const AHEAD: usize = 16;
@@ -36,6 +36,10 @@ pub struct Standing {
     pub threads: Vec<HostPid>,
     /// Its descriptors from before it was entered: later there are some of ours among them.
     pub fds: Vec<TargetFd>,
+    /// Its stat file.
+    pub stat: Stat,
+    /// Its mask of new files, where the kernel tells it.
+    pub umask: Option<u32>,
 }
 
 /// What a thread has told.
@@ -149,7 +153,7 @@ pub struct Recorder<'a> {
     /// The numbers of this program, in the tree's network namespace.
     pub own_ids: pb::TaskKobjIdsEntry,
     ids: Ids,
-    known: Vec<(HostPid, pb::TaskKobjIdsEntry)>,
+    known: Holders,
     pstree: Option<ImageWriter>,
     ext: Vec<pb::ThreadExt>,
     looked: Option<Looked>,
@@ -179,7 +183,7 @@ impl<'a> Recorder<'a> {
             drafted: Vec::new(),
             own_ids,
             ids,
-            known: Vec::new(),
+            known: Holders::default(),
             pstree: Some(images.writer(ImageKind::Pstree, 0)?),
             ext: Vec::new(),
             looked: None,
@@ -215,7 +219,8 @@ impl<'a> Recorder<'a> {
     }
 
     /// Records the place of a process in the tree.
-    fn place(&mut self, process: &Standing, stat: &stat::Stat) -> Result<(), DumpError> {
+    fn place(&mut self, process: &Standing) -> Result<(), DumpError> {
+        let stat = &process.stat;
         let entry = pb::PstreeEntry {
             pid: process.pid.0 as u32,
             ppid: process.parent.map_or(0, |parent| parent.0 as u32),
@@ -228,9 +233,8 @@ impl<'a> Recorder<'a> {
 
     fn zombie(&mut self, process: &Standing) -> Result<(), DumpError> {
         let pid = process.pid;
-        let stat = stat::read(pid)?;
-        self.place(process, &stat)?;
-        Ok(self.images.write_one(ImageKind::Core, pid.0 as u64, &zombie_core(&stat))?)
+        self.place(process)?;
+        Ok(self.images.write_one(ImageKind::Core, pid.0 as u64, &zombie_core(&process.stat))?)
     }
 
     fn look(&mut self, process: &Standing, mappings: Arc<Mappings>) -> Result<(), DumpError> {
@@ -241,22 +245,19 @@ impl<'a> Recorder<'a> {
                 "cannot dump pid {pid}: it has changed its network namespace meanwhile; retry"
             )]));
         }
-        let parent = self.known.iter().find(|(known, _)| Some(*known) == process.parent).map(|(_, ids)| ids);
-        for (other, have) in &self.known {
-            if let Some(what) = shared_between(&ids, have, parent) {
-                return Err(DumpError::Refused(vec![format!(
-                    "cannot dump pid {pid}: it shares {what} with pid {other}, which is not its parent, and that cannot be \
-                     restored yet; wait until one of them has ended"
-                )]));
-            }
+        if let Some((what, other)) = self.known.shared(&ids, process.parent) {
+            return Err(DumpError::Refused(vec![format!(
+                "cannot dump pid {pid}: it shares {what} with pid {other}, which is not its parent, and that cannot be \
+                 restored yet; wait until one of them has ended"
+            )]));
         }
-        let has_own_files = self.known.iter().all(|(_, have)| have.files_id != ids.files_id);
-        self.known.push((pid, ids));
-        self.place(process, &stat::read(pid)?)?;
-        let mut draft = MmDraft::take(&mappings, &mut self.files, &mut self.shared)?;
+        let has_own_files = !self.known.have_files(&ids);
+        self.known.add(pid, ids);
+        self.place(process)?;
+        let mut draft = MmDraft::take(&mappings, &process.stat, &mut self.files, &mut self.shared)?;
         let fds = has_own_files.then(|| self.files.add_task(pid, &process.fds)).transpose()?;
         self.files.name_rings(pid, draft.rings(&mappings))?;
-        let fs = self.files.fs_entry(pid, status::read(pid)?.umask.unwrap_or(USUAL_UMASK))?;
+        let fs = self.files.fs_entry(pid, process.umask.unwrap_or(USUAL_UMASK))?;
         let number = pid.0 as u64;
         self.images.write_one(ImageKind::Ids, number, &ids)?;
         self.images.write_one(ImageKind::Fs, number, &fs)?;

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::thread;
 use std::time::Instant;
 
 use dormouse_images::ImageDir;
@@ -12,8 +13,9 @@ use dormouse_infect::parasite::{Parasite, VISITORS, Visit};
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
 use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::stat::Stat;
 use dormouse_kernel::proc::status::{self, Status};
-use dormouse_kernel::proc::{stat, timers};
+use dormouse_kernel::proc::timers;
 use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
@@ -22,6 +24,9 @@ use crate::live;
 use crate::record::{Pages, Standing, Steps, Stopped, Told};
 use crate::tracking::Tracking;
 use crate::{DumpError, Report};
+
+/// From so many threads on, another thread is worth having.
+const MANY: usize = 32;
 
 /// What the tracer has for all tasks of a dump.
 pub struct Tracer<'a> {
@@ -73,20 +78,15 @@ impl Tracer<'_> {
     ///
     /// # Errors
     /// It could not be entered or asked, an image not be written, or it was not possible to put it back.
-    pub fn save(&mut self, task: &mut Task, standing: Standing) -> Result<(), Unsaved> {
+    pub fn save(&mut self, task: &mut Task, mut standing: Standing) -> Result<(), Unsaved> {
         let pid = task.pid;
-        let mut states = task.threads.iter().map(Tracee::state).collect::<Result<Vec<State>, _>>()?;
-        for (thread, state) in task.threads.iter().zip(&mut states) {
-            rseq::abort_section(pid, thread, state)?;
-        }
-        let mut confinements = Vec::with_capacity(task.threads.len());
-        let mut asked = Vec::with_capacity(task.threads.len());
-        for thread in &task.threads {
-            let status = status::read_thread(pid, thread.tid())?;
-            confinements.push(seccomp::suspend(thread, &status)?);
-            asked.push((status, thread.rseq()?));
-        }
+        let (traced, statuses) = look(pid, &task.threads)?;
+        let (states, rseqs): (Vec<State>, Vec<Option<RseqConfig>>) = traced.into_iter().unzip();
+        let confine = |(thread, status)| seccomp::suspend(thread, status);
+        let confinements = task.threads.iter().zip(&statuses).map(confine).collect::<Result<Vec<_>, _>>()?;
         let confined = self.filters.add(&confinements);
+        standing.umask = statuses.first().and_then(|s| s.umask);
+        let asked: Vec<_> = statuses.into_iter().zip(rseqs).collect();
         let (parent, stopped) = (task.ppid, task.stopped);
         let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
         // Asked now: ptrace answers only while a thread is stopped, which the leader is not with the parasite in it.
@@ -102,9 +102,11 @@ impl Tracer<'_> {
             confined: &confined,
         };
         let start = Instant::now();
-        let mut parasite = Parasite::infect(leader, states[0].clone())?;
+        let mappings = Mappings::read(pid, 0..0)?;
+        let mut parasite = Parasite::infect_among(leader, states[0].clone(), mappings.maps())?;
         tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
-        let saved = self.with_parasite(&threads, &mut parasite, others, standing);
+        let mappings = mappings.entered(parasite.own_range());
+        let saved = self.with_parasite(&threads, &mut parasite, others, standing, mappings);
         // Cured whatever has happened; the first error is the one that counts.
         let cured = parasite.cure();
         let (told, pages) = saved?;
@@ -118,18 +120,21 @@ impl Tracer<'_> {
         parasite: &mut Parasite<'_>,
         others: &mut [Tracee],
         standing: Standing,
+        mut mappings: Mappings,
     ) -> Result<(MmTold, Pages), Unsaved> {
         let pid = threads.pid;
         let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
         let start = Instant::now();
         let increment = self.tracking.task(pid, Some(parasite), self.page_ids)?;
         if increment.registers() {
-            increment.register_all(&Mappings::read(pid, parasite.own_range())?)?;
+            increment.register_all(&mappings)?;
+            mappings = Mappings::read(pid, parasite.own_range())?;
         }
-        let mappings = Arc::new(Mappings::read(pid, parasite.own_range())?.with_stacks(stacks));
+        let mappings = Arc::new(mappings.with_stacks(stacks).with_locked(threads.asked[0].0.vm_lck_kb));
+        let stat = standing.stat.clone();
         self.steps.look(standing, Arc::clone(&mappings))?;
         let written = if self.live { None } else { Some(self.write_pages(parasite, &mappings, increment)?) };
-        let (told, subreaper) = self.ask(threads, parasite, others)?;
+        let (told, subreaper) = self.ask(threads, &stat, parasite, others)?;
         self.report.threads += threads.states.len();
         tracing::debug!("pid {pid}: {} threads asked, {} us", threads.states.len(), start.elapsed().as_micros());
         if let Some((_, spans)) = written {
@@ -185,12 +190,12 @@ impl Tracer<'_> {
     fn ask(
         &self,
         threads: &Threads<'_>,
+        stat: &Stat,
         parasite: &mut Parasite<'_>,
         others: &mut [Tracee],
     ) -> Result<(MmTold, bool), Unsaved> {
         let pid = threads.pid;
-        let stat = stat::read(pid)?;
-        let status = status::read(pid)?;
+        let status = &threads.asked[0].0;
         let posix_timers = timers::read(pid)?;
         let mark = parasite.arena.mark();
         let mut batch = Batch::new();
@@ -200,8 +205,8 @@ impl Tracer<'_> {
         parasite.run(&mut batch)?;
         let view = ProcessView {
             pid,
-            stat: &stat,
-            status: &status,
+            stat,
+            status,
             state: &threads.states[0],
             stopped: threads.stopped,
             pending: threads.shared,
@@ -210,7 +215,7 @@ impl Tracer<'_> {
         let subreaper = tc.child_subreaper == Some(true);
         let state = &threads.states[0];
         let rseq = threads.asked[0].1.as_ref();
-        let thread_view = ThreadView { pid, tid: pid, state, pending: threads.own, rseq, status: &status };
+        let thread_view = ThreadView { pid, tid: pid, state, pending: threads.own, rseq, status };
         let (mut core, ext) = leader.collect(&batch, &parasite.arena, &thread_view)?;
         core.tc = Some(tc);
         threads.confined[0].note(&mut core);
@@ -221,6 +226,36 @@ impl Tracer<'_> {
         }
         Ok((mm.collect(&batch), subreaper))
     }
+}
+
+/// What ptrace tells of a stopped thread.
+type Traced = (State, Option<RseqConfig>);
+
+fn trace(pid: HostPid, thread: &Tracee) -> Result<Traced, DumpError> {
+    let (mut state, rseq) = (thread.state()?, thread.rseq()?);
+    if let Some(config) = &rseq {
+        rseq::abort_section(pid, config, &mut state);
+    }
+    Ok((state, rseq))
+}
+
+/// Looks at the stopped threads of a process: their status files are read in another thread where there are many.
+fn look(pid: HostPid, threads: &[Tracee]) -> Result<(Vec<Traced>, Vec<Status>), DumpError> {
+    let statuses = |threads: &[Tracee]| threads.iter().map(|t| status::read_thread(pid, t.tid())).collect();
+    let traced = || threads.iter().map(|t| trace(pid, t)).collect::<Result<Vec<_>, _>>();
+    if threads.len() < MANY {
+        let statuses: Result<Vec<_>, _> = statuses(threads);
+        return Ok((traced()?, statuses?));
+    }
+    let tids: Vec<HostPid> = threads.iter().map(Tracee::tid).collect();
+    thread::scope(|scope| {
+        let reader = thread::Builder::new().name("status files".into());
+        let reader = reader.spawn_scoped(scope, || tids.iter().map(|tid| status::read_thread(pid, *tid)).collect());
+        let reader = reader.map_err(|cause| DumpError::Call { what: "cannot start a thread".into(), cause })?;
+        let traced = traced();
+        let statuses: Result<Vec<_>, _> = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((traced?, statuses?))
+    })
 }
 
 /// What is known of the threads of a process.

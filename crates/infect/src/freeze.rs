@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
 use dormouse_kernel::proc::{misc, stat, status, tree};
+use dormouse_kernel::side_by_side;
 
 use crate::freezer::Freezer;
 use crate::ptrace::Tracee;
@@ -60,17 +61,18 @@ impl std::fmt::Display for Obstacle {
 
 /// What stands against tracing these processes, without touching them. Only their main threads are looked at.
 pub fn obstacles(pids: &[HostPid]) -> Vec<Obstacle> {
-    let mut found = Vec::new();
-    for pid in pids {
-        if stat::read(*pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0) {
-            found.push(Obstacle::KernelThread(*pid));
-        } else if let Some(tracer) = status::read(*pid).ok().and_then(|s| s.tracer_pid)
-            && tracer.0 != std::process::id() as i32
-        {
-            found.push(Obstacle::Traced(*pid, tracer));
-        }
+    side_by_side(pids, |pid| obstacle(*pid)).into_iter().flatten().collect()
+}
+
+fn obstacle(pid: HostPid) -> Option<Obstacle> {
+    let status = status::read(pid).ok();
+    // Linux 6.8 tells it here.
+    let kernel = status.as_ref().and_then(|s| s.kthread);
+    if kernel.unwrap_or_else(|| stat::read(pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0)) {
+        return Some(Obstacle::KernelThread(pid));
     }
-    found
+    let tracer = status.and_then(|s| s.tracer_pid).filter(|tracer| tracer.0 != std::process::id() as i32);
+    tracer.map(|tracer| Obstacle::Traced(pid, tracer))
 }
 
 impl Tree {
@@ -291,6 +293,10 @@ fn seize_threads(
     held: &mut HashMap<HostPid, Tracee>,
     seized: &mut Vec<(HostPid, Tracee)>,
 ) -> Result<(), InfectError> {
+    // All that it has are stopped: a thread that nobody knows of would be one more.
+    if !task.threads.is_empty() && tree::thread_count(task.pid) == Some(task.threads.len()) {
+        return Ok(());
+    }
     let Ok(mut tids) = tree::threads(task.pid) else { return Ok(()) };
     let known: HashSet<HostPid> = task.threads.iter().map(Tracee::tid).collect();
     tids.retain(|t| !known.contains(t));

@@ -18,6 +18,7 @@ use dormouse_blob_abi::restorer::CloneArgs;
 use dormouse_blob_abi::{DONE, OpKind, Policy};
 use dormouse_blobs::PARASITE;
 use dormouse_kernel::ids::{HostPid, TargetFd};
+use dormouse_kernel::proc::maps::{self, Vma};
 use dormouse_sys::{futex, nr};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
@@ -30,9 +31,8 @@ pub use visit::{VISITORS, Visit};
 
 /// Bytes of the mapping that holds code, stacks, frames and operation lists; only touched pages cost memory.
 const ARENA: usize = 4 << 20;
-const STACK: usize = 16 << 10;
-/// A copy's, and that of the go-between that makes it.
-const COPY_STACK: usize = 8 << 10;
+/// Several times what the blob may use.
+const STACK: usize = 8 << 10;
 /// How long to wait, in milliseconds, before looking whether a thread that ought to run has stopped.
 const NUDGE_MS: i32 = 5;
 const ALL_SIGNALS: u64 = u64::MAX;
@@ -70,7 +70,21 @@ impl<'a> Parasite<'a> {
     /// # Errors
     /// The target ended or refused a call; it then goes on as it was.
     pub fn infect(leader: &'a mut Tracee, state: State) -> Result<Self, InfectError> {
-        let site = Site::new(leader.tid(), &state)?;
+        let pid = leader.tid();
+        let maps = maps::read_maps(pid).map_err(|e| failed("reading the memory map", pid, io::Error::other(e)))?;
+        Self::infect_among(leader, state, &maps)
+    }
+
+    /// As [`Parasite::infect`], into a process whose mappings were read since it stands still.
+    ///
+    /// # Errors
+    /// As of [`Parasite::infect`].
+    pub fn infect_among<'v>(
+        leader: &'a mut Tracee,
+        state: State,
+        maps: impl IntoIterator<Item = &'v Vma>,
+    ) -> Result<Self, InfectError> {
+        let site = Site::new(leader.tid(), &state, &Executable::among(maps))?;
         let Entered { socket, remote_socket, arena, entry } = enter(leader, &state, &site)?;
         let body = Body::Leader(leader, site);
         Ok(Self { body, state, socket, remote_socket, entry, arena, answered: Cell::new(false), cured: false })
@@ -110,8 +124,8 @@ impl<'a> Parasite<'a> {
         arena.reset(ARENA / 2);
         let mut stack = |flags| CloneArgs {
             flags,
-            stack: arena.alloc(COPY_STACK, 4096),
-            stack_size: COPY_STACK as u64,
+            stack: arena.alloc(STACK, 4096),
+            stack_size: STACK as u64,
             ..CloneArgs::default()
         };
         let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS;
@@ -307,34 +321,35 @@ impl Drop for Parasite<'_> {
 /// Where in the target the first and the last injected system calls are made.
 #[derive(Debug)]
 struct Site {
-    /// Address of any system-call instruction.
+    /// Address of any system-call instruction; the stub's own where there is one.
     insn: u64,
     /// Instructions that lead back without us, where there is room for them.
     stub: Option<Stub>,
 }
 
 impl Site {
-    fn new(pid: HostPid, state: &State) -> Result<Self, InfectError> {
-        let ranges = executable_ranges(pid).map_err(|e| failed("reading the memory map", pid, e))?;
+    fn new(pid: HostPid, state: &State, ranges: &Executable) -> Result<Self, InfectError> {
         if ranges.shared.iter().any(|r| r.contains(&arch::pc(&state.regs)) && r.end - r.start == ARENA as u64) {
             let what = "it still recovers from a dump that was killed; retry in a second".into();
             return Err(InfectError::Unexpected { pid, what });
         }
-        let insn = find_syscall_insn(pid, &ranges.all)?;
         let stub = Stub::place(pid, ranges.vdso.as_ref(), state, ARENA as u64)
             .map_err(|e| failed("writing to the vDSO's padding", pid, e))?;
+        let insn = match &stub {
+            Some(stub) => stub.map_call(),
+            None => find_syscall_insn(pid, &ranges.all)?,
+        };
         Ok(Self { insn, stub })
     }
 
     /// Maps the arena; the thread stays at the call's exit. Should we die, it gives the mapping back and goes on.
-    fn map(&self, leader: &mut Tracee) -> Result<u64, InfectError> {
+    fn map(&self, leader: &mut Tracee, state: &State) -> Result<u64, InfectError> {
         let pid = leader.tid();
         let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
         let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
-        let insn = self.stub.as_ref().map_or(self.insn, Stub::map_call);
         let args = [0, ARENA as u64, prot, flags, u64::MAX, 0];
         // Registers before the mask: the stub would put the mask back, the target's own code would not.
-        leader.set_regs(&arch::for_syscall(&leader.regs()?, insn, nr::MMAP, args))?;
+        leader.set_regs(&arch::for_syscall(&state.regs, self.insn, nr::MMAP, args))?;
         leader.set_sigmask(ALL_SIGNALS)?;
         leader.pass_syscall()?.map_err(|cause| InfectError::Remote { pid, what: "mmap".into(), cause })
     }
@@ -348,6 +363,7 @@ impl Site {
         base: Option<u64>,
     ) -> Result<(), InfectError> {
         let pid = leader.tid();
+        let mut settled = false;
         let undo = |r: Result<io::Result<u64>, InfectError>, what: &str| match r {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(cause)) => Err(InfectError::Remote { pid, what: what.to_owned(), cause }),
@@ -370,7 +386,8 @@ impl Site {
                 leader.set_regs(&regs)?;
             }
             if base.is_some() {
-                done = done.and(undo(leader.pass_syscall(), "munmap of the parasite"));
+                done = done.and(undo(leader.pass_last_syscall(), "munmap of the parasite"));
+                settled = true;
             }
         } else {
             if let Some(fd) = socket {
@@ -379,10 +396,14 @@ impl Site {
             }
             if let Some(base) = base {
                 let args = [base, ARENA as u64, 0, 0, 0, 0];
-                done = done.and(undo(leader.syscall(self.insn, nr::MUNMAP, args), "munmap of the parasite"));
+                leader.set_regs(&arch::for_syscall(&state.regs, self.insn, nr::MUNMAP, args))?;
+                done = done.and(undo(leader.pass_last_syscall(), "munmap of the parasite"));
+                settled = true;
             }
         }
-        leader.settle()?;
+        if !settled {
+            leader.settle()?;
+        }
         if !state.xstate.is_empty() {
             leader.set_set(arch::NT_XSTATE, &state.xstate)?;
         }
@@ -406,7 +427,7 @@ struct Entered {
 
 /// Enters the leader. When it fails, nothing is left in the target.
 fn enter(leader: &mut Tracee, state: &State, site: &Site) -> Result<Entered, InfectError> {
-    let base = match site.map(leader) {
+    let base = match site.map(leader, state) {
         Ok(base) => base,
         Err(e) => {
             let _ = site.leave(leader, state, None, None);
@@ -495,18 +516,18 @@ fn take_pair(
     Ok((socket, remote))
 }
 
-fn place_entry(arena: &mut Arena, state: &State, sock: RawFd, ops: u64, n_ops: u64, visitors: u64) -> u64 {
+fn place_entry(arena: &mut Arena, state: &State, sock: RawFd, ops: u64, n_ops: u64, leader: u64) -> u64 {
     let len = state.xstate.len() + 8192;
     let at = arena.alloc(len, 64);
     let (bytes, frame, frame_altstack) = arch::sigframe(&state.regs, state.sigmask, &state.xstate, at);
     arena.write(at, &bytes);
     let entry = arena.alloc(size_of::<Entry>(), 16);
-    let words = [i64::from(sock) as u64, ops, n_ops, frame, frame_altstack, 0, 0, 0, visitors, 0];
+    let words = [i64::from(sock) as u64, ops, n_ops, frame, frame_altstack, 0, 0, 0, leader, 0, 0];
     arena.write_record(entry, &words);
     entry
 }
 
-const _: () = assert!(offset_of!(Entry, leader_visitors) == 8 * 8);
+const _: () = assert!(offset_of!(Entry, leader) == 8 * 8);
 
 /// Address of a system-call instruction in the first of these ranges that has one.
 fn find_syscall_insn(pid: HostPid, ranges: &[Range<u64>]) -> Result<u64, InfectError> {
@@ -563,11 +584,14 @@ struct Executable {
     shared: Vec<Range<u64>>,
 }
 
-fn executable_ranges(pid: HostPid) -> io::Result<Executable> {
-    let maps = dormouse_kernel::proc::maps::read_maps(pid).map_err(io::Error::other)?;
-    let exec = |v: &&dormouse_kernel::proc::maps::Vma| v.exec && v.name != b"[vsyscall]";
-    let vdso = maps.iter().filter(exec).find(|v| v.name == b"[vdso]").map(|v| v.start..v.end);
-    let others = maps.iter().filter(exec).filter(|v| v.name != b"[vdso]").map(|v| v.start..v.end);
-    let shared = maps.iter().filter(exec).filter(|v| v.shared).map(|v| v.start..v.end).collect();
-    Ok(Executable { shared, all: vdso.clone().into_iter().chain(others).collect(), vdso })
+impl Executable {
+    fn among<'v>(maps: impl IntoIterator<Item = &'v Vma>) -> Self {
+        let (mut vdso, mut others, mut shared) = (None, Vec::new(), Vec::new());
+        for v in maps.into_iter().filter(|v| v.exec && v.name != b"[vsyscall]") {
+            let range = v.start..v.end;
+            shared.extend(v.shared.then(|| range.clone()));
+            if v.name == b"[vdso]" { vdso = Some(range) } else { others.push(range) }
+        }
+        Self { shared, all: vdso.clone().into_iter().chain(others).collect(), vdso }
+    }
 }

@@ -14,6 +14,9 @@ use crate::{InfectError, cancel, failed, last};
 /// How long a wait blocks before it looks whether what it waits for can still come.
 const PULSE: Duration = Duration::from_millis(20);
 
+/// So often it is looked whether a thread has stopped before it is slept for it: a few microseconds.
+const LOOKS: u32 = 16;
+
 const NT_PRSTATUS: i32 = 1;
 const PTRACE_EVENT_STOP: i32 = 128;
 const PTRACE_GETSIGMASK: i32 = 0x420a;
@@ -196,6 +199,7 @@ impl Tracee {
     fn wait(&self, cancellable: bool) -> Result<(Stop, i32), InfectError> {
         let mut status = 0;
         let mut pulse = None;
+        let mut looks = 0;
         loop {
             let flags = libc::__WALL | if pulse.is_none() { libc::WNOHANG } else { 0 };
             // SAFETY: waits on one thread; `status` is ours.
@@ -204,6 +208,12 @@ impl Tracee {
                 break;
             }
             if r == 0 {
+                looks += 1;
+                if looks < LOOKS {
+                    // It is at most on its way: going to sleep would take longer than the stop.
+                    std::thread::yield_now();
+                    continue;
+                }
                 pulse = Some(Pulse::every(PULSE));
                 continue;
             }
@@ -420,30 +430,45 @@ impl Tracee {
     /// # Errors
     /// As [`Tracee::syscall`].
     pub fn pass_syscall(&mut self) -> Result<io::Result<u64>, InfectError> {
+        self.run_to_syscall_stop()?;
+        self.run_to_syscall_stop()?;
+        Ok(result_of(&self.regs()?))
+    }
+
+    /// Runs it to the next entry of a system call, or the exit of the one it is in.
+    fn run_to_syscall_stop(&mut self) -> Result<(), InfectError> {
         let mut deliver = 0;
-        for _ in 0..2 {
-            loop {
-                self.request(libc::PTRACE_SYSCALL as i32, std::mem::take(&mut deliver), "PTRACE_SYSCALL")?;
-                match self.wait(false)? {
-                    (Stop::Syscall, 0) => break,
-                    (Stop::Ended(_), _) => {
-                        self.attached = false;
-                        return Err(InfectError::Gone(self.tid));
-                    }
-                    // It cannot be blocked; the stop that it was pending for is in force from now on, also once we are gone.
-                    (Stop::Syscall, libc::SIGSTOP) => deliver = libc::SIGSTOP,
-                    (Stop::Syscall, signal) => {
-                        return Err(InfectError::Unexpected {
-                            pid: self.tid,
-                            what: format!("signal {signal} during an injected system call"),
-                        });
-                    }
-                    (Stop::Interrupted | Stop::Group(_), _) => {}
+        loop {
+            self.request(libc::PTRACE_SYSCALL as i32, std::mem::take(&mut deliver), "PTRACE_SYSCALL")?;
+            match self.wait(false)? {
+                (Stop::Syscall, 0) => return Ok(()),
+                (Stop::Ended(_), _) => {
+                    self.attached = false;
+                    return Err(InfectError::Gone(self.tid));
                 }
+                // It cannot be blocked; the stop that it was pending for is in force from now on, also once we are gone.
+                (Stop::Syscall, libc::SIGSTOP) => deliver = libc::SIGSTOP,
+                (Stop::Syscall, signal) => {
+                    return Err(InfectError::Unexpected {
+                        pid: self.tid,
+                        what: format!("signal {signal} during an injected system call"),
+                    });
+                }
+                (Stop::Interrupted | Stop::Group(_), _) => {}
             }
         }
-        let r = arch::ret(&self.regs()?);
-        Ok(if r < 0 && r > -4096 { Err(io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as u64) })
+    }
+
+    /// As [`Tracee::pass_syscall`], but stops the thread in the state that [`Tracee::settle`] leads to, with one stop less.
+    /// The call must not be one that signals interrupt.
+    ///
+    /// # Errors
+    /// As [`Tracee::syscall`].
+    pub fn pass_last_syscall(&mut self) -> Result<io::Result<u64>, InfectError> {
+        self.run_to_syscall_stop()?;
+        // It makes the call and traps before it runs anything else.
+        self.settle()?;
+        Ok(result_of(&self.regs()?))
     }
 
     /// Moves from a system call's exit to a stop from which the kernel restarts interrupted calls.
@@ -480,6 +505,12 @@ impl Tracee {
     pub fn forget(mut self) {
         self.attached = false;
     }
+}
+
+/// What the call gave that a thread has just made.
+fn result_of(regs: &GpRegs) -> io::Result<u64> {
+    let r = arch::ret(regs);
+    if r < 0 && r > -4096 { Err(io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as u64) }
 }
 
 impl Drop for Tracee {

@@ -34,14 +34,13 @@ impl Stub {
         let Some(vdso) = vdso else { return Ok(None) };
         let Some(code) = imp::Code::new(state, map_len) else { return Ok(None) };
         let memory = File::options().read(true).write(true).open(pid.proc_path("mem"))?;
-        let mut bytes = vec![0; (vdso.end - vdso.start) as usize];
-        memory.read_exact_at(&mut bytes, vdso.start)?;
-        let need = code.bytes.len() + 16;
-        if bytes.len() < need {
+        let need = code.bytes.len() as u64 + 16;
+        if vdso.end - vdso.start < need {
             return Ok(None);
         }
-        let at = (vdso.end - need as u64) & !15;
-        let room = &bytes[(at - vdso.start) as usize..];
+        let at = (vdso.end - need) & !15;
+        let mut room = vec![0; (vdso.end - at) as usize];
+        memory.read_exact_at(&mut room, at)?;
         // A dumper that was killed has left its own stub there.
         let own = room.starts_with(code.instructions()) && room[code.bytes.len()..].iter().all(|b| *b == 0);
         if !own && room.iter().any(|b| *b != 0) {

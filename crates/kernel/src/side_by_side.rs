@@ -1,5 +1,6 @@
 //! Looking at many things on all processors: the order of the answers is that of the questions.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -12,8 +13,7 @@ const PORTION: usize = 16;
 
 /// What `ask` answers for each of `items`.
 pub fn side_by_side<T: Sync, R: Send>(items: &[T], ask: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(MOST);
-    if items.len() < FEW || threads == 1 {
+    if items.len() < FEW || processors() == 1 {
         return items.iter().map(ask).collect();
     }
     let next = AtomicUsize::new(0);
@@ -27,7 +27,7 @@ pub fn side_by_side<T: Sync, R: Send>(items: &[T], ask: impl Fn(&T) -> R + Sync)
     };
     let mut all = thread::scope(|scope| {
         let others: Vec<_> =
-            (1..threads).filter_map(|_| thread::Builder::new().spawn_scoped(scope, portions).ok()).collect();
+            (1..processors()).filter_map(|_| thread::Builder::new().spawn_scoped(scope, portions).ok()).collect();
         let mut all = portions();
         for other in others {
             all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
@@ -36,6 +36,12 @@ pub fn side_by_side<T: Sync, R: Send>(items: &[T], ask: impl Fn(&T) -> R + Sync)
     });
     all.sort_unstable_by_key(|(at, _)| *at);
     all.into_iter().flat_map(|(_, answers)| answers).collect()
+}
+
+/// How many threads are worth having. The standard library reads the limits of control groups for each answer.
+fn processors() -> usize {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from).min(MOST))
 }
 
 #[cfg(test)]

@@ -73,6 +73,35 @@ pub fn kcmp_file(a: (HostPid, TargetFd), b: (HostPid, TargetFd)) -> io::Result<O
     }
 }
 
+/// Which file a path leads to, and by which mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// The device, as `st_dev` has it.
+    pub dev: u64,
+    /// The inode number.
+    pub ino: u64,
+    /// The mount, as in mountinfo.
+    pub mount: u64,
+}
+
+/// Which file a path leads to, links followed (statx(2) with `STATX_MNT_ID`, Linux 5.8).
+///
+/// # Errors
+/// statx(2)'s.
+pub fn identity(path: &std::path::Path) -> io::Result<Identity> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: a plain structure that is valid when zeroed.
+    let mut st: libc::statx = unsafe { std::mem::zeroed() };
+    let mask = libc::STATX_INO | libc::STATX_MNT_ID;
+    // SAFETY: a path that ends with a zero, and room for the answer.
+    result(unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, mask, &raw mut st) }.into())?;
+    if st.stx_mask & mask != mask {
+        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+    }
+    Ok(Identity { dev: libc::makedev(st.stx_dev_major, st.stx_dev_minor), ino: st.stx_ino, mount: st.stx_mnt_id })
+}
+
 /// Who is sent a signal when something happens on a description, and which (`F_GETOWN_EX`, `F_GETSIG`; fcntl(2)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Owner {

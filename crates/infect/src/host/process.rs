@@ -187,6 +187,33 @@ pub fn read_memory(pid: HostPid, addr: u64, into: &mut [u8]) -> io::Result<()> {
     }
 }
 
+/// As [`read_memory`], from several places, one after the other: addresses and bytes. All or nothing.
+///
+/// # Errors
+/// As of [`read_memory`]; `EFAULT`, too, if the pieces have not as many bytes together as `into`.
+pub fn read_pieces(pid: HostPid, pieces: impl Iterator<Item = (u64, usize)>, into: &mut [u8]) -> io::Result<()> {
+    let remote: Vec<_> = pieces.map(|(addr, len)| libc::iovec { iov_base: addr as *mut _, iov_len: len }).collect();
+    let mut done = 0;
+    for some in remote.chunks(IOV_MAX) {
+        let len: usize = some.iter().map(|v| v.iov_len).sum();
+        let Some(part) = into.get_mut(done..done + len) else {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        };
+        let local = libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: len };
+        // SAFETY: the kernel writes at most `len` bytes to `part`, which has them.
+        let n = unsafe { libc::process_vm_readv(pid.0, &local, 1, some.as_ptr(), some.len() as libc::c_ulong, 0) };
+        match usize::try_from(n) {
+            Ok(n) if n == len => done += len,
+            Ok(_) => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            Err(_) => return Err(io::Error::last_os_error()),
+        }
+    }
+    if done == into.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EFAULT)) }
+}
+
+/// Pieces that one call takes (`UIO_MAXIOV`).
+const IOV_MAX: usize = 1024;
+
 /// The restartable sequence that the C library has registered for this thread: address and possible lengths, longest
 /// first. A forked process inherits it (rseq(2)), and must end it before it unmaps the memory.
 pub fn own_rseq() -> Option<(u64, [u64; 2])> {

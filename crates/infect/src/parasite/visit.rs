@@ -5,14 +5,18 @@ use std::sync::atomic::Ordering;
 
 use dormouse_blob_abi::parasite::{Entry, OCCUPIED};
 use dormouse_blobs::PARASITE;
+use dormouse_sys::futex;
 
-use super::{ALL_SIGNALS, Parasite, STACK, place_entry};
+use super::{ALL_SIGNALS, NUDGE_MS, Parasite, STACK, place_entry};
 use crate::arena::Batch;
 use crate::ptrace::{State, Tracee};
 use crate::{InfectError, arch, cancel};
 
 /// Threads that are in the mapping at a time.
-pub const VISITORS: usize = 16;
+pub const VISITORS: usize = 64;
+
+/// So often it is looked whether they are finished before it is slept for it.
+const LOOKS: u32 = 16;
 
 /// A stopped thread that is to run a list.
 #[derive(Debug)]
@@ -38,11 +42,13 @@ impl Parasite<'_> {
         cancel::check()?;
         let mark = self.arena.mark();
         let here = self.entry + offset_of!(Entry, visitors) as u64;
+        let finished = self.entry + offset_of!(Entry, finished) as u64;
+        self.arena.atomic(finished).store(0, Ordering::Release);
         self.arena.atomic(here).store(OCCUPIED | visits.len() as u32, Ordering::Release);
         let mut places = Vec::with_capacity(visits.len());
         let mut outcome = Ok(());
         for visit in visits.iter_mut() {
-            match self.enter_visitor(visit, here) {
+            match self.enter_visitor(visit) {
                 Ok(place) => places.push(place),
                 Err(e) => {
                     outcome = Err(e);
@@ -52,8 +58,7 @@ impl Parasite<'_> {
         }
         let visits = &mut visits[..places.len()];
         if outcome.is_ok() {
-            let nudge = || visits.iter().try_for_each(|v| v.thread.nudge());
-            outcome = (0..visits.len()).try_for_each(|_| self.receive_nudging(nudge).map(drop));
+            outcome = self.await_visitors(finished, visits);
         }
         // Whatever has happened, all that came in are put back; the first error is the one that counts.
         for visit in visits.iter() {
@@ -73,12 +78,34 @@ impl Parasite<'_> {
         visits.iter().zip(statuses).try_for_each(|(v, status)| self.judge(v.thread.tid(), v.batch, status))
     }
 
+    /// Waits until all have run their lists; `finished` is the address of their number.
+    fn await_visitors(&self, finished: u64, visits: &[Visit<'_>]) -> Result<(), InfectError> {
+        let word = self.arena.atomic(finished);
+        let mut looks = 0;
+        loop {
+            let now = word.load(Ordering::Acquire);
+            if now as usize >= visits.len() {
+                return Ok(());
+            }
+            looks += 1;
+            if looks < LOOKS {
+                std::thread::yield_now();
+                continue;
+            }
+            // Only the last of them wakes us.
+            futex::wait_for(word, now, NUDGE_MS as u64 * 1_000_000);
+            if word.load(Ordering::Acquire) == now {
+                visits.iter().try_for_each(|v| v.thread.nudge())?;
+            }
+        }
+    }
+
     /// Lets a thread in; where its list and its entry record lie.
-    fn enter_visitor(&mut self, visit: &mut Visit<'_>, visitors: u64) -> Result<(u64, u64), InfectError> {
+    fn enter_visitor(&mut self, visit: &mut Visit<'_>) -> Result<(u64, u64), InfectError> {
         let stack = self.arena.alloc(STACK, 16) + STACK as u64;
         let ops = visit.batch.place(&mut self.arena);
         let n_ops = visit.batch.len() as u64;
-        let entry = place_entry(&mut self.arena, visit.state, self.remote_socket, ops, n_ops, visitors);
+        let entry = place_entry(&mut self.arena, visit.state, self.remote_socket, ops, n_ops, self.entry);
         // Registers before the mask on the way in, the mask before them on the way out: the parasite puts the mask
         // back if we die in between, the target's own code would not.
         let regs = arch::for_call(&visit.state.regs, self.arena.base() + PARASITE.entry, stack, entry);

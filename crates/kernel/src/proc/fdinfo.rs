@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::text::{self, At};
-use super::{Result, numeric_names, read_bytes, read_link_bytes};
+use super::{Result, numeric_names, read_link_bytes, read_record};
 use crate::ids::{HostPid, TargetFd};
 
 /// One fdinfo file; see proc_pid_fdinfo(5).
@@ -105,7 +105,7 @@ pub fn fd_link(pid: HostPid, fd: TargetFd) -> Result<Vec<u8>> {
 /// The fdinfo of descriptor `fd` of process `pid`.
 pub fn read(pid: HostPid, fd: TargetFd) -> Result<FdInfo> {
     let path = pid.proc_path(&format!("fdinfo/{fd}"));
-    parse(&path, &read_bytes(&path)?)
+    parse(&path, &read_record(&path)?)
 }
 
 /// Parses an fdinfo file. The four common fields must exist; a later line of the same key is an extra one.

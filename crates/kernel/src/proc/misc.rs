@@ -46,7 +46,7 @@ pub fn root(pid: HostPid) -> Result<Vec<u8>> {
 /// The execution domain and its flags; see personality(2).
 pub fn personality(pid: HostPid) -> Result<u32> {
     let path = pid.proc_path("personality");
-    let bytes = read_bytes(&path)?;
+    let bytes = read_record(&path)?;
     let at = At::new(&path, 1);
     u32::try_from(at.hex(&bytes, "bad personality")?).map_err(|_| at.bad("personality too large", &bytes))
 }
@@ -54,13 +54,13 @@ pub fn personality(pid: HostPid) -> Result<u32> {
 /// -1000 to 1000; see proc_pid_oom_score_adj(5).
 pub fn oom_score_adj(pid: HostPid) -> Result<i32> {
     let path = pid.proc_path("oom_score_adj");
-    At::new(&path, 1).dec(&read_bytes(&path)?, "bad oom_score_adj")
+    At::new(&path, 1).dec(&read_record(&path)?, "bad oom_score_adj")
 }
 
 /// The audit login uid, `u32::MAX` for unset; `None` if the kernel has no audit.
 pub fn loginuid(pid: HostPid) -> Result<Option<u32>> {
     let path = pid.proc_path("loginuid");
-    match read_bytes(&path) {
+    match read_record(&path) {
         Ok(bytes) => At::new(&path, 1).dec(&bytes, "bad loginuid").map(Some),
         Err(error) if error.errno() == Some(libc::ENOENT) && pid.proc_path("stat").exists() => Ok(None),
         Err(error) => Err(error),

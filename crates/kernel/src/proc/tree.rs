@@ -1,9 +1,11 @@
 //! The process tree: threads of a process and children of all its threads.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use super::{Result, numeric_names, read_bytes, stat, text};
 use crate::ids::HostPid;
+use crate::side_by_side;
 
 /// From so many threads on it is asked whether there are fewer processes.
 const MANY: usize = 256;
@@ -14,13 +16,28 @@ pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(numeric_names(&pid.proc_path("task"))?.into_iter().map(HostPid).collect())
 }
 
+/// How many threads process `pid` has, by the links of its `task` directory; `None` where that is not counted so.
+pub fn thread_count(pid: HostPid) -> Option<usize> {
+    use std::os::unix::fs::MetadataExt as _;
+    static OWN: OnceLock<bool> = OnceLock::new();
+    let links = |pid: HostPid| std::fs::metadata(pid.proc_path("task")).ok().map(|m| m.nlink() as usize);
+    // Each thread is a directory below it, and some file systems count those and others do not.
+    let counted = OWN.get_or_init(|| {
+        let me = HostPid::current();
+        let before = links(me);
+        let listed = threads(me).map(|t| t.len() + 2).ok();
+        before.is_some() && before == listed && before == links(me)
+    });
+    if *counted { links(pid)?.checked_sub(2) } else { None }
+}
+
 /// The children of process `pid` over all its threads, in ascending order, zombies included.
 ///
 /// Reads `task/TID/children` (since Linux 3.5, with `CONFIG_PROC_CHILDREN`; exact only while the children are stopped), and
 /// where the kernel has no such file, or there are more threads than processes, every process's parent.
 pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();
-    let threads = threads(pid)?;
+    let threads = if thread_count(pid) == Some(1) { vec![pid] } else { threads(pid)? };
     // Thousands of threads take longer than all processes.
     if threads.len() > MANY && threads.len() > numeric_names(Path::new("/proc"))?.len() {
         return children_by_scan(pid);
@@ -44,8 +61,9 @@ pub fn descendants(root: HostPid) -> Vec<HostPid> {
     let mut found = vec![root];
     let mut at = 0;
     while at < found.len() {
-        found.extend(children(found[at]).unwrap_or_default());
-        at += 1;
+        let generation = side_by_side(&found[at..], |pid| children(*pid).unwrap_or_default());
+        at = found.len();
+        found.extend(generation.into_iter().flatten());
     }
     found
 }

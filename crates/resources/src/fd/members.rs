@@ -1,9 +1,16 @@
 //! What is in a tree that may be running: the masters of pseudoterminals, and sockets.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::OnceLock;
 
+use dormouse_kernel::proc::mountinfo::{self, MountInfo};
 use dormouse_kernel::proc::{self, fdinfo, stat, tree};
-use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_kernel::{HostPid, TargetFd, side_by_side};
+
+use super::seen::Seen;
+
+/// A descriptor, and what it links to.
+type Link = (TargetFd, Vec<u8>);
 
 /// What of a tree others refer to.
 #[derive(Debug, Default)]
@@ -16,6 +23,12 @@ pub struct Members {
     ptys: HashSet<u32>,
     /// Sockets, by the low half of their inode numbers.
     sockets: HashSet<u32>,
+    /// The descriptors of each.
+    links: HashMap<HostPid, Vec<Link>>,
+    /// What nothing stands against.
+    seen: Seen,
+    /// The mounts of our own namespace, once they were asked for.
+    mounts: OnceLock<Vec<MountInfo>>,
 }
 
 /// The inode of the socket that a link of a descriptor tells.
@@ -32,17 +45,42 @@ fn pty(pid: HostPid, fd: TargetFd) -> Option<u32> {
 impl Members {
     /// Looks at all descriptors of the tree. Processes that end meanwhile have none.
     pub fn of(root: HostPid) -> Self {
-        let mut found = Self { root: Some(root), processes: tree::descendants(root), ..Self::default() };
-        for &pid in &found.processes {
-            for fd in proc::fds(pid).unwrap_or_default().into_iter().map(TargetFd) {
-                let Ok(link) = proc::fd_link(pid, fd) else { continue };
-                found.sockets.extend(socket(&link));
+        Self::among(root, tree::descendants(root))
+    }
+
+    /// As [`Members::of`], of a tree whose processes are known: `root` and all below it, parents first.
+    pub fn among(root: HostPid, processes: Vec<HostPid>) -> Self {
+        let mut found = Self { root: Some(root), seen: Seen::among_running(), ..Self::default() };
+        for (&pid, links) in processes.iter().zip(side_by_side(&processes, |pid| links_of(*pid))) {
+            for (fd, link) in &links {
+                found.sockets.extend(socket(link));
                 if link.ends_with(b"/ptmx") {
-                    found.ptys.extend(pty(pid, fd));
+                    found.ptys.extend(pty(pid, *fd));
                 }
             }
+            found.links.insert(pid, links);
         }
+        found.processes = processes;
         found
+    }
+
+    /// The descriptors of a process of the tree as they were when it was looked at.
+    pub(super) fn links(&self, pid: HostPid) -> Option<&[Link]> {
+        self.links.get(&pid).map(Vec::as_slice)
+    }
+
+    /// The mounts of our own namespace, as they were when first asked for.
+    pub(super) fn own_mounts(&self) -> proc::Result<&[MountInfo]> {
+        if let Some(mounts) = self.mounts.get() {
+            return Ok(mounts);
+        }
+        let mounts = mountinfo::read(HostPid::current())?;
+        Ok(self.mounts.get_or_init(|| mounts))
+    }
+
+    /// What was looked at already, and nothing stands against.
+    pub(super) fn seen(&self) -> &Seen {
+        &self.seen
     }
 
     /// The processes of the tree, parents first.
@@ -72,6 +110,12 @@ impl Members {
         let inside = |pid: HostPid| self.root.is_some_and(|root| ancestors(pid).contains(&root));
         all.filter(|pid| *pid != HostPid::current()).filter(has).find(|pid| !inside(*pid))
     }
+}
+
+/// The descriptors of a process, as far as they stay open.
+fn links_of(pid: HostPid) -> Vec<Link> {
+    let fds = proc::fds(pid).unwrap_or_default().into_iter().map(TargetFd);
+    fds.filter_map(|fd| Some((fd, proc::fd_link(pid, fd).ok()?))).collect()
 }
 
 /// A process and those above it, up to the first of this machine.

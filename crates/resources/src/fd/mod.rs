@@ -24,6 +24,7 @@ mod paths;
 mod pidfd;
 mod pipe;
 mod reg;
+mod seen;
 mod signalfd;
 mod sock;
 mod table;
@@ -156,21 +157,60 @@ fn kind_of_type(number: i32) -> Option<&'static dyn FdKind> {
 /// # Errors
 /// The process is gone or may not be looked at.
 pub fn blockers(pid: HostPid, options: &DumpOptions, members: &Members) -> Result<Vec<Blocker>> {
+    blockers_among(pid, &maps::read_maps(pid)?, options, members)
+}
+
+/// As [`blockers`], of a process whose mappings are known.
+///
+/// # Errors
+/// As of [`blockers`].
+pub fn blockers_among(
+    pid: HostPid,
+    mappings: &[maps::Vma],
+    options: &DumpOptions,
+    members: &Members,
+) -> Result<Vec<Blocker>> {
     let process = Process::open(pid)?;
     let mut look = Look::new(options).with_members(members);
     let mut found = Vec::new();
-    for fd in proc::fds(pid)?.into_iter().map(TargetFd) {
-        let view = fdinfo::read(pid, fd).map_err(ResourceError::from).and_then(|info| process.descriptor(fd, info));
+    let listed;
+    let links = match members.links(pid) {
+        Some(links) => links,
+        None => {
+            listed = proc::fds(pid)?.into_iter().map(|fd| (TargetFd(fd), Vec::new())).collect::<Vec<_>>();
+            &listed
+        }
+    };
+    let seen = members.seen();
+    for (fd, link) in links {
+        if seen.has_fd(pid, *fd, link, process.mnt_ns()) {
+            continue;
+        }
+        let view = fdinfo::read(pid, *fd).map_err(ResourceError::from).and_then(|info| process.descriptor(*fd, info));
         match view {
-            Ok(view) => found.extend(of_view(&view, &mut look)?),
+            Ok(view) => {
+                let more = of_view(&view, &mut look)?;
+                if more.is_empty() {
+                    seen.add_fd(pid, *fd, view.link, view.mnt_ns);
+                }
+                found.extend(more);
+            }
             Err(e) if is_closed(&e) => {}
             Err(e) => return Err(e),
         }
     }
     for (place, name) in [(Place::Exe, "exe"), (Place::Cwd, "cwd"), (Place::Root, "root")] {
-        found.extend(of_view(&process.place(place, name)?, &mut look)?);
+        let key = process.place_key(place, name)?;
+        if key.as_ref().is_some_and(|key| seen.has_place(key)) {
+            continue;
+        }
+        let more = of_view(&process.place(place, name)?, &mut look)?;
+        if let Some(key) = key.filter(|_| more.is_empty()) {
+            seen.add_place(key);
+        }
+        found.extend(more);
     }
-    found.extend(of_mappings(&process, pid, &mut look)?);
+    found.extend(of_mappings(&process, mappings, &mut look)?);
     Ok(found)
 }
 
@@ -185,10 +225,10 @@ fn of_view(view: &FdView, look: &mut Look<'_>) -> Result<Vec<Blocker>> {
 }
 
 /// Mapped files without a name: what is named is found again when it is dumped.
-fn of_mappings(process: &Process, pid: HostPid, look: &mut Look<'_>) -> Result<Vec<Blocker>> {
+fn of_mappings(process: &Process, mappings: &[maps::Vma], look: &mut Look<'_>) -> Result<Vec<Blocker>> {
     let mut found = Vec::new();
     let mut seen = std::collections::HashSet::new();
-    for vma in maps::read_maps(pid)? {
+    for vma in mappings {
         let (path, deleted) = proc::split_deleted(&vma.name);
         // Shared memory of every sort looks deleted and is no file of the table.
         let memory =
@@ -196,7 +236,7 @@ fn of_mappings(process: &Process, pid: HostPid, look: &mut Look<'_>) -> Result<V
         if !deleted || memory || !seen.insert((vma.dev_major, vma.dev_minor, vma.inode)) {
             continue;
         }
-        match process.place(Place::Mapping(vma.start), &mapping_name(&vma)) {
+        match process.place(Place::Mapping(vma.start), &mapping_name(vma)) {
             Ok(view) => found.extend(of_view(&view, look)?),
             Err(e) if is_closed(&e) => {}
             Err(e) => return Err(e),

@@ -38,6 +38,8 @@ pub struct FileTable<'a> {
     links: LinkGuard,
     /// Files that are no descriptions: mapped, executed, or a directory of a process.
     places: HashMap<(File, Vec<u8>), u32>,
+    /// Mapped files, as their lines of maps tell them: device, inode and name.
+    mapped: HashMap<(u32, u32, u64, Vec<u8>), u32>,
     pipes: Contents<'a>,
     fifos: Contents<'a>,
     pub(super) maps: bpf::Contents<'a>,
@@ -75,6 +77,7 @@ impl<'a> FileTable<'a> {
             link_ids: HashMap::new(),
             links: LinkGuard::default(),
             places: HashMap::new(),
+            mapped: HashMap::new(),
             pipes: Contents::new(images, ImageKind::PipesData),
             fifos: Contents::new(images, ImageKind::FifoData),
             maps: bpf::Contents::new(images),
@@ -154,7 +157,13 @@ impl<'a> FileTable<'a> {
     /// # Errors
     /// It cannot be dumped, or /proc/PID/map_files may not be used (CAP_CHECKPOINT_RESTORE, Linux 5.9).
     pub fn add_mapped(&mut self, pid: HostPid, vma: &Vma) -> Result<u32> {
-        self.add_place(pid, Place::Mapping(vma.start), &mapping_name(vma))
+        let key = (vma.dev_major, vma.dev_minor, vma.inode, vma.name.clone());
+        if let Some(id) = self.mapped.get(&key) {
+            return Ok(*id);
+        }
+        let id = self.add_place(pid, Place::Mapping(vma.start), &mapping_name(vma))?;
+        self.mapped.insert(key, id);
+        Ok(id)
     }
 
     /// The id of a frozen process's executable.
@@ -176,11 +185,15 @@ impl<'a> FileTable<'a> {
     }
 
     fn add_place(&mut self, pid: HostPid, place: Place, name: &str) -> Result<u32> {
-        let view = Process::open(pid)?.place(place, name)?;
-        let key = ((view.stat.st_dev, view.stat.st_ino), view.link.clone());
+        // Most processes of a tree have them in common: what is known needs no descriptor of ours.
+        let path = pid.proc_path(name);
+        let link = proc::read_link_bytes(&path)?;
+        let st = nix::sys::stat::stat(&path).map_err(|e| proc::ProcError::Read { path, cause: e.into() })?;
+        let key = ((st.st_dev, st.st_ino), link);
         if let Some(id) = self.places.get(&key) {
             return Ok(*id);
         }
+        let view = Process::open(pid)?.place(place, name)?;
         let (id, _) = self.add(&view)?;
         self.places.insert(key, id);
         Ok(id)

@@ -14,6 +14,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, stat};
 
 use super::members::Members;
+use super::seen::{PlaceKey, Sort};
 use super::sock::UnixSockets;
 use crate::{Blocker, DumpOptions, ResourceError, Result, call, invalid};
 
@@ -153,6 +154,19 @@ impl Process {
         Ok(Self { pid, handle, mnt_ns: ns_inode(pid, NsKind::Mnt)?.unwrap_or(0) })
     }
 
+    /// Its mount namespace, by inode.
+    pub(super) fn mnt_ns(&self) -> u64 {
+        self.mnt_ns
+    }
+
+    /// By what a place that is no descriptor can be told from others; `None` where the kernel does not tell.
+    pub(super) fn place_key(&self, place: Place, name: &str) -> Result<Option<PlaceKey>> {
+        let path = self.pid.proc_path(name);
+        let link = proc::read_link_bytes(&path)?;
+        let identity = host::identity(&path).ok();
+        Ok(Sort::of(place).zip(identity).map(|(sort, identity)| (sort, link, identity, self.mnt_ns)))
+    }
+
     /// Device and inode of what a descriptor refers to, without taking a copy of it.
     pub fn identity(&self, fd: TargetFd) -> Result<(u64, u64)> {
         let path = self.pid.proc_path(&format!("fd/{fd}"));
@@ -288,8 +302,9 @@ impl<'a> Look<'a> {
     /// Whether the file's mount is one that its process's namespace has: neither detached nor the kernel's own.
     pub fn is_mounted(&mut self, view: &FdView) -> Result<bool> {
         if !self.mounts.contains_key(&view.mnt_ns) {
-            let who = if view.mnt_ns == self.own_ns { HostPid::current() } else { view.pid };
-            let ids = mountinfo::read(who)?.iter().map(|m| m.id).collect();
+            let ids = |mounts: &[mountinfo::MountInfo]| mounts.iter().map(|m| m.id).collect();
+            let ids =
+                if view.mnt_ns == self.own_ns { ids(self.own_mounts()?) } else { ids(&mountinfo::read(view.pid)?) };
             self.mounts.insert(view.mnt_ns, ids);
         }
         Ok(self.mounts[&view.mnt_ns].contains(&view.info.mnt_id))
@@ -300,9 +315,10 @@ impl<'a> Look<'a> {
     /// # Errors
     /// They cannot be read.
     pub fn own_mounts(&mut self) -> Result<&[mountinfo::MountInfo]> {
-        match &mut self.own_mounts {
-            Some(list) => Ok(list),
-            none => Ok(none.insert(mountinfo::read(HostPid::current())?)),
+        match (self.members, &mut self.own_mounts) {
+            (Some(members), _) => Ok(members.own_mounts()?),
+            (None, Some(list)) => Ok(list),
+            (None, none) => Ok(none.insert(mountinfo::read(HostPid::current())?)),
         }
     }
 

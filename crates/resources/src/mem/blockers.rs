@@ -39,10 +39,18 @@ const FLAGS: [(&str, &str, &str); 4] = [
 /// # Errors
 /// The process is gone or may not be inspected.
 pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
+    blockers_and_mappings(pid).map(|(found, _)| found)
+}
+
+/// As [`blockers`], with the mappings that were looked at.
+///
+/// # Errors
+/// As of [`blockers`].
+pub fn blockers_and_mappings(pid: HostPid) -> Result<(Vec<Blocker>, Vec<Vma>)> {
     let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
     let mut found = Vec::new();
     let mut seen = HashSet::new();
-    let mut segments = Vec::new();
+    let (mut segments, mut mappings) = (Vec::new(), Vec::new());
     smaps::for_each(pid, |v| {
         let (v, kind) = classify(v, shm);
         let file = (v.dev_major, v.dev_minor, v.inode);
@@ -55,11 +63,12 @@ pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
             found.push(Blocker { pid, fd: None, what, next_step });
         }
         if kind == Kind::Sysv {
-            segments.push((v, kind));
+            segments.push((v.clone(), kind));
         }
+        mappings.push(v);
     })?;
     found.extend(sysv::blocker(pid, &segments)?);
-    Ok(found)
+    Ok((found, mappings))
 }
 
 /// Why a mapping cannot be dumped, and what can be done about it. `codes` are its flags.

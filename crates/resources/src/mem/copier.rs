@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use dormouse_blob_abi::{OpKind, Policy};
 use dormouse_infect::arena::Batch;
+use dormouse_infect::host::process::read_pieces;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::{InfectError, cancel};
 use dormouse_kernel::{HostPid, TargetFd};
@@ -142,6 +143,9 @@ impl<'a, 'p> Copier<'a, 'p> {
             self.writer = self.decide()?;
         }
         let Writer::Inside(fd) = self.writer else {
+            if chunk.len <= BUFFER as u64 && self.copy_at_once(&chunk)? {
+                return Ok(());
+            }
             return chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset));
         };
         let mark = self.parasite.arena.mark();
@@ -168,12 +172,30 @@ impl<'a, 'p> Copier<'a, 'p> {
         }
     }
 
-    fn copy(&mut self, addr: u64, len: u64, offset: u64) -> Result<()> {
-        let mut done = 0;
+    /// Copies a chunk that fits into the buffer, by two calls; false if that cannot be, because it may not be read like this.
+    fn copy_at_once(&mut self, chunk: &Chunk) -> Result<bool> {
+        cancel::check()?;
+        self.make_room(chunk.len);
+        let bytes = &mut self.buffer[..chunk.len as usize];
+        let pieces = chunk.pieces().map(|(addr, len, _)| (addr, len as usize));
+        if read_pieces(self.pid, pieces, bytes).is_err() {
+            return Ok(false);
+        }
+        self.image.write_all_at(bytes, chunk.offset).map_err(unwritten)?;
+        self.outside += chunk.len;
+        Ok(true)
+    }
+
+    fn make_room(&mut self, len: u64) {
         let room = len.min(BUFFER as u64) as usize;
         if self.buffer.len() < room {
             self.buffer.resize(room, 0);
         }
+    }
+
+    fn copy(&mut self, addr: u64, len: u64, offset: u64) -> Result<()> {
+        let mut done = 0;
+        self.make_room(len);
         while done < len {
             cancel::check()?;
             let now = (len - done).min(BUFFER as u64) as usize;

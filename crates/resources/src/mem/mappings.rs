@@ -12,6 +12,7 @@ use dormouse_infect::host::mem::shared_memory_device;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::ProcError;
 use dormouse_kernel::proc::maps::{self, Vma};
+use dormouse_kernel::proc::status;
 use dormouse_pages::PageScanner;
 
 use super::blockers;
@@ -74,6 +75,8 @@ pub struct Mappings {
     vmas: Vec<(Vma, Kind)>,
     own: Range<u64>,
     stacks: Vec<u64>,
+    /// Kilobytes that are locked into memory, if that is known.
+    locked_kb: Option<u64>,
     reader: Mutex<Option<JoinHandle<Smaps>>>,
     /// Lines of smaps, as many as `vmas`.
     smaps: OnceLock<Vec<Smap>>,
@@ -95,10 +98,24 @@ impl Mappings {
             vmas,
             own,
             stacks: Vec::new(),
+            locked_kb: None,
             reader: Mutex::new(None),
             smaps: OnceLock::new(),
             guards: OnceLock::new(),
         })
+    }
+
+    /// A parasite has come in since: what lies in `own`, its range, is none of the process's.
+    #[must_use]
+    pub fn entered(mut self, own: Range<u64>) -> Self {
+        self.vmas.retain(|(v, _)| v.start < own.start || v.start >= own.end);
+        self.own = own;
+        self
+    }
+
+    /// The lines of maps.
+    pub fn maps(&self) -> impl Iterator<Item = &Vma> {
+        self.vmas.iter().map(|(v, _)| v)
     }
 
     /// From now on pages and flags are read from `copy`, a copy of the process with the same mappings. Whether it has the same:
@@ -160,6 +177,24 @@ impl Mappings {
     pub fn with_stacks(mut self, pointers: impl IntoIterator<Item = u64>) -> Self {
         self.stacks = pointers.into_iter().collect();
         self
+    }
+
+    /// Tells what the process's status file says of locked memory.
+    #[must_use]
+    pub fn with_locked(mut self, kb: Option<u64>) -> Self {
+        self.locked_kb = kb;
+        self
+    }
+
+    /// Whether any memory is locked, as far as that is cheap to find out.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub(crate) fn may_be_locked(&self) -> Result<bool> {
+        // A copy has its own file.
+        let known = self.locked_kb.filter(|_| self.copy.get().is_none());
+        let kb = if known.is_some() { known } else { status::read(self.source())?.vm_lck_kb };
+        Ok(kb.is_none_or(|kb| kb > 0))
     }
 
     /// The process.

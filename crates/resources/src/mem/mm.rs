@@ -6,7 +6,8 @@ use std::os::fd::RawFd;
 use dormouse_images::pb;
 use dormouse_infect::arena::{Batch, OpId};
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::{misc, stat};
+use dormouse_kernel::proc::misc;
+use dormouse_kernel::proc::stat::Stat;
 use dormouse_sys::nr;
 
 use super::aio;
@@ -69,12 +70,17 @@ pub struct MmDraft {
 }
 
 impl MmDraft {
-    /// Takes what can be seen from outside.
+    /// Takes what can be seen from outside; `stat` is the process's.
     ///
     /// # Errors
     /// A mapped file cannot be added, or the process is gone.
-    pub fn take(mappings: &Mappings, files: &mut FileTable<'_>, shared: &mut SharedDump<'_>) -> Result<Self> {
-        let mm = fields(mappings.pid(), files)?;
+    pub fn take(
+        mappings: &Mappings,
+        stat: &Stat,
+        files: &mut FileTable<'_>,
+        shared: &mut SharedDump<'_>,
+    ) -> Result<Self> {
+        let mm = fields(mappings.pid(), stat, files)?;
         Ok(Self { mm, mapped: mapped(mappings, files, shared)? })
     }
 
@@ -115,8 +121,7 @@ impl MmDraft {
 }
 
 /// The fields that are not about single mappings.
-fn fields(pid: HostPid, files: &mut FileTable<'_>) -> Result<pb::MmEntry> {
-    let s = stat::read(pid)?;
+fn fields(pid: HostPid, s: &Stat, files: &mut FileTable<'_>) -> Result<pb::MmEntry> {
     Ok(pb::MmEntry {
         mm_start_code: s.startcode,
         mm_end_code: s.endcode,

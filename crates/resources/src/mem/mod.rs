@@ -32,7 +32,7 @@ mod vdso;
 pub mod vma;
 
 pub use behind::Behind;
-pub use blockers::blockers;
+pub use blockers::{blockers, blockers_and_mappings};
 pub use dedup::{dedup, punch};
 pub use fill::{HostFill, HostLazy};
 pub use increment::{Increment, Watch, held_by, protection};

@@ -15,7 +15,7 @@ use dormouse_images::ImageDir;
 use dormouse_infect::arch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
-use dormouse_kernel::proc::{stat, status};
+use dormouse_kernel::proc::stat;
 use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
 use dormouse_pages::{PageClient, PageRun, PageScanner, Want, category};
 
@@ -305,8 +305,7 @@ impl<'a, 'p> Dump<'a, 'p> {
         early.sort_unstable();
         early.dedup();
         // Smaps takes its time, so it is waited for only where something is locked.
-        let any = status::read(pid)?.vm_lck_kb.is_none_or(|kb| kb > 0);
-        let locked = if any { mappings.flagged("lo")? } else { Vec::new() };
+        let locked = if mappings.may_be_locked()? { mappings.flagged("lo")? } else { Vec::new() };
         let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
         let most = saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add);
         let out = Out::new(parasite, mappings, images, ids, most)?;

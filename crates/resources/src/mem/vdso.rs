@@ -9,6 +9,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use dormouse_images::pb;
 use dormouse_infect::arena::Batch;
@@ -323,9 +324,11 @@ fn same_code(other: &[u8], own: &[u8]) -> bool {
 
 /// Takes out of a vDSO's bytes what a parasite keeps in the padding at their end, if it is this kernel's.
 pub fn without_additions(bytes: &mut [u8]) {
-    let Ok(own) = Vdso::find() else { return };
-    if same_code(bytes, &own.bytes) {
-        bytes.copy_from_slice(&own.bytes);
+    static OWN: OnceLock<Option<Vec<u8>>> = OnceLock::new();
+    // Ours stays as it is, and every process of a tree is compared with it.
+    let Some(own) = OWN.get_or_init(|| Vdso::find().ok().map(|own| own.bytes)) else { return };
+    if same_code(bytes, own) {
+        bytes.copy_from_slice(own);
     }
 }
 

@@ -16,9 +16,20 @@ use crate::{Blocker, DumpOptions, Result};
 ///
 /// # Errors
 /// `/proc` cannot be read, or holds something unknown.
-pub fn blockers(pid: HostPid, _: &DumpOptions) -> Result<Vec<Blocker>> {
+pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<Blocker>> {
+    match status::read(pid) {
+        Err(e) if e.is_gone() => Ok(Vec::new()),
+        leader => blockers_of(pid, &leader?, options),
+    }
+}
+
+/// As [`blockers`], of a process whose status was read.
+///
+/// # Errors
+/// As of [`blockers`].
+pub fn blockers_of(pid: HostPid, leader: &Status, _: &DumpOptions) -> Result<Vec<Blocker>> {
     let mut found = Found { pid, blockers: Vec::new() };
-    match look(pid, &mut found) {
+    match look(pid, leader, &mut found) {
         Err(crate::ResourceError::Proc(e)) if e.is_gone() => Ok(Vec::new()),
         Err(e) => Err(e),
         Ok(()) => Ok(found.blockers),
@@ -36,8 +47,7 @@ impl Found {
     }
 }
 
-fn look(pid: HostPid, found: &mut Found) -> Result<()> {
-    let leader = status::read(pid)?;
+fn look(pid: HostPid, leader: &Status, found: &mut Found) -> Result<()> {
     if leader.state == b'Z' {
         if stat::read(pid)?.num_threads > 1 {
             found.add(
@@ -47,7 +57,7 @@ fn look(pid: HostPid, found: &mut Found) -> Result<()> {
         }
         return Ok(());
     }
-    namespaces(pid, &leader, found)?;
+    namespaces(pid, leader, found)?;
     if is_32_bit(pid)? {
         found.add("it runs a 32-bit program", "run a 64-bit build of it");
     }
@@ -60,7 +70,7 @@ fn look(pid: HostPid, found: &mut Found) -> Result<()> {
     }
     // Thousands of threads that are alike make one report.
     let mut seen = Vec::new();
-    for (tid, reasons) in tids.iter().zip(side_by_side(&tids, |tid| of_thread(pid, *tid))) {
+    for (tid, reasons) in tids.iter().zip(side_by_side(&tids, |tid| of_thread(pid, *tid, leader))) {
         for (why, next) in reasons? {
             if !seen.contains(&why) {
                 found.add(if *tid == pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
@@ -71,16 +81,22 @@ fn look(pid: HostPid, found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-fn of_thread(pid: HostPid, tid: HostPid) -> Result<Vec<(String, &'static str)>> {
+fn of_thread(pid: HostPid, tid: HostPid, leader: &Status) -> Result<Vec<(String, &'static str)>> {
     let mut reasons = Vec::new();
-    let status = match status::read_thread(pid, tid) {
-        Err(e) if e.is_gone() => return Ok(reasons),
-        other => other?,
+    let own;
+    let status = if tid == pid {
+        leader
+    } else {
+        own = match status::read_thread(pid, tid) {
+            Err(e) if e.is_gone() => return Ok(reasons),
+            other => other?,
+        };
+        &own
     };
     if let Some(tracer) = status.tracer_pid.filter(|_| tid != pid) {
         reasons.push((format!("it is being traced by pid {tracer}"), "detach the debugger or strace and retry"));
     }
-    reasons.extend(seccomp::unsupported(&status));
+    reasons.extend(seccomp::unsupported(status));
     if status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         reasons.push(("it uses a shadow stack".into(), "run it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"));
     }
@@ -128,7 +144,8 @@ fn namespaces(pid: HostPid, status: &Status, found: &mut Found) -> Result<()> {
         );
     }
     for (kind, own) in own_namespaces()? {
-        if ns_inode(pid, *kind)? != *own {
+        let its = if *kind == NsKind::Time { own_time_ns } else { ns_inode(pid, *kind)? };
+        if its != *own {
             let what = format!("it is in another {} namespace than dormouse", kind.file_name());
             found.add(what, "dump it from inside that namespace (nsenter(1))");
         }
@@ -155,18 +172,28 @@ fn is_32_bit(pid: HostPid) -> Result<bool> {
 
 /// A task that a security module confines otherwise than us would be restored under our label.
 fn label(pid: HostPid, found: &mut Found) -> Result<()> {
+    static OURS: OnceLock<Option<Vec<u8>>> = OnceLock::new();
     let of = |pid: HostPid| match read_bytes(&pid.proc_path("attr/current")) {
         Ok(label) => {
-            Ok(label.trim_ascii_end().strip_suffix(b"\0").map_or(label.trim_ascii_end().to_vec(), <[u8]>::to_vec))
+            Ok(Some(label.trim_ascii_end().strip_suffix(b"\0").map_or(label.trim_ascii_end().to_vec(), <[u8]>::to_vec)))
         }
         // No security module gives labels.
-        Err(e) if matches!(e.errno(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+        Err(e) if matches!(e.errno(), Some(libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP)) => Ok(None),
         Err(e) => Err(e),
     };
-    let (its, ours) = (of(pid)?, of(HostPid::current())?);
-    if its != ours {
+    let ours = match OURS.get() {
+        Some(ours) => ours,
+        None => {
+            let ours = of(HostPid::current())?;
+            OURS.get_or_init(|| ours)
+        }
+    };
+    // Where we have none, nobody has.
+    let Some(ours) = ours else { return Ok(()) };
+    let its = of(pid)?.unwrap_or_default();
+    if its != *ours {
         found.add(
-            format!("a security module confines it as {:?}, and dormouse as {:?}", lossy(&its), lossy(&ours)),
+            format!("a security module confines it as {:?}, and dormouse as {:?}", lossy(&its), lossy(ours)),
             "run both under the same label",
         );
     }

@@ -6,7 +6,6 @@ use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::process::read_memory;
 use dormouse_infect::ptrace::{RseqConfig, State};
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::limits;
 use dormouse_kernel::proc::misc as proc_misc;
 use dormouse_kernel::proc::stat::Stat;
 use dormouse_kernel::proc::status::Status;
@@ -80,6 +79,7 @@ pub struct ProcessAsk {
     intervals: itimer::Ask,
     timers: posix_timer::Ask,
     misc: misc::ProcessAsk,
+    limits: rlimit::Ask,
     segments: ldt::Ask,
 }
 
@@ -91,6 +91,7 @@ impl ProcessAsk {
             intervals: itimer::Ask::new(b, arena),
             timers: posix_timer::Ask::new(b, arena, timers),
             misc: misc::ProcessAsk::new(b, arena),
+            limits: rlimit::Ask::new(b, arena),
             segments: ldt::Ask::new(b, arena),
         }
     }
@@ -114,7 +115,7 @@ impl ProcessAsk {
         Ok(pb::TaskCoreEntry {
             task_state: if view.stopped.is_some() { TASK_STOPPED } else { TASK_ALIVE },
             exit_code: 0,
-            personality: proc_misc::personality(pid)?,
+            personality: self.misc.personality(b)?,
             flags: view.stat.flags as u32,
             blk_sigset: view.state.sigmask,
             comm: misc::name_to_image(&view.stat.comm),
@@ -124,7 +125,7 @@ impl ProcessAsk {
                 prof,
                 posix: self.timers.collect(b, arena, view.stat.num_threads as usize)?,
             }),
-            rlimits: Some(rlimit::to_image(&limits::read(pid)?)),
+            rlimits: Some(self.limits.collect(arena)),
             signals_s: Some(signal::to_image(view.pending, view.status.shd_pnd)),
             loginuid: proc_misc::loginuid(pid)?,
             oom_score_adj: Some(proc_misc::oom_score_adj(pid)?),

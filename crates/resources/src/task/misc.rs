@@ -25,6 +25,8 @@ const PR_SET_CHILD_SUBREAPER: u64 = 36;
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_TID_ADDRESS: u64 = 40;
 
+/// What asks for the personality and does not set it.
+const ASK_PERSONALITY: u64 = 0xffff_ffff;
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS`, Linux 6.3.
 const GET_REGISTRATIONS: u64 = 1 << 9;
 /// Barriers that only a registered process may use; the registration's own bit is the next one (membarrier(2)).
@@ -35,6 +37,7 @@ const REGISTERED_BARRIERS: [u64; 3] = [1 << 3, 1 << 5, 1 << 7];
 pub struct ProcessAsk {
     subreaper: u64,
     dumpable: OpId,
+    personality: OpId,
     barriers: Barriers,
 }
 
@@ -58,12 +61,21 @@ impl ProcessAsk {
                 REGISTERED_BARRIERS.map(|command| b.attempt("membarrier", nr::MEMBARRIER, &[command, 0, 0])),
             )
         };
-        Self { subreaper, dumpable, barriers }
+        let personality = b.must("personality", nr::PERSONALITY, &[ASK_PERSONALITY]);
+        Self { subreaper, dumpable, personality, barriers }
     }
 
     /// Whether children of its descendants become its own (`PR_GET_CHILD_SUBREAPER`(2const)).
     pub fn is_subreaper(&self, arena: &Arena) -> bool {
         arena.word32(self.subreaper) != 0
+    }
+
+    /// The execution domain and its flags (personality(2)).
+    ///
+    /// # Errors
+    /// The question failed.
+    pub fn personality(&self, b: &Batch) -> Result<u32> {
+        b.result(self.personality).map(|p| p as u32).map_err(call("personality"))
     }
 
     /// `PR_GET_DUMPABLE`(2const): 0, 1 or 2.

@@ -1,17 +1,35 @@
-//! Resource limits of a process: read from `/proc`, set by the process itself.
+//! Resource limits of a process: asked and set by the process itself, who may where others need CAP_SYS_RESOURCE.
 
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::task::own_capabilities;
 use dormouse_kernel::CapSet;
-use dormouse_kernel::proc::limits::{Limits, NAMES, UNLIMITED};
+use dormouse_kernel::proc::limits::{NAMES, UNLIMITED};
 use dormouse_sys::nr;
 
 use crate::{Result, call, invalid};
 
-/// The image's record. Unlimited is all ones there as in the kernel.
-pub fn to_image(limits: &Limits) -> pb::TaskRlimitsEntry {
-    pb::TaskRlimitsEntry { rlimits: limits.iter().map(|(cur, max)| pb::RlimitEntry { cur: *cur, max: *max }).collect() }
+/// What was asked inside a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask {
+    limits: u64,
+}
+
+impl Ask {
+    /// Adds prlimit64(2) of every limit.
+    pub fn new(b: &mut Batch, arena: &mut Arena) -> Self {
+        let limits = arena.alloc(NAMES.len() * 16, 16);
+        for (resource, name) in (0..).zip(NAMES) {
+            b.must(format!("reading limit \"{name}\""), nr::PRLIMIT64, &[0, resource, 0, limits + resource * 16]);
+        }
+        Self { limits }
+    }
+
+    /// The answers. Unlimited is all ones in the image as in the kernel.
+    pub fn collect(&self, arena: &Arena) -> pb::TaskRlimitsEntry {
+        let limit = |at: u64| pb::RlimitEntry { cur: arena.word(at), max: arena.word(at + 8) };
+        pb::TaskRlimitsEntry { rlimits: (0..NAMES.len() as u64).map(|i| limit(self.limits + i * 16)).collect() }
+    }
 }
 
 /// Sets the limits that differ from `own`, which every task of the tree inherits from this process.
