@@ -130,3 +130,34 @@ impl Holders {
         self.all.insert(pid, ids);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(vm: u32, files: u32, fs: u32) -> TaskKobjIdsEntry {
+        TaskKobjIdsEntry { vm_id: vm, files_id: files, fs_id: fs, sighand_id: vm, ..Default::default() }
+    }
+
+    #[test]
+    fn only_a_parent_may_share_its_descriptors_and_directories() {
+        let (parent, other) = (HostPid(1), HostPid(2));
+        let mut known = Holders::default();
+        known.add(parent, ids(1, 1, 1));
+        known.add(other, ids(2, 2, 2));
+        assert_eq!(known.shared(&ids(3, 1, 1), Some(parent)), None);
+        assert_eq!(known.shared(&ids(3, 3, 3), None), None);
+        assert_eq!(known.shared(&ids(3, 2, 3), Some(parent)).map(|(_, who)| who), Some(other));
+        assert_eq!(known.shared(&ids(3, 3, 2), Some(parent)).map(|(_, who)| who), Some(other));
+        assert_eq!(known.shared(&ids(1, 1, 1), Some(parent)).map(|(_, who)| who), Some(parent), "memory by nobody");
+        assert!(known.have_files(&ids(3, 2, 3)) && !known.have_files(&ids(3, 3, 2)));
+    }
+
+    #[test]
+    fn a_process_has_the_same_numbers_each_time() {
+        let (mut all, me) = (Ids::default(), HostPid::current());
+        let first = all.of(me).unwrap();
+        assert_eq!(all.of(me).unwrap(), first);
+        assert_eq!((first.vm_id, first.sighand_id), (1, 1));
+    }
+}

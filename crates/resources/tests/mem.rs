@@ -52,8 +52,13 @@ impl Dumped {
             let (stats, spans) =
                 mem::dump_pages(&mut parasite, &mappings, &images, &ids, &Increment::default()).expect("pages");
             spans.erase_droppable(&mappings).expect("droppable memory");
-            let mut draft = mem::MmDraft::take(&mappings, &stat::read(zoo.pid).expect("stat"), &mut files, &mut shared)
-                .expect("mm");
+            let mut draft = mem::MmDraft::take(
+                &mappings,
+                &dormouse_kernel::proc::stat::read(zoo.pid).expect("stat"),
+                &mut files,
+                &mut shared,
+            )
+            .expect("mm");
             let mut batch = Batch::new();
             let ask = mem::MmAsk::new(&mut batch);
             parasite.run(&mut batch).expect("the process answers");

@@ -530,4 +530,14 @@ mod tests {
             assert_eq!(&bytes[..3], b"abc");
         }
     }
+
+    #[test]
+    fn a_file_is_told_by_where_it_lies() {
+        use std::os::unix::fs::MetadataExt as _;
+        let exe = std::path::Path::new("/proc/self/exe");
+        let (told, known) = (identity(exe).unwrap(), std::fs::metadata(exe).unwrap());
+        assert_eq!((told.dev, told.ino), (known.dev(), known.ino()));
+        assert_ne!(told, identity(std::path::Path::new("/proc/self/cwd")).unwrap());
+        assert!(identity(std::path::Path::new("/proc/self/none")).is_err());
+    }
 }

@@ -235,3 +235,22 @@ pub fn own_rseq() -> Option<(u64, [u64; 2])> {
     #[cfg(not(target_env = "gnu"))]
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_follow_each_other() {
+        let (a, b) = ([1u8; 16], [2u8; 8]);
+        let me = HostPid::current();
+        let pieces = || [(a.as_ptr() as u64, 16), (b.as_ptr() as u64, 8)].into_iter();
+        let mut bytes = [0; 24];
+        read_pieces(me, pieces(), &mut bytes).expect("own memory");
+        assert_eq!((&bytes[..16], &bytes[16..]), (&a[..], &b[..]));
+        for len in [23, 25] {
+            assert!(read_pieces(me, pieces(), &mut vec![0; len]).is_err(), "as many bytes as there is room");
+        }
+        assert!(read_pieces(me, [(8, 24)].into_iter(), &mut bytes).is_err(), "nothing is there");
+    }
+}

@@ -92,3 +92,21 @@ pub fn parse_children(path: &Path, bytes: &[u8]) -> Result<Vec<HostPid>> {
     }
     Ok(pids)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_counted_as_they_are_listed() {
+        let sleep = || std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let mut child = sleep();
+        let pid = HostPid(child.id() as i32);
+        let (count, listed) = (thread_count(pid), threads(pid).expect("threads").len());
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        // Other tests make and end threads, so it may not be known how they are counted.
+        assert!(count.is_none_or(|count| count == listed), "{count:?} and {listed}");
+        assert_eq!(thread_count(pid), None, "it has ended");
+    }
+}

@@ -17,6 +17,9 @@ use super::Place;
 /// A place that is no descriptor: what it is, its link, the file, and the mount namespace.
 pub type PlaceKey = (Sort, Vec<u8>, Identity, u64);
 
+/// A descriptor: its number, its link, and the mount namespace.
+type FdKey = (TargetFd, Vec<u8>, u64);
+
 /// The sort of a place; mappings differ in their addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Sort {
@@ -44,7 +47,7 @@ impl Sort {
 #[derive(Debug, Default)]
 pub struct Seen {
     /// By number, link and mount namespace: a process that has the description.
-    fds: Mutex<HashMap<(TargetFd, Vec<u8>, u64), HostPid>>,
+    fds: Mutex<HashMap<FdKey, HostPid>>,
     places: Mutex<HashSet<PlaceKey>>,
     /// Processes that hold locks, which are no part of a description; `None` if that is not known.
     lockers: Option<HashSet<HostPid>>,
@@ -95,8 +98,7 @@ fn lockers() -> Option<HashSet<HostPid>> {
     let bytes = proc::read_bytes(Path::new("/proc/locks")).ok()?;
     let lines = bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty());
     let holder = |line: &[u8]| -> Option<HostPid> {
-        let words = line.split(|b| *b == b' ').filter(|w| !w.is_empty() && *w != b"->");
-        let pid = words.skip(4).next()?;
+        let pid = line.split(|b| *b == b' ').filter(|w| !w.is_empty() && *w != b"->").nth(4)?;
         std::str::from_utf8(pid).ok()?.parse().ok().map(HostPid)
     };
     lines.map(holder).collect()
