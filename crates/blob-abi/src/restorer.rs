@@ -90,15 +90,18 @@ pub struct Fill {
     pub n_ranges: u64,
     /// A `FILL_*` value.
     pub state: AtomicU32,
-    /// The task's descriptor of its userfaultfd, valid while `state` is [`FILL_ASKED`].
+    /// The task's descriptor of its userfaultfd, valid while `state` is [`FILL_ASKED`]; [`FILL_NO_UFFD`] if it has none.
     pub uffd: AtomicU32,
     /// Positive errno, for [`FILL_FAILED`].
     pub errno: AtomicU32,
-    /// Padding.
-    pub pad: u32,
+    /// Not 0 if the task cannot read the pages itself. The host fills memory then even without a userfaultfd.
+    pub by_host_alone: u32,
 }
 
 const _: () = assert!(size_of::<Fill>() == 32);
+
+/// There is no userfaultfd.
+pub const FILL_NO_UFFD: u32 = u32::MAX;
 
 /// Nothing yet.
 pub const FILL_NONE: u32 = 0;

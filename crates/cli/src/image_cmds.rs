@@ -81,7 +81,14 @@ fn write(bytes: &[u8], output: Option<&PathBuf>) -> Result<ExitCode> {
 /// There are no checksums, or they tell of damage.
 pub fn verify(dir: &Path) -> Result<ExitCode> {
     let (images, bytes) = dormouse_resources::checkpoint::verify(dir)?;
-    anyhow::ensure!(images > 0, "{} holds no checksums; they are made by dump --checksums", dir.display());
-    say(&format!("{images} images with {bytes} bytes are as they were written\n"));
+    let (packed, unpacked) = dormouse_resources::checkpoint::verify_pages(dir)?;
+    anyhow::ensure!(images + packed > 0, "{} holds no checksums; they are made by dump --checksums", dir.display());
+    if images > 0 {
+        say(&format!("{images} images with {bytes} bytes are as they were written\n"));
+    }
+    if packed > 0 {
+        let others = if images > 0 { "" } else { "; the others have no checksums, which dump --checksums makes" };
+        say(&format!("{packed} compressed images with {unpacked} bytes of pages are as they were written{others}\n"));
+    }
     Ok(ExitCode::SUCCESS)
 }

@@ -47,13 +47,13 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     }
     let fetcher = request.lazy.as_ref().map(Fetcher::expect).transpose()?;
     let page_ids = match (&fetcher, request.stream) {
-        (Some(_), _) => PageIds::leaving_behind(),
+        (Some(_), _) => PageIds::leaving_behind().packed(request.chain.compress),
         (None, Some(out)) => {
             let (begun, page_ids) = Streaming::begin(&request.images_dir, out)?;
             *streaming = Some(begun);
             page_ids
         }
-        (None, None) => Server::page_ids(request.chain.server.as_ref())?,
+        (None, None) => Server::page_ids(request.chain.server.as_ref())?.packed(request.chain.compress),
     };
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let mut ids = Ids::default();
@@ -81,8 +81,9 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
         away.as_ref().map_or_else(|| Ok(run()), |away| away.at_home(run))?.map_err(DumpError::Hook)
     };
     let session = &request.session;
+    let version = tracking.version(request.chain.compress);
     tracking.finish(&images, session)?;
-    images.write_inventory(&inventory::inventory(root_ids, session, &request.options, connected)?)?;
+    images.write_inventory(&inventory::inventory(version, root_ids, session, &request.options, connected)?)?;
     match fetcher {
         None => {
             streaming.take().map_or(Ok(()), |streaming| streaming.finish(&images))?;
@@ -146,6 +147,14 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
             "with --lazy-pages, pages stay with the tree, which stands still until they have been fetched, so it does not go \
              with {other}; leave out one of them"
         )));
+    }
+    request.chain.check()?;
+    if request.stream.is_some() && request.chain.compress {
+        return Err(DumpError::Impossible(
+            "--stream with --compress is not there, since a stream can be compressed on its way; leave --compress out, and pipe the \
+             stream through lz4(1) or zstd(1)"
+                .into(),
+        ));
     }
     let chained = request.chain.track || request.chain.before.is_some() || request.chain.checksums;
     if request.stream.is_some() && (request.live || chained || request.lazy.is_some() || request.chain.server.is_some())

@@ -8,17 +8,15 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::DumpError;
 
-/// Version of the image format: 2 since images begin with the common magic.
-const IMG_VERSION: u32 = 2;
-
 /// `network_lock_method`: packets of connections are dropped by nftables.
 const LOCK_NFTABLES: u32 = 1;
 /// `network_lock_method`: they are not dropped.
 const LOCK_SKIP: u32 = 2;
 
 /// The inventory of a checkpoint. `root_ids` are the numbers of this program. `connected` if there are TCP connections that
-/// are to go on, or a locked network namespace.
+/// are to go on, or a locked network namespace. `version` is that of the format.
 pub fn inventory(
+    version: u32,
     root_ids: pb::TaskKobjIdsEntry,
     session: &Session,
     options: &DumpOptions,
@@ -26,7 +24,7 @@ pub fn inventory(
 ) -> Result<pb::InventoryEntry, DumpError> {
     let lock = if options.network_lock_skip { LOCK_SKIP } else { LOCK_NFTABLES };
     Ok(pb::InventoryEntry {
-        img_version: IMG_VERSION,
+        img_version: version,
         fdinfo_per_id: Some(true),
         root_ids: Some(root_ids),
         ns_per_id: Some(true),

@@ -94,8 +94,24 @@ pub struct Chain {
     pub dedup: bool,
     /// Write checksums of all images beside them.
     pub checksums: bool,
+    /// Compress pages.
+    pub compress: bool,
     /// Where pages go if not into the images directory.
     pub server: Option<Server>,
+}
+
+impl Chain {
+    /// Refuses what does not go together.
+    pub(crate) fn check(&self) -> Result<(), DumpError> {
+        if self.compress && self.server.is_some() {
+            return Err(DumpError::Impossible(
+                "--compress with --page-server is not there yet, since the server writes the pages; leave --compress out, and send them \
+                 through a tunnel that compresses (ssh -C) if it is the way that is narrow"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The other side of pages that go elsewhere, or where this side waits for it.

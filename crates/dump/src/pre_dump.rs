@@ -16,6 +16,7 @@ use crate::{Chain, DumpError, Report, Request, Server, describe, inventory};
 /// See [`crate::pre_dump`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let start = Instant::now();
+    request.chain.check()?;
     let images = tracking::empty_directory(&request.images_dir)?;
     let chain = Chain { track: true, ..request.chain.clone() };
     let mut tracking = Tracking::begin(&images, &chain, true)?;
@@ -31,7 +32,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     if !obstacles.is_empty() {
         return Err(DumpError::Refused(obstacles));
     }
-    let ids = Server::page_ids(request.chain.server.as_ref())?;
+    let ids = Server::page_ids(request.chain.server.as_ref())?.packed(chain.compress);
     let session = &request.session;
     let frozen = Instant::now();
     let mut tree = Tree::freeze(request.pid, request.timeout, request.freeze_cgroup.as_deref())?;
@@ -58,7 +59,8 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     report.memory_us = copying.elapsed().as_micros() as u64;
     tracking.finish(&images, session)?;
     let own_ids = Ids::default().of(HostPid::current())?;
-    images.write_inventory(&inventory::inventory(own_ids, session, &request.options, false)?)?;
+    let version = tracking.version(chain.compress);
+    images.write_inventory(&inventory::inventory(version, own_ids, session, &request.options, false)?)?;
     if chain.dedup {
         tracking::dedup(&images);
     }

@@ -16,6 +16,7 @@ use dormouse_kernel::{Features, HostPid, Session, Support};
 use dormouse_pages::{ProbeFeatures as _, Uffd};
 use dormouse_resources::checkpoint::optional;
 use dormouse_resources::mem::{self, Increment, PageIds, Watch};
+use dormouse_resources::pages_image;
 
 use crate::{Chain, DumpError};
 
@@ -52,6 +53,8 @@ struct Before {
     kept: HashMap<HostPid, (u64, Uffd)>,
     /// Its writes are told by soft-dirty bits.
     soft_dirty: bool,
+    /// The version of its format.
+    version: u32,
 }
 
 /// The images directory of a run. A checkpoint that was there before is none from now on, whatever happens.
@@ -101,6 +104,11 @@ impl Tracking {
             next: Vec::new(),
             soft_dirty: false,
         })
+    }
+
+    /// The version of the format of this dump: checkpoints before it may have compressed pages, too.
+    pub fn version(&self, packed: bool) -> u32 {
+        pages_image::version(packed, self.before.as_ref().map(|b| b.version))
     }
 
     /// Whether writes can be told at all.
@@ -230,7 +238,15 @@ impl Before {
         };
         let uptime = inventory.dump_uptime.unwrap_or(0);
         let entry = optional(dir.read_all::<pb::TrackerEntry>(ImageKind::DormouseTracker, 0))?.into_iter().next();
-        let mut this = Self { dir, tracked: track, uptime, keeper: None, kept: HashMap::new(), soft_dirty: false };
+        let mut this = Self {
+            dir,
+            tracked: track,
+            uptime,
+            keeper: None,
+            kept: HashMap::new(),
+            soft_dirty: false,
+            version: inventory.img_version,
+        };
         match entry {
             // CRIU has no such image and knows soft-dirty bits only.
             None => this.soft_dirty = true,

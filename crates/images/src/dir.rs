@@ -7,6 +7,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::BufReader;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat, renameat};
@@ -30,6 +31,8 @@ const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR).union(Mode::S_IRGRP).
 pub struct ImageDir {
     fd: OwnedFd,
     path: PathBuf,
+    /// The version that the inventory tells, once somebody has asked.
+    version: OnceLock<Option<u32>>,
 }
 
 impl ImageDir {
@@ -54,13 +57,13 @@ impl ImageDir {
 
     /// Takes a directory that somebody else opened, e.g. the sender of a service request; `path` is for messages.
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Self {
-        Self { fd, path: path.to_owned() }
+        Self { fd, path: path.to_owned(), version: OnceLock::new() }
     }
 
     fn open_at(dir: impl AsFd, name: &Path, path: PathBuf) -> Result<Self, ImageError> {
         let fd = openat(dir, name, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
         let fd = fd.map_err(|e| ImageError::io(&path, "open", e))?;
-        Ok(Self { fd, path })
+        Ok(Self { fd, path, version: OnceLock::new() })
     }
 
     /// The path it was opened by, for messages: it may lead elsewhere by now.
@@ -193,6 +196,21 @@ impl ImageDir {
             writer.record(r)?;
         }
         writer.finish()
+    }
+
+    /// The version of the format that the inventory tells, as it was when this was first asked; `None` if there is no inventory.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn version(&self) -> Result<Option<u32>, ImageError> {
+        if let Some(version) = self.version.get() {
+            return Ok(*version);
+        }
+        let version = match self.read_one::<pb::InventoryEntry>(ImageKind::Inventory, 0) {
+            Err(ImageError::Missing { .. }) => None,
+            read => Some(read?.img_version),
+        };
+        Ok(*self.version.get_or_init(|| version))
     }
 
     /// The only record of an image.

@@ -274,6 +274,10 @@ kinds! {
     DormouseTracker: "DORMOUSE_TRACKER", "dormouse-tracker", One, ".img", 0x444d5452, "tracker_entry", Plain;
     /// Checksums of all other images; only dormouse writes and reads it.
     DormouseChecksums: "DORMOUSE_CHECKSUMS", "dormouse-checksums", One, ".img", 0x444d4353, "image_checksums", Plain;
+    /// Compressed page contents, by the id in the pagemap; only dormouse writes and reads it.
+    DormousePages: "DORMOUSE_PAGES", "dormouse-pages-", Dec, ".img", RAW, "", Raw;
+    /// Where the blocks of compressed page contents lie, by the same id; only dormouse writes and reads it.
+    DormouseBlocks: "DORMOUSE_BLOCKS", "dormouse-blocks-", Dec, ".img", 0x444d424c, "page_blocks", Plain;
 }
 
 impl ImageKind {

@@ -27,6 +27,12 @@ pub mod pb {
     include!(concat!(env!("OUT_DIR"), "/dormouse.criu.rs"));
 }
 
+/// Version of the image format (`img_version`): 2 since images begin with the common magic.
+pub const VERSION: u32 = 2;
+/// The same where pages of the checkpoint, or of one before it, are compressed: a number that CRIU does not have, so that it, and
+/// a dormouse that knows no compressed pages, refuse the checkpoint.
+pub const VERSION_PACKED: u32 = 0x444d_0001;
+
 pub use dir::ImageDir;
 pub use error::ImageError;
 pub use ghost::{Ghost, GhostChunk, GhostReader};

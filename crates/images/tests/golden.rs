@@ -173,6 +173,16 @@ fn write_sidecars(dir: &ImageDir) -> Result<(), ImageError> {
     let session = "000102030405060708090a0b0c0d0e0f".to_owned();
     w.record(&pb::TrackerEntry { session, keeper_pid: Some(77), keeper_start: Some(123_456) })?;
     w.finish()?;
+    let mut w = dir.writer(ImageKind::DormouseBlocks, 1)?;
+    w.record(&pb::PageBlocks {
+        method: 1,
+        block_size: 131_072,
+        bytes: 131_072 + 8192,
+        offsets: vec![70_000, 0],
+        lengths: vec![131_072, 300],
+        sums: vec![0x1234_5678, 9],
+    })?;
+    w.finish()?;
     let mut w = dir.writer(ImageKind::DormouseChecksums, 0)?;
     w.record(&pb::ImageChecksums { name: "pages-1.img".into(), size: 1_572_864, blocks: vec![0x1234_5678, 9] })?;
     w.finish()?;

@@ -4,6 +4,7 @@
 //! The unsafe code of host-side page handling is fenced in here.
 
 pub mod lazy;
+pub mod packed;
 pub mod probe;
 pub mod put;
 pub mod runs;
@@ -12,8 +13,9 @@ pub mod server;
 pub mod uffd;
 
 pub use lazy::LazyUffd;
+pub use packed::PagesFile;
 pub use probe::ProbeFeatures;
-pub use put::put_pages;
+pub use put::{put_packed, put_pages};
 pub use runs::{PageRead, PageRun, PagemapRecord, PagesReader, RunsError};
 pub use scan::{PageScanner, Want, category};
 pub use server::PageClient;

@@ -10,7 +10,7 @@ use std::ptr::{NonNull, null_mut};
 
 use libc::c_void;
 
-use crate::PageRead;
+use crate::{PageRead, PagesFile};
 
 /// Bytes of the image that are mapped at once.
 const WINDOW: u64 = 2 << 20;
@@ -86,6 +86,19 @@ pub fn put_pages(uffd: impl AsFd, file: &File, pieces: impl IntoIterator<Item = 
         }
     }
     Ok(())
+}
+
+/// The same from a compressed image, in any order.
+///
+/// # Errors
+/// As for [`put_pages`]; a block is damaged.
+pub fn put_packed(uffd: impl AsFd, file: &PagesFile, pieces: impl IntoIterator<Item = PageRead>) -> io::Result<()> {
+    let uffd = uffd.as_fd().as_raw_fd();
+    pieces.into_iter().try_for_each(|piece| {
+        file.read_parts(piece.file_offset, piece.len, |done, bytes| {
+            put(uffd, piece.addr + done, bytes.as_ptr() as u64, bytes.len() as u64)
+        })
+    })
 }
 
 fn put(uffd: i32, dst: u64, src: u64, len: u64) -> io::Result<()> {

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use dormouse_images::{ImageDir, ImageKind, checksums, pb};
+use dormouse_images::{ImageDir, ImageKind, VERSION, VERSION_PACKED, checksums, pb};
 
+use crate::pages_image::PagesImage;
 use crate::{ResourceError, invalid};
 
 /// Task states of `task_core_entry.task_state`.
@@ -58,8 +59,8 @@ pub struct TaskImage {
 
 /// The pages of one task or shared object.
 pub struct PageMap {
-    /// Paths of the raw pages: the checkpoint's own first, then those of checkpoints before it that are needed.
-    pub paths: Vec<PathBuf>,
+    /// Where pages lie: the checkpoint's own image first, then those of checkpoints before it that are needed.
+    pub images: Vec<PagesImage>,
     /// Runs in ascending order.
     pub runs: Vec<Run>,
     /// What may come later (address, bytes), whether it is in the pages image or not; ascending.
@@ -73,9 +74,9 @@ pub struct Run {
     pub start: u64,
     /// Bytes.
     pub len: u64,
-    /// Byte offset in the pages image.
+    /// Byte offset in the pages image, were it not compressed.
     pub offset: u64,
-    /// Which pages image: an index into [`PageMap::paths`].
+    /// Which pages image: an index into [`PageMap::images`].
     pub file: usize,
 }
 
@@ -127,10 +128,42 @@ pub fn verify(path: &Path) -> Result<(usize, u64), ResourceError> {
     if damage.is_empty() {
         return Ok((images, bytes));
     }
-    Err(invalid!(
+    Err(damaged(&damage))
+}
+
+/// Reads all compressed pages of a checkpoint, and of those that it builds on, which have checksums of their own; how many images
+/// there are, and bytes of pages in them. A restore does the same as it needs them.
+///
+/// # Errors
+/// Something is damaged; all of it is told.
+pub fn verify_pages(path: &Path) -> Result<(usize, u64), ResourceError> {
+    let (mut images, mut bytes, mut damage) = (0, 0, Vec::new());
+    let mut at = Some(ImageDir::open(path)?);
+    for _ in 0..MAX_CHAIN {
+        let Some(dir) = at else { break };
+        let unlisted = || crate::call(format!("cannot list {}", dir.path().display()));
+        for entry in std::fs::read_dir(dir.path()).map_err(unlisted())? {
+            let name = entry.map_err(unlisted())?.file_name();
+            let kind = name.to_str().and_then(ImageKind::from_file_name);
+            let Some((ImageKind::DormouseBlocks, id)) = kind else { continue };
+            let image = PagesImage::find(&dir, dir.path(), u32::try_from(id).unwrap_or(u32::MAX))?;
+            if image.is_packed() {
+                images += 1;
+                bytes += image.bytes()?;
+                let read = image.open()?.verify();
+                damage.extend(read.map_err(crate::call(format!("cannot read {}", image.path.display())))?);
+            }
+        }
+        at = dir.parent()?;
+    }
+    if damage.is_empty() { Ok((images, bytes)) } else { Err(damaged(&damage)) }
+}
+
+fn damaged(damage: &[String]) -> ResourceError {
+    invalid!(
         "the images are damaged: {}; copy them again from where they were made, or restore another checkpoint",
         damage.join("; ")
-    ))
+    )
 }
 
 /// Reads and checks all images of a directory.
@@ -138,7 +171,7 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
     let path = path.to_owned();
     let dir = ImageDir::open(&path)?;
     let inventory: pb::InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
-    if !(1..=2).contains(&inventory.img_version) {
+    if !(1..=VERSION).contains(&inventory.img_version) && inventory.img_version != VERSION_PACKED {
         return Err(invalid!(
             "inventory.img: image version {} is not known (1 and 2 are); if a later program wrote it, restore with that one",
             inventory.img_version
@@ -307,8 +340,7 @@ pub fn read_page_map(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64) -> R
 fn page_map_at(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64, depth: usize) -> Result<PageMap, ResourceError> {
     let (head, entries) = dir.read_pagemap(kind, id)?;
     let name = kind.file_name(id);
-    let pages = path.join(format!("pages-{}.img", head.pages_id));
-    let size = std::fs::metadata(&pages).map(|m| m.len());
+    let pages = PagesImage::find(dir, path, head.pages_id)?;
     let mut runs: Vec<Run> = Vec::new();
     let mut before: Vec<(u64, u64)> = Vec::new();
     let mut lazy: Vec<(u64, u64)> = Vec::new();
@@ -343,18 +375,15 @@ fn page_map_at(dir: &ImageDir, path: &Path, kind: ImageKind, id: u64, depth: usi
         }
     }
     if offset > 0 {
-        let size = size.map_err(crate::call(format!(
-            "the checkpoint is incomplete: {} cannot be read; copy the whole directory and retry",
-            pages.display()
-        )))?;
+        let size = pages.bytes()?;
         if size < offset {
             return Err(invalid!(
                 "{}: {size} bytes, but {name} needs {offset}; the checkpoint is incomplete",
-                pages.display()
+                pages.path.display()
             ));
         }
     }
-    let mut map = PageMap { paths: vec![pages], runs, lazy };
+    let mut map = PageMap { images: vec![pages], runs, lazy };
     if !before.is_empty() {
         let (dir, path) = parent_of(dir, path, &name, depth)?;
         let parent = page_map_at(&dir, &path, kind, id, depth + 1)?;
@@ -389,8 +418,8 @@ impl PageMap {
         name: &str,
         path: &Path,
     ) -> Result<(), ResourceError> {
-        let base = self.paths.len();
-        self.paths.extend(parent.paths.iter().cloned());
+        let base = self.images.len();
+        self.images.extend(parent.images.iter().cloned());
         for (start, len) in areas {
             let mut at = *start;
             for r in crate::mem::vma::clip(&parent.runs, *start, start + len) {

@@ -12,6 +12,7 @@ pub mod fd;
 pub mod mem;
 pub mod ns;
 pub mod options;
+pub mod pages_image;
 pub mod probes;
 pub mod task;
 pub mod tree;

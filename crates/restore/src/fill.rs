@@ -1,31 +1,34 @@
 //! Filling large memory from outside while its task waits: threads of the host copy pages side by side.
 //!
 //! A task that has mapped much memory makes a userfaultfd and asks ([`dormouse_blob_abi::restorer::Fill`]). Whatever goes wrong
-//! before the first page was copied is no failure: the task is told to read its pages itself.
+//! before the first page was copied is no failure: the task is told to read its pages itself. Pages that are compressed it cannot
+//! read: they are written from here, if need be as a debugger does it.
 
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::mem::offset_of;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Scope, ScopedJoinHandle};
 
-use dormouse_blob_abi::restorer::{FILL_ASKED, FILL_DONE, FILL_FAILED, FILL_REFUSED, Fill};
+use dormouse_blob_abi::restorer::{FILL_ASKED, FILL_DONE, FILL_FAILED, FILL_NO_UFFD, FILL_REFUSED, Fill};
 use dormouse_infect::parasite::take_fd;
 use dormouse_kernel::HostPid;
-use dormouse_pages::{PageRead, put_pages};
-use dormouse_resources::mem::HostFill;
+use dormouse_pages::{PageRead, PagesFile, put_packed, put_pages};
+use dormouse_resources::mem::{HostFill, How};
 use dormouse_sys::futex;
 
 use crate::plan::Plan;
 
 /// Threads that copy at most: memory is not faster for more.
 const MOST: usize = 4;
-/// Bytes that one thread copies before it looks for the next piece.
+/// Bytes that one thread copies before it looks for the next piece. No block of compressed pages lies in two pieces.
 const PIECE: u64 = 4 << 20;
+const PAGE: usize = 4096;
 
 /// Fills that are yet to be asked for, and the threads that serve them.
 pub struct Fills<'p, 's> {
@@ -37,12 +40,23 @@ pub struct Fills<'p, 's> {
 
 /// One fill under way.
 struct Copying<'p> {
-    uffd: OwnedFd,
-    file: File,
+    pid: i32,
+    how: Way,
+    file: PagesFile,
     /// The first failure's errno.
     errno: AtomicI32,
     state: &'p AtomicU32,
     reported: &'p AtomicU32,
+}
+
+/// How pages get into the task's memory.
+enum Way {
+    /// Through its userfaultfd.
+    Fresh(OwnedFd),
+    /// By way of its `/proc/PID/mem`.
+    Written(File),
+    /// The same, those that differ.
+    Changed(File),
 }
 
 struct Job<'p> {
@@ -54,6 +68,8 @@ struct Job<'p> {
 struct Queue<'p> {
     jobs: Mutex<(VecDeque<Job<'p>>, bool)>,
     changed: Condvar,
+    /// What is wrong with an image, in words: tasks are told a number only.
+    failure: Mutex<Option<String>>,
 }
 
 impl<'p> Queue<'p> {
@@ -90,7 +106,8 @@ impl<'p: 's, 's> Fills<'p, 's> {
         let queue = Arc::new(Queue::default());
         let mut this = Self { plan, waiting: RefCell::new(plan.fills.iter().collect()), queue, threads: Vec::new() };
         let wanted = std::thread::available_parallelism().map_or(1, usize::from).min(MOST);
-        let wanted = if plan.fills.is_empty() { 0 } else { wanted };
+        let is_large = |f: &HostFill| f.how == How::Fresh || f.pieces.iter().map(|p| p.len).sum::<u64>() > PIECE;
+        let wanted = if plan.fills.iter().any(is_large) { wanted } else { 0 };
         let taken: HashSet<i32> = plan.lists.iter().map(|l| l.tid).collect();
         let mut unfit = Vec::new();
         while this.threads.len() < wanted {
@@ -126,33 +143,55 @@ impl<'p: 's, 's> Fills<'p, 's> {
             if state.load(Ordering::Acquire) != FILL_ASKED {
                 return true;
             }
-            if let Err(cause) = self.begin(fill, state) {
-                tracing::info!("pid {}: it reads its pages itself: {cause}", fill.pid);
-                tell(state, FILL_REFUSED);
+            let uffd = self.plan.arena.atomic(fill.at + offset_of!(Fill, uffd) as u64).load(Ordering::Acquire);
+            let Err(cause) = self.begin(fill, state, uffd) else { return false };
+            let asks_again = fill.image.is_packed() && uffd != FILL_NO_UFFD;
+            if fill.image.is_packed() && !asks_again {
+                self.queue.fail(format!("cannot fill the memory of pid {}: {cause}", fill.pid));
+            } else {
+                let how = if asks_again { "are written from outside" } else { "are read by itself" };
+                tracing::info!("pid {}: its pages {how}: {cause}", fill.pid);
             }
-            false
+            tell(state, FILL_REFUSED);
+            asks_again
         });
     }
 
-    fn begin(&self, fill: &HostFill, state: &'p AtomicU32) -> std::io::Result<()> {
-        if self.threads.is_empty() {
+    /// What was wrong with an image, if anything was.
+    pub fn failure(&self) -> Option<String> {
+        self.queue.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn begin(&self, fill: &HostFill, state: &'p AtomicU32, uffd: u32) -> std::io::Result<()> {
+        let file = PagesFile::open(&fill.image.path, fill.image.blocks.clone())?;
+        if self.threads.is_empty() && file.plain().is_some() {
             return Err(std::io::Error::from_raw_os_error(libc::EAGAIN));
         }
-        let remote = self.plan.arena.atomic(fill.at + offset_of!(Fill, uffd) as u64).load(Ordering::Acquire);
-        let uffd = take_fd(HostPid(fill.pid), remote as i32)?;
-        let file = File::open(&fill.path)?;
+        let memory = || File::options().read(true).write(true).open(HostPid(fill.pid).proc_path("mem"));
+        let how = match fill.how {
+            How::Fresh if uffd != FILL_NO_UFFD => Way::Fresh(take_fd(HostPid(fill.pid), uffd as i32)?),
+            How::Fresh | How::Written => Way::Written(memory()?),
+            How::Changed => Way::Changed(memory()?),
+        };
         let jobs = jobs(fill);
         let copying = Arc::new(Copying {
-            uffd,
+            pid: fill.pid,
+            how,
             file,
             errno: AtomicI32::new(0),
             state,
             reported: self.plan.arena.atomic(fill.at + offset_of!(Fill, errno) as u64),
         });
-        let jobs = jobs.into_iter().map(|pieces| Job { copying: Arc::clone(&copying), pieces }).collect();
+        let mut jobs: Vec<Job<'p>> =
+            jobs.into_iter().map(|pieces| Job { copying: Arc::clone(&copying), pieces }).collect();
         // From here on only jobs hold it: the last of them ends it.
         drop(copying);
-        self.queue.push(jobs);
+        if self.threads.is_empty() || (jobs.len() == 1 && fill.how != How::Fresh) {
+            // Little is done sooner than somebody wakes up for it.
+            jobs.drain(..).for_each(|job| self.queue.work(job));
+        } else {
+            self.queue.push(jobs);
+        }
         Ok(())
     }
 }
@@ -164,16 +203,26 @@ impl Drop for Fills<'_, '_> {
     }
 }
 
-/// Cuts a fill into pieces that threads take by turns.
+/// Cuts a fill into pieces that threads take by turns; one of a compressed image where its blocks end.
 fn jobs(fill: &HostFill) -> Vec<Vec<PageRead>> {
-    let (mut jobs, mut job, mut room) = (Vec::new(), Vec::new(), PIECE);
+    let (mut jobs, mut job) = (Vec::new(), Vec::new());
+    // Where the job ends: after so many bytes, or at that place in the image.
+    let (mut room, mut window) = (PIECE, None);
     for p in &fill.pieces {
         let mut done = 0;
         while done < p.len {
-            let len = (p.len - done).min(room);
-            job.push(PageRead { addr: p.start + done, len, file_offset: p.offset + done });
+            let offset = p.offset + done;
+            let mut len = (p.len - done).min(room);
+            if fill.image.is_packed() {
+                if window.replace(offset / PIECE).is_some_and(|last| last != offset / PIECE) {
+                    jobs.push(std::mem::take(&mut job));
+                }
+                len = (p.len - done).min(PIECE - offset % PIECE);
+            } else {
+                room -= len;
+            }
+            job.push(PageRead { addr: p.start + done, len, file_offset: offset });
             done += len;
-            room -= len;
             if room == 0 {
                 jobs.push(std::mem::take(&mut job));
                 room = PIECE;
@@ -185,21 +234,69 @@ fn jobs(fill: &HostFill) -> Vec<Vec<PageRead>> {
 }
 
 fn serve(queue: &Queue<'_>) {
-    while let Some(Job { copying: c, pieces }) = queue.next() {
+    while let Some(job) = queue.next() {
+        queue.work(job);
+    }
+}
+
+impl Queue<'_> {
+    fn fail(&self, why: String) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+    }
+
+    fn work(&self, Job { copying: c, pieces }: Job<'_>) {
         if c.errno.load(Ordering::Relaxed) == 0
-            && let Err(e) = put_pages(&c.uffd, &c.file, pieces)
+            && let Err(e) = c.put(pieces)
         {
-            let errno = e.raw_os_error().filter(|e| *e > 0).unwrap_or(libc::EIO);
-            let _ = c.errno.compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire);
+            let errno = e.raw_os_error().filter(|e| *e > 0);
+            if errno.is_none() {
+                self.fail(format!("cannot fill the memory of pid {}: {e}", c.pid));
+            }
+            let _ = c.errno.compare_exchange(0, errno.unwrap_or(libc::EIO), Ordering::AcqRel, Ordering::Acquire);
         }
         // Whoever was the last to use it ends it. Our descriptor goes first: it keeps the memory under watch.
-        if let Some(Copying { uffd, errno, state, reported, .. }) = Arc::into_inner(c) {
-            drop(uffd);
+        if let Some(Copying { how, errno, state, reported, .. }) = Arc::into_inner(c) {
+            drop(how);
             let errno = errno.into_inner();
             reported.store(errno as u32, Ordering::Relaxed);
             tell(state, if errno == 0 { FILL_DONE } else { FILL_FAILED });
         }
     }
+}
+
+impl Copying<'_> {
+    fn put(&self, pieces: Vec<PageRead>) -> std::io::Result<()> {
+        let file = match (&self.how, self.file.plain()) {
+            (Way::Fresh(uffd), Some(file)) => return put_pages(uffd, file, pieces),
+            // Only compressed images are written.
+            _ => self.file.another(),
+        };
+        match &self.how {
+            Way::Fresh(uffd) => put_packed(uffd, &file, pieces),
+            Way::Written(memory) => each(&file, pieces, |addr, bytes| memory.write_all_at(bytes, addr)),
+            Way::Changed(memory) => each(&file, pieces, |addr, bytes| {
+                let mut have = [0; PAGE];
+                for (page, at) in bytes.chunks(PAGE).zip((addr..).step_by(PAGE)) {
+                    let have = &mut have[..page.len()];
+                    memory.read_exact_at(have, at)?;
+                    if *have != *page {
+                        memory.write_all_at(page, at)?;
+                    }
+                }
+                Ok(())
+            }),
+        }
+    }
+}
+
+/// Gives the bytes of pieces to `put`: address, and what is to be there.
+fn each(
+    file: &PagesFile,
+    pieces: Vec<PageRead>,
+    mut put: impl FnMut(u64, &[u8]) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let mut one = |p: PageRead| file.read_parts(p.file_offset, p.len, |done, bytes| put(p.addr + done, bytes));
+    pieces.into_iter().try_for_each(&mut one)
 }
 
 fn tell(state: &AtomicU32, value: u32) {
@@ -209,15 +306,43 @@ fn tell(state: &AtomicU32, value: u32) {
 
 #[cfg(test)]
 mod tests {
+    use dormouse_pages::packed::Blocks;
     use dormouse_resources::checkpoint::Run;
+    use dormouse_resources::pages_image::PagesImage;
 
     use super::*;
+
+    fn fill(pieces: Vec<Run>, blocks: Option<Arc<Blocks>>) -> HostFill {
+        HostFill { pid: 1, at: 0, image: PagesImage { path: "x".into(), blocks }, pieces, how: How::Fresh }
+    }
+
+    #[test]
+    fn no_block_of_compressed_pages_lies_in_two_pieces() {
+        let blocks = Arc::new(Blocks::new(4096, 0, Vec::new()).expect("blocks"));
+        let run = |start: u64, len, offset| Run { start, len, offset, file: 0 };
+        let far = PIECE * 3 + (1 << 20);
+        let runs =
+            [run(0, 4096, 4096), run(8192, 9 << 20, 8192), run(1 << 30, 4096, far), run(2 << 30, 4096, far + 8192)];
+        let cut = jobs(&fill(runs.to_vec(), Some(blocks)));
+        let piece = |p: &PageRead| p.file_offset / PIECE;
+        for job in &cut {
+            assert!(job.iter().all(|p| piece(p) == piece(&job[0]) && (p.file_offset + p.len - 1) / PIECE == piece(p)));
+        }
+        assert_eq!(cut.iter().map(|job| piece(&job[0])).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        let mut bytes = 0;
+        for p in cut.iter().flatten() {
+            let run = runs.iter().rfind(|r| r.offset <= p.file_offset).expect("a run");
+            assert_eq!(p.addr - run.start, p.file_offset - run.offset);
+            bytes += p.len;
+        }
+        assert_eq!(bytes, runs.iter().map(|r| r.len).sum());
+    }
 
     #[test]
     fn pieces_are_cut_without_loss() {
         let runs = [(1 << 30, 3 << 20, 4096), (2 << 30, 9 << 20, (3 << 20) + 4096)];
         let pieces = runs.map(|(start, len, offset)| Run { start, len, offset, file: 0 }).to_vec();
-        let cut = jobs(&HostFill { pid: 1, at: 0, path: "x".into(), pieces });
+        let cut = jobs(&fill(pieces, None));
         assert_eq!(cut.iter().map(|j| j.iter().map(|p| p.len).sum::<u64>()).collect::<Vec<_>>(), [PIECE; 3]);
         let mut at = 4096;
         for p in cut.iter().flatten() {

@@ -85,7 +85,8 @@ fn execute_with(
         }
         Err(e) => {
             end_everything(&watch, root, tracees);
-            Err(e)
+            // The task that failed knows a number only.
+            Err(fills.failure().map_or(e, |why| dormouse_resources::ResourceError::Invalid(why).into()))
         }
     }
 }

@@ -28,7 +28,7 @@ pub fn descriptor_range(image: &TreeImage, own: &mut Own) -> Result<Range<RawFd>
     numbers.sort_unstable();
     numbers.dedup();
     let hard = own.limits.get(libc::RLIMIT_NOFILE as usize).map_or(1024, |l| l.1).min(i32::MAX as u64);
-    let pages: usize = image.tasks.iter().filter_map(|t| t.pages.as_ref()).map(|p| p.paths.len()).sum();
+    let pages: usize = image.tasks.iter().filter_map(|t| t.pages.as_ref()).map(|p| p.images.len()).sum();
     let need = 64 + FREE + (2 * (image.files.len() + image.tasks.len() + pages) + Groups::descriptors(image)) as u64;
     let last = numbers.last().map_or(0, |n| n + 1);
     let holes = numbers.windows(2).map(|w| w[0] + 1..w[1]).filter(|h| h.start >= LOWEST_OWN_FD);

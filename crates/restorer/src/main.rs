@@ -8,7 +8,7 @@ mod aio;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use dormouse_blob_abi::restorer::{Control, FILL_ASKED, FILL_DONE, FILL_FAILED, Fill, STAGES, TaskArgs};
+use dormouse_blob_abi::restorer::{Control, FILL_ASKED, FILL_DONE, FILL_FAILED, FILL_NO_UFFD, Fill, STAGES, TaskArgs};
 use dormouse_blob_abi::run::{Special, UNKNOWN, read_all, run};
 use dormouse_blob_abi::{DONE, Op, OpKind};
 use dormouse_sys::{arch, futex, nr, syscall};
@@ -72,25 +72,33 @@ impl Task<'_> {
         0
     }
 
-    /// Waits until the host has filled memory; reads it itself where there is no userfaultfd(2) or the host refuses.
+    /// Waits until the host has filled memory; reads it itself where there is no userfaultfd(2) or the host refuses, unless it
+    /// cannot.
     ///
     /// # Safety
     /// The iovecs name fresh memory of this task, and the record the mappings that it lies in.
     unsafe fn fill(&self, args: [u64; 6]) -> i64 {
         // SAFETY: the host wrote the record into the shared mapping.
         let fill = unsafe { &*(args[4] as *const Fill) };
-        let fd = watched(fill);
-        if fd >= 0 {
-            fill.uffd.store(fd as u32, Ordering::Relaxed);
+        let mut fd = if fill.n_ranges > 0 { watched(fill) } else { EINVAL };
+        while fd >= 0 || fill.by_host_alone != 0 {
+            fill.uffd.store(if fd >= 0 { fd as u32 } else { FILL_NO_UFFD }, Ordering::Relaxed);
             fill.state.store(FILL_ASKED, Ordering::Release);
             bump(&self.control.progress);
             while fill.state.load(Ordering::Acquire) == FILL_ASKED {
                 futex::wait(&fill.state, FILL_ASKED);
             }
-            close(fd);
+            let had = fd;
+            if fd >= 0 {
+                close(fd);
+                fd = EINVAL;
+            }
             match fill.state.load(Ordering::Acquire) {
                 FILL_DONE => return 0,
                 FILL_FAILED => return -i64::from(fill.errno.load(Ordering::Acquire)),
+                _ if fill.by_host_alone == 0 => break,
+                // Once more without a userfaultfd, if it was because of that.
+                _ if had < 0 => return EINVAL,
                 _ => {}
             }
         }

@@ -20,6 +20,7 @@ mod lazy;
 mod lazy_dump;
 mod live;
 mod networks;
+mod packed;
 mod proc;
 mod programs;
 mod real;
@@ -105,7 +106,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(lazy::tests())
                     .chain(networks::tests())
                     .chain(lazy_dump::tests())
-                    .chain(stream::tests()),
+                    .chain(stream::tests())
+                    .chain(packed::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

@@ -117,6 +117,10 @@ pub struct ChainArgs {
     /// Write checksums of all images beside them, which restore and verify compare
     #[arg(long)]
     pub checksums: bool,
+    /// Compress the pages in the images: lz4, the only method. CRIU cannot restore such images
+    #[arg(long, value_name = "METHOD", num_args = 0..=1, require_equals = true, default_missing_value = "lz4",
+        value_parser = parse_method)]
+    pub compress: Option<String>,
     /// How pre-dump reads memory: splice or read, which make no difference here
     #[arg(long, value_name = "MODE", default_value = "splice", value_parser = ["splice", "read"])]
     pub pre_dump_mode: String,
@@ -286,9 +290,10 @@ impl DumpArgs {
 
     /// What the dump has to do with others.
     pub fn chain(&self) -> Chain {
-        let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, .. } = &self.chain;
+        let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, compress, .. } = &self.chain;
         let (before, server) = (prev_images_dir.clone(), self.server.server());
-        Chain { before, track: *track_mem, dedup: *auto_dedup && server.is_none(), checksums: *checksums, server }
+        let (dedup, compress) = (*auto_dedup && server.is_none(), compress.is_some());
+        Chain { before, track: *track_mem, dedup, checksums: *checksums, compress, server }
     }
 
     /// How long to wait for the tree to stop.
@@ -307,6 +312,15 @@ pub(super) fn parse_inodes(text: &str) -> Result<Inodes, String> {
     let inodes = words.map(|word| word.parse().ok().filter(|ino| *ino != 0).ok_or(word));
     let inodes: Result<Vec<u32>, &str> = inodes.collect();
     inodes.map(Inodes).map_err(|word| format!("{word:?} is no inode of a socket; see ss -x or /proc/PID/fd"))
+}
+
+/// A method of compression.
+fn parse_method(text: &str) -> Result<String, String> {
+    match text {
+        "lz4" => Ok(text.to_owned()),
+        "zstd" => Err("images are compressed by lz4 only; take lz4, or compress a stream: dump --stream | zstd".into()),
+        _ => Err("not known; lz4 is".into()),
+    }
 }
 
 /// Bytes: a number with an optional K, M or G (powers of 1024).
@@ -335,6 +349,13 @@ mod tests {
         for wrong in ["x", "0", "1,y"] {
             assert!(parse_inodes(wrong).is_err_and(|e| e.contains("no inode")), "{wrong}");
         }
+    }
+
+    #[test]
+    fn methods_of_compression_are_known_or_refused_with_another_way() {
+        assert_eq!(parse_method("lz4"), Ok("lz4".into()));
+        assert!(parse_method("zstd").is_err_and(|e| e.contains("--stream | zstd")));
+        assert!(parse_method("").is_err());
     }
 
     #[test]

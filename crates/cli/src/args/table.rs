@@ -167,7 +167,7 @@ pub const OURS: &[Known] = &[
     Known::new("new-pid-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
     Known::new("new-mount-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
     Known::new("copies", Value, Refused("it is for restore only; leave it out"), Works),
-    Known::new("compress", MaybeValue, Refused("images are not compressed yet; leave it out"), Elsewhere),
+    Known::new("compress", MaybeValue, Works, Elsewhere),
 ];
 
 #[cfg(test)]

@@ -153,7 +153,7 @@ fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
         ("dump -t 1 --page-server --tls", "--tls"),
         ("restore --tls", "--tls"),
-        ("dump -t 1 --compress", "--compress"),
+        ("dump -t 1 --compress=zstd", "--stream | zstd"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
         ("restore -J uts:/proc/1/ns/uts", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),

@@ -130,6 +130,21 @@ impl MappedObject {
         }
         Ok(())
     }
+
+    /// Writes bytes into the object at `at`.
+    ///
+    /// # Errors
+    /// `InvalidInput` outside of the object.
+    pub fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let end = at.checked_add(bytes.len() as u64);
+        end.filter(|end| *end <= self.len as u64).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: inside of the mapping, as just checked, and nobody holds a reference to it.
+        unsafe {
+            let to = self.base.as_ptr().byte_add(at as usize);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.cast(), bytes.len());
+        }
+        Ok(())
+    }
 }
 
 impl Drop for MappedObject {
@@ -175,9 +190,11 @@ mod tests {
         let object = new_memfd(c"test", 4096).expect("memfd");
         let mut mapped = MappedObject::new(&object, 4096).expect("mmap");
         mapped.read_from(8, 8, &file, 100).expect("read");
-        let mut bytes = [0; 16];
+        mapped.write(20, b"mouse").expect("write");
+        let mut bytes = [0; 25];
         File::from(object).read_exact_at(&mut bytes, 0).expect("read");
-        assert_eq!(&bytes, b"\0\0\0\0\0\0\0\0dormouse");
+        assert_eq!(&bytes, b"\0\0\0\0\0\0\0\0dormouse\0\0\0\0mouse");
+        assert!(mapped.write(4092, b"mouse").is_err(), "outside of the object");
         assert!(mapped.read_from(4000, 97, &file, 0).is_err(), "outside of the object");
         assert!(mapped.read_from(0, 4096, &file, 8000).is_err(), "the file is shorter");
     }

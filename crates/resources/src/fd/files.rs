@@ -27,6 +27,7 @@ use super::tty::Given;
 use super::{FdKind, epoll, kind_of_type, reg};
 use crate::checkpoint::TreeImage;
 use crate::mem::Shared;
+use crate::pages_image::PagesImage;
 use crate::{RestoreOptions, Result, TaskImage, call, invalid};
 
 /// Status flags that can be set on an open description (fcntl(2), `F_SETFL`).
@@ -213,12 +214,13 @@ impl<'a> Files<'a> {
     pub fn pages_fds(&mut self, pid: i32) -> Result<Vec<RawFd>> {
         let task = self.image.tasks.iter().find(|t| t.pid() == pid);
         let map = task.and_then(|t| t.pages.as_ref()).ok_or_else(|| invalid!("pid {pid} has no pages"))?;
-        let mut fds = vec![-1; map.paths.len()];
+        let mut fds = vec![-1; map.images.len()];
         for r in &map.runs {
-            if fds[r.file] >= 0 {
+            let PagesImage { path, blocks } = &map.images[r.file];
+            // What is compressed is of no use to the task.
+            if fds[r.file] >= 0 || blocks.is_some() {
                 continue;
             }
-            let path = &map.paths[r.file];
             fds[r.file] = match self.pages.get(path) {
                 Some(fd) => fd.as_raw_fd(),
                 None => {

@@ -8,7 +8,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::vma::clip;
 use crate::checkpoint::{PageMap, read_page_map};
-use crate::{Result, call};
+use crate::pages_image::PagesImage;
+use crate::{Result, call, invalid};
 
 /// Punches holes for all pages that the checkpoint in `dir` holds itself into the pages images of those before it. Their own
 /// restore is then no longer possible, that of `dir` is as before. Bytes given back.
@@ -38,14 +39,14 @@ pub fn dedup(dir: &ImageDir) -> Result<u64> {
 /// # Errors
 /// A pages image cannot be written.
 pub fn punch(map: &PageMap) -> Result<u64> {
-    let mut files: Vec<Option<File>> = map.paths.iter().map(|_| None).collect();
+    let mut files: Vec<Option<File>> = map.images.iter().map(|_| None).collect();
     let mut freed = 0;
     for r in &map.runs {
         if files[r.file].is_none() {
-            files[r.file] = Some(open(&map.paths[r.file])?);
+            files[r.file] = Some(open(&map.images[r.file])?);
         }
         let file = files[r.file].as_ref().expect("opened above");
-        freed += hole(file, &map.paths[r.file], r.offset, r.len)?;
+        freed += hole(file, &map.images[r.file].path, r.offset, r.len)?;
     }
     Ok(freed)
 }
@@ -61,22 +62,29 @@ fn page_maps(path: &Path) -> Result<Vec<(ImageKind, u64)>> {
 /// Holes in `older`'s own pages image for what `newer` holds itself.
 fn punch_older(newer: &PageMap, older: &PageMap) -> Result<u64> {
     let own: Vec<_> = older.own().copied().collect();
-    let path = &older.paths[0];
+    let image = &older.images[0];
     let mut file = None;
     let mut freed = 0;
     for r in newer.own() {
         for old in clip(&own, r.start, r.start + r.len) {
             if file.is_none() {
-                file = Some(open(path)?);
+                file = Some(open(image)?);
             }
-            freed += hole(file.as_ref().expect("opened above"), path, old.offset, old.len)?;
+            freed += hole(file.as_ref().expect("opened above"), &image.path, old.offset, old.len)?;
         }
     }
     Ok(freed)
 }
 
 /// Opens a pages image to take pages out of it. What its directory says about checksums is then no longer true.
-fn open(path: &Path) -> Result<File> {
+fn open(image: &PagesImage) -> Result<File> {
+    let path = &image.path;
+    if image.is_packed() {
+        return Err(invalid!(
+            "{} is compressed, and nothing can be taken out of it; keep it, or dump without --compress",
+            path.display()
+        ));
+    }
     if let Some(dir) = path.parent() {
         ImageDir::open(dir)?.remove(ImageKind::DormouseChecksums, 0)?;
     }

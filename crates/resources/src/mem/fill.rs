@@ -1,6 +1,6 @@
 //! Filling restored memory from the pages image: reads that are contiguous there become few operations.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 
 use dormouse_blob_abi::{OpKind, Policy};
 use dormouse_images::pb;
@@ -8,6 +8,7 @@ use dormouse_infect::arena::{Arena, Batch};
 
 use super::vma::{is_private, overlaps, prot};
 use crate::checkpoint::Run;
+use crate::pages_image::PagesImage;
 
 /// Protection while pages are filled in.
 pub const PROT_RW: u32 = prot::READ | prot::WRITE;
@@ -33,9 +34,22 @@ pub struct HostFill {
     /// Address of the [`dormouse_blob_abi::restorer::Fill`] record in the shared mapping.
     pub at: u64,
     /// The pages image.
-    pub path: PathBuf,
+    pub image: PagesImage,
     /// Where its bytes go.
     pub pieces: Vec<Run>,
+    /// How they get there.
+    pub how: How,
+}
+
+/// How the host fills memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// As fresh pages, through a userfaultfd of the task's.
+    Fresh,
+    /// As a debugger writes them.
+    Written,
+    /// The same, but only pages that differ: the others go on being shared with the parent.
+    Changed,
 }
 
 /// Memory whose pages come later, while the tree runs.
@@ -56,7 +70,7 @@ pub fn huge_by_default() -> bool {
 pub struct Gathered<'p> {
     pid: i32,
     fds: &'p [i32],
-    paths: &'p [PathBuf],
+    images: &'p [PagesImage],
     /// Start and length of the mappings that the pieces lie in.
     ranges: Vec<u64>,
     pieces: Vec<Run>,
@@ -64,9 +78,9 @@ pub struct Gathered<'p> {
 }
 
 impl<'p> Gathered<'p> {
-    /// None yet, of this task; `fds` are its descriptors of the pages images at `paths`.
-    pub fn new(pid: i32, fds: &'p [i32], paths: &'p [PathBuf]) -> Self {
-        Self { pid, fds, paths, ranges: Vec::new(), pieces: Vec::new(), bytes: 0 }
+    /// None yet, of this task; `fds` are its descriptors of the pages images `images`.
+    pub fn new(pid: i32, fds: &'p [i32], images: &'p [PagesImage]) -> Self {
+        Self { pid, fds, images, ranges: Vec::new(), pieces: Vec::new(), bytes: 0 }
     }
 
     /// Whether `run` comes right behind the others in the same image.
@@ -92,19 +106,29 @@ impl<'p> Gathered<'p> {
             return None;
         }
         let file = pieces[0].file;
-        let record = [arena.put_words(&ranges), ranges.len() as u64 / 2, 0, 0];
-        let at = arena.put_words(&record);
+        let image = &self.images[file];
+        let at = record(arena, &ranges, image.is_packed());
         let iov: Vec<u64> = pieces.iter().flat_map(|p| [p.start, p.len]).collect();
         let args = [self.fds[file] as u64, arena.put_words(&iov), pieces.len() as u64, pieces[0].offset, at, 0];
         let what = format!("{bytes} bytes of pages from {:#x} on", pieces[0].start);
         b.push(what, OpKind::FillByHost, Policy::Must, 0, args);
-        Some(HostFill { pid: self.pid, at, path: self.paths[file].clone(), pieces })
+        Some(HostFill { pid: self.pid, at, image: image.clone(), pieces, how: How::Fresh })
     }
 }
 
-/// Collects page reads of a task's images.
-pub struct Reads {
-    fds: Vec<i32>,
+/// Puts the record of a fill there: the mappings, and whether the task can do nothing itself.
+fn record(arena: &mut Arena, ranges: &[u64], by_host_alone: bool) -> u64 {
+    let words = [arena.put_words(ranges), ranges.len() as u64 / 2, 0, u64::from(by_host_alone) << 32];
+    arena.put_words(&words)
+}
+
+/// Collects page reads of a task's images. What is compressed is left to the host.
+pub struct Reads<'p> {
+    pid: i32,
+    fds: &'p [i32],
+    images: &'p [PagesImage],
+    /// What the host writes, by image, and what it writes if it differs.
+    by_host: [BTreeMap<usize, Vec<Run>>; 2],
     file: usize,
     iov: Vec<u64>,
     from: u64,
@@ -112,14 +136,22 @@ pub struct Reads {
     scratch: u64,
 }
 
-impl Reads {
-    /// Reads from these descriptors of the task, one for each of [`crate::checkpoint::PageMap::paths`].
-    pub fn new(fds: Vec<i32>) -> Self {
-        Self { fds, file: 0, iov: Vec::new(), from: 0, next: 0, scratch: 0 }
+impl<'p> Reads<'p> {
+    /// Reads from these descriptors of the task, one for each of the images.
+    pub fn new(pid: i32, fds: &'p [i32], images: &'p [PagesImage]) -> Self {
+        Self { pid, fds, images, by_host: Default::default(), file: 0, iov: Vec::new(), from: 0, next: 0, scratch: 0 }
+    }
+
+    fn is_packed(&self, run: Run) -> bool {
+        self.images.get(run.file).is_some_and(PagesImage::is_packed)
     }
 
     /// Reads a run into memory that holds nothing yet.
     pub fn add(&mut self, b: &mut Batch, arena: &mut Arena, run: Run) {
+        if self.is_packed(run) {
+            self.by_host[0].entry(run.file).or_default().push(run);
+            return;
+        }
         if self.next != run.offset || self.file != run.file || self.iov.is_empty() {
             self.flush(b, arena);
             self.from = run.offset;
@@ -134,6 +166,10 @@ impl Reads {
 
     /// Reads a run and stores those pages of it that differ from what is in memory.
     pub fn changed(&mut self, b: &mut Batch, arena: &mut Arena, run: Run) {
+        if self.is_packed(run) {
+            self.by_host[1].entry(run.file).or_default().push(run);
+            return;
+        }
         if self.scratch == 0 {
             self.scratch = arena.alloc(SCRATCH as usize, 4096);
         }
@@ -142,8 +178,25 @@ impl Reads {
         b.push(what, OpKind::ReadChanged, Policy::Must, 0, args);
     }
 
-    /// Appends the operation for what was collected.
-    pub fn flush(&mut self, b: &mut Batch, arena: &mut Arena) {
+    /// Appends the operations for all that is left; what the host is to do.
+    pub fn finish(mut self, b: &mut Batch, arena: &mut Arena) -> Vec<HostFill> {
+        self.flush(b, arena);
+        let mut fills = Vec::new();
+        for (runs, how) in self.by_host.into_iter().zip([How::Written, How::Changed]) {
+            for (file, pieces) in runs {
+                let at = record(arena, &[], true);
+                let bytes: u64 = pieces.iter().map(|p| p.len).sum();
+                let image = self.images[file].clone();
+                let what = format!("{bytes} bytes of pages from {:#x} on", pieces[0].start);
+                b.push(what, OpKind::FillByHost, Policy::Must, 0, [0, 0, 0, 0, at, 0]);
+                fills.push(HostFill { pid: self.pid, at, image, pieces, how });
+            }
+        }
+        fills
+    }
+
+    /// Appends the operation for what the task reads itself.
+    fn flush(&mut self, b: &mut Batch, arena: &mut Arena) {
         if self.iov.is_empty() {
             return;
         }
@@ -159,15 +212,47 @@ impl Reads {
 mod tests {
     use super::*;
 
+    fn plain(path: &str) -> PagesImage {
+        PagesImage { path: path.into(), blocks: None }
+    }
+
+    #[test]
+    fn what_is_compressed_is_left_to_the_host() {
+        let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
+        let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
+        let blocks = dormouse_pages::packed::Blocks::new(4096, 0, Vec::new()).expect("blocks");
+        let packed = PagesImage { path: "dormouse-pages-1.img".into(), blocks: Some(std::sync::Arc::new(blocks)) };
+        let images = [packed, plain("parent/pages-1.img")];
+        let (mut b, mut reads) = (Batch::new(), Reads::new(7, &[-1, 6], &images));
+        let run = |start, file| Run { start, len: 0x1000, offset: start, file };
+        reads.add(&mut b, &mut arena, run(0x1000, 0));
+        reads.add(&mut b, &mut arena, run(0x2000, 1));
+        reads.changed(&mut b, &mut arena, run(0x3000, 0));
+        reads.add(&mut b, &mut arena, run(0x5000, 0));
+        let fills = reads.finish(&mut b, &mut arena);
+        assert_eq!(b.kinds(), [OpKind::ReadAll as u32, OpKind::FillByHost as u32, OpKind::FillByHost as u32]);
+        let told: Vec<_> = fills.iter().map(|f| (f.how, f.pieces.clone())).collect();
+        let want = [(How::Written, vec![run(0x1000, 0), run(0x5000, 0)]), (How::Changed, vec![run(0x3000, 0)])];
+        assert_eq!(told, want);
+        // No mappings for a userfaultfd, and the task is told that it cannot read.
+        let words = [0, 8, 16, 24].map(|i| arena.word(fills[0].at + i));
+        assert_eq!(words[1..], [0, 0, 1 << 32]);
+        let mut gathered = Gathered::new(7, &[-1, 6], &images);
+        let v = pb::VmaEntry { start: 1 << 30, end: 2 << 30, ..Default::default() };
+        gathered.add(&v, Run { start: v.start, len: BY_HOST, offset: 0, file: 0 });
+        let fill = gathered.flush(&mut b, &mut arena, &mut Reads::new(7, &[-1, 6], &images)).expect("much");
+        assert_eq!((fill.how, arena.word(fill.at + 24)), (How::Fresh, 1 << 32));
+    }
+
     #[test]
     fn much_memory_is_left_to_the_host_and_little_is_read() {
         let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
         let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
         let v = pb::VmaEntry { start: 1 << 30, end: 2 << 30, ..Default::default() };
         for (len, kind, fills) in [(BY_HOST - 4096, OpKind::ReadAll, 0), (BY_HOST, OpKind::FillByHost, 1)] {
-            let (mut b, mut reads) = (Batch::new(), Reads::new(vec![5, 6]));
-            let paths = ["pages-1.img", "parent/pages-1.img"].map(PathBuf::from);
-            let mut gathered = Gathered::new(7, &[5, 6], &paths);
+            let images = ["pages-1.img", "parent/pages-1.img"].map(plain);
+            let (mut b, mut reads) = (Batch::new(), Reads::new(7, &[5, 6], &images));
+            let mut gathered = Gathered::new(7, &[5, 6], &images);
             let runs = [
                 Run { start: v.start, len: 4096, offset: 8192, file: 1 },
                 Run { start: v.start + 8192, len: len - 4096, offset: 12288, file: 1 },
@@ -181,12 +266,12 @@ mod tests {
             assert!(!gathered.goes_on(Run { offset: 0, ..next }), "elsewhere in the image");
             assert!(!gathered.goes_on(Run { file: 0, ..next }), "in another image");
             let fill = gathered.flush(&mut b, &mut arena, &mut reads);
-            reads.flush(&mut b, &mut arena);
+            assert!(reads.finish(&mut b, &mut arena).is_empty());
             assert_eq!(fill.iter().count(), fills);
             assert_eq!(b.kinds(), [kind as u32]);
             if let Some(fill) = fill {
                 assert_eq!(fill.pieces, runs);
-                assert_eq!(fill.path, paths[1]);
+                assert_eq!((&fill.image.path, fill.how), (&images[1].path, How::Fresh));
                 let ranges = arena.word(fill.at);
                 assert_eq!(
                     [arena.word(ranges), arena.word(ranges + 8), arena.word(fill.at + 8)],
@@ -201,11 +286,11 @@ mod tests {
         let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
         let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
         let mut b = Batch::new();
-        let mut reads = Reads::new(vec![5]);
+        let mut reads = Reads::new(7, &[5], &[]);
         for (start, offset) in [(0x1000, 0), (0x2000, 0x1000), (0x8000, 0x2000), (0x9000, 0x4000)] {
             reads.add(&mut b, &mut arena, Run { start, len: 0x1000, offset, file: 0 });
         }
-        reads.flush(&mut b, &mut arena);
+        assert!(reads.finish(&mut b, &mut arena).is_empty());
         assert_eq!(b.len(), 2);
         assert_eq!(b.name(0), "reading 12288 bytes of pages from 0x1000 on");
         assert_eq!([0, 8, 16, 24].map(|i| arena.word(0x10_0000 + i)), [0x1000, 0x2000, 0x8000, 0x1000]);

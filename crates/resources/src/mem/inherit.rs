@@ -42,7 +42,7 @@ pub fn inherit_ops(
     arena: &mut Arena,
     (v, p): (&pb::VmaEntry, &pb::VmaEntry),
     (own, parent): (&[Run], &[Run]),
-    reads: &mut Reads,
+    reads: &mut Reads<'_>,
 ) {
     let len = v.end - v.start;
     let mine: Vec<Run> = clip(own, v.start, v.end).collect();
@@ -133,7 +133,7 @@ mod tests {
         let v = private(0x1000, 0xa000);
         let p = pb::VmaEntry { prot: 1, ..v };
         let mut b = Batch::new();
-        inherit_ops(&mut b, &mut arena, (&v, &p), (&[run(2, 1, 0)], &[]), &mut Reads::new(vec![5]));
+        inherit_ops(&mut b, &mut arena, (&v, &p), (&[run(2, 1, 0)], &[]), &mut Reads::new(7, &[5], &[]));
         assert_eq!(b.name(0), "mprotect of 0x1000-0xa000");
     }
 
@@ -144,7 +144,7 @@ mod tests {
         let v = private(0x1000, 0xa000);
         let (own, parent) = ([run(2, 2, 0), run(6, 2, 2)], [run(1, 2, 0), run(6, 1, 2)]);
         let mut b = Batch::new();
-        let mut reads = Reads::new(vec![5]);
+        let mut reads = Reads::new(7, &[5], &[]);
         inherit_ops(&mut b, &mut arena, (&v, &v), (&own, &parent), &mut reads);
         reads.flush(&mut b, &mut arena);
         let names: Vec<&str> = (0..b.len()).map(|i| b.name(i)).collect();

@@ -57,8 +57,8 @@ pub fn map_ops(
         check_pages_are_here(t, pages)?;
     }
     let (mut later, mut missing) = (Vec::new(), Vec::new());
-    let mut gathered = Gathered::new(t.pid(), &fds, &pages.paths);
-    let mut reads = Reads::new(fds.clone());
+    let mut gathered = Gathered::new(t.pid(), &fds, &pages.images);
+    let mut reads = Reads::new(t.pid(), &fds, &pages.images);
     let small_pages = mm.thp_disabled == Some(true) || !huge_by_default();
     for v in vmas.iter().filter(|v| is_mapped(v)) {
         if let Some(p) = inherited(v, &parent_vmas) {
@@ -95,7 +95,7 @@ pub fn map_ops(
         }
     }
     c.fills.extend(gathered.flush(b, c.arena, &mut reads));
-    reads.flush(b, c.arena);
+    c.fills.extend(reads.finish(b, c.arena));
     for (start, len) in missing {
         // A huge page that came for a neighbour has zeros here, and nobody would ask for what is there.
         b.must(format!("madvise(MADV_DONTNEED) at {start:#x}"), nr::MADVISE, &[start, len, MADV_DONTNEED]);

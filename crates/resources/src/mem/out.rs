@@ -1,4 +1,4 @@
-//! Where the pages of a task go: into images of this directory, or to a page server, which makes the images elsewhere.
+//! Where the pages of a task go: into images of this directory, compressed or not, or to a page server, which makes the images elsewhere.
 
 use std::fs::File;
 use std::ops::Range;
@@ -15,8 +15,10 @@ use dormouse_pages::server::MapId;
 
 use super::copier::Copier;
 use super::mappings::Mappings;
+use super::pack::{Haste, Packer};
 use super::pages::PageIds;
 use super::records::Records;
+use crate::pages_image;
 use crate::{ResourceError, Result, call};
 
 /// A destination.
@@ -27,6 +29,15 @@ pub enum Out<'a, 'p> {
         copier: Copier<'a, 'p>,
         /// The page map.
         records: Records,
+    },
+    /// The same, compressed.
+    Packed {
+        /// The pages.
+        packer: Packer,
+        /// The page map.
+        records: Records,
+        /// Where the images are.
+        images: &'a ImageDir,
     },
     /// A page server.
     Server(ToServer<'a>),
@@ -48,7 +59,7 @@ impl<'a, 'p> Out<'a, 'p> {
     pub fn new(
         parasite: &'a mut Parasite<'p>,
         mappings: &Mappings,
-        images: &ImageDir,
+        images: &'a ImageDir,
         ids: &'a PageIds,
         most: u64,
     ) -> Result<Self> {
@@ -58,8 +69,16 @@ impl<'a, 'p> Out<'a, 'p> {
         }
         let id = ids.next();
         let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
-        let image = images.create_file(ImageKind::Pages, id.into())?;
         // A copy of the process may stand for it.
+        if ids.are_packed() {
+            let source = mappings.source();
+            let haste = if source == pid { Haste::Waited } else { Haste::Beside };
+            let memory =
+                File::open(source.proc_path("mem")).map_err(call(format!("cannot open /proc/{source}/mem")))?;
+            let packer = Packer::new(images, id, memory, format!("the memory of pid {source}"), haste)?;
+            return Ok(Self::Packed { packer, records, images });
+        }
+        let image = pages_image::create(images, id, false)?;
         Ok(Self::Images { copier: Copier::new(parasite, mappings.source(), image, most)?, records })
     }
 
@@ -69,7 +88,9 @@ impl<'a, 'p> Out<'a, 'p> {
     /// As [`Self::pages`].
     pub fn entry(&mut self, range: Range<u64>, flags: u32) -> Result<()> {
         match self {
-            Self::Images { records, .. } => records.add(range.start, range.end - range.start, flags),
+            Self::Images { records, .. } | Self::Packed { records, .. } => {
+                records.add(range.start, range.end - range.start, flags)
+            }
             Self::Server(to) => to.entry(range, flags),
         }
     }
@@ -83,6 +104,10 @@ impl<'a, 'p> Out<'a, 'p> {
             Self::Images { copier, records } => {
                 records.add(range.start, range.end - range.start, flags)?;
                 copier.add(range, readable)
+            }
+            Self::Packed { packer, records, .. } => {
+                records.add(range.start, range.end - range.start, flags)?;
+                packer.add(range.start, range.end - range.start)
             }
             Self::Server(to) => to.pages(range, flags),
         }
@@ -98,6 +123,10 @@ impl<'a, 'p> Out<'a, 'p> {
                 records.add(addr, bytes.len() as u64, flags)?;
                 copier.put(bytes)
             }
+            Self::Packed { packer, records, .. } => {
+                records.add(addr, bytes.len() as u64, flags)?;
+                packer.put(bytes)
+            }
             Self::Server(to) => to.put(addr, bytes, flags),
         }
     }
@@ -109,11 +138,12 @@ impl<'a, 'p> Out<'a, 'p> {
     pub fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<()> {
         match self {
             Self::Images { copier, .. } => copier.read(addr, bytes),
+            Self::Packed { packer, .. } => packer.read(addr, bytes),
             Self::Server(to) => to.read(addr, bytes),
         }
     }
 
-    /// Pages that this program copied, and the pages image if it is here; everything is written.
+    /// Pages that this program copied, and the pages image if what is in it can still be changed; everything is written.
     ///
     /// # Errors
     /// As [`Self::pages`].
@@ -123,6 +153,11 @@ impl<'a, 'p> Out<'a, 'p> {
                 let (outside, image) = copier.finish()?;
                 records.finish()?;
                 Ok((outside / PAGE, Some(image)))
+            }
+            Self::Packed { packer, records, images } => {
+                let bytes = packer.finish(images)?;
+                records.finish()?;
+                Ok((bytes / PAGE, None))
             }
             Self::Server(to) => Ok((to.sent / PAGE, None)),
         }

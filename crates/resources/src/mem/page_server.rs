@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use dormouse_images::{ImageDir, ImageKind};
+use dormouse_pages::PagesFile;
 use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
 use dormouse_pages::server::{Header, MapId, command};
 
@@ -15,6 +16,7 @@ use super::pages::PageIds;
 use super::records::Records;
 use super::vma::clip;
 use crate::checkpoint::{PageMap, read_page_map};
+use crate::pages_image::{self, PagesImage};
 use crate::{Result, call, invalid, unwritten};
 
 /// Bytes that are received at once.
@@ -98,7 +100,7 @@ struct Server<'a> {
     served: Served,
     buffer: Vec<u8>,
     /// Page maps of processes whose pages were asked for, with their open images.
-    asked: HashMap<u64, (PageMap, Vec<File>)>,
+    asked: HashMap<u64, (PageMap, Vec<PagesFile>)>,
 }
 
 /// A page map being written.
@@ -127,8 +129,7 @@ impl Server<'_> {
         let pid = header.of;
         if let Entry::Vacant(place) = self.asked.entry(pid) {
             let map = read_page_map(self.images, Path::new(self.images.path()), ImageKind::Pagemap, pid)?;
-            let open = |path| File::open(path).map_err(call(format!("cannot open the pages of pid {pid}")));
-            let files = map.paths.iter().map(open).collect::<Result<_>>()?;
+            let files = map.images.iter().map(PagesImage::open).collect::<Result<_>>()?;
             place.insert((map, files));
         }
         let (map, files) = &self.asked[&pid];
@@ -140,7 +141,7 @@ impl Server<'_> {
             }
             let part = &mut self.buffer[have as usize..(have + run.len) as usize];
             let read = files[run.file].read_exact_at(part, run.offset);
-            read.map_err(call(format!("cannot read pages of pid {pid} from {}", map.paths[run.file].display())))?;
+            read.map_err(call(format!("cannot read pages of pid {pid} from {}", map.images[run.file].path.display())))?;
             have += run.len;
         }
         if have == 0 {
@@ -170,7 +171,7 @@ impl Server<'_> {
         let has_before = before.is_some();
         let number = self.ids.next();
         let records = Records::new(self.images.writer(kind, id)?, number)?;
-        let pages = self.images.create_file(ImageKind::Pages, number.into())?;
+        let pages = pages_image::create(self.images, number, false)?;
         self.map = Some(Map { of: header.of, name, records, pages, end: 0, next: 0, before });
         self.served.maps += 1;
         Ok(has_before)

@@ -38,6 +38,7 @@ pub struct PageIds {
     next: AtomicU32,
     server: Option<Mutex<PageClient>>,
     behind: Option<Mutex<Behind>>,
+    packed: bool,
 }
 
 impl PageIds {
@@ -48,12 +49,23 @@ impl PageIds {
 
     /// The first number is this one.
     pub fn from(first: u32) -> Self {
-        Self { next: AtomicU32::new(first), server: None, behind: None }
+        Self { next: AtomicU32::new(first), server: None, behind: None, packed: false }
     }
 
     /// Pages that may come later stay with their processes, to be fetched from there.
     pub fn leaving_behind() -> Self {
         Self { behind: Some(Mutex::default()), ..Self::new() }
+    }
+
+    /// The same, with pages images that are compressed.
+    #[must_use]
+    pub fn packed(self, packed: bool) -> Self {
+        Self { packed, ..self }
+    }
+
+    /// Whether pages images are compressed.
+    pub fn are_packed(&self) -> bool {
+        self.packed
     }
 
     /// What has stayed with its processes, if that was asked for.
@@ -287,7 +299,7 @@ impl<'a, 'p> Dump<'a, 'p> {
     fn new(
         parasite: &'a mut Parasite<'p>,
         mappings: &'a Mappings,
-        images: &ImageDir,
+        images: &'a ImageDir,
         ids: &'a PageIds,
         increment: &'a Increment,
     ) -> Result<Self> {
@@ -309,10 +321,12 @@ impl<'a, 'p> Dump<'a, 'p> {
         let saved = mappings.lines().iter().filter(|(v, kind)| is_saved(v, *kind) || *kind == Kind::Vdso);
         let most = saved.map(|(v, _)| v.len()).fold(0, u64::saturating_add);
         let out = Out::new(parasite, mappings, images, ids, most)?;
-        // What was sent cannot be erased, nor what stays, so smaps is waited for.
+        // What was sent or compressed cannot be erased, nor what stays, so smaps is waited for.
         let dropped = match &out {
             Out::Images { .. } if behind.is_none() => Vec::new(),
-            Out::Images { .. } | Out::Server(_) => mappings.flagged("dp")?.iter().map(|d| d.start).collect(),
+            Out::Images { .. } | Out::Packed { .. } | Out::Server(_) => {
+                mappings.flagged("dp")?.iter().map(|d| d.start).collect()
+            }
         };
         Ok(Self {
             out,

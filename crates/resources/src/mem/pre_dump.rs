@@ -17,8 +17,10 @@ use dormouse_pages::{PageRun, Want};
 use super::increment::{Increment, Registered, Watch};
 use super::mappings::{Kind, Mappings};
 use super::out::ToServer;
+use super::pack::{Haste, Packer};
 use super::pages::{PageIds, PageStats, is_saved};
 use super::records::Records;
+use crate::pages_image;
 use crate::{Result, call, unwritten};
 
 /// Bytes that are copied at once.
@@ -120,24 +122,32 @@ fn next_pages(memory: &File, at: u64, end: u64, buffer: &mut [u8]) -> Result<Opt
 /// Where the copies go.
 enum Sink<'a> {
     Images { image: File, end: u64, records: Records },
+    Packed { packer: Packer, records: Records, images: &'a ImageDir },
     Server(ToServer<'a>),
 }
 
 impl<'a> Sink<'a> {
-    fn new(pid: HostPid, memory: &File, images: &ImageDir, ids: &'a PageIds) -> Result<Self> {
+    fn new(pid: HostPid, memory: &File, images: &'a ImageDir, ids: &'a PageIds) -> Result<Self> {
         if let Some(client) = ids.server() {
             let memory = memory.try_clone().map_err(call("cannot copy a descriptor"))?;
             return Ok(Self::Server(ToServer::of_memory(client, pid, memory)?));
         }
         let id = ids.next();
         let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
-        Ok(Self::Images { image: images.create_file(ImageKind::Pages, id.into())?, end: 0, records })
+        if ids.are_packed() {
+            let memory = memory.try_clone().map_err(call("cannot copy a descriptor"))?;
+            let packer = Packer::new(images, id, memory, format!("the memory of pid {pid}"), Haste::Beside)?;
+            return Ok(Self::Packed { packer, records, images });
+        }
+        Ok(Self::Images { image: pages_image::create(images, id, false)?, end: 0, records })
     }
 
     /// Leaves pages to the checkpoint before.
     fn entry(&mut self, range: Range<u64>) -> Result<()> {
         match self {
-            Self::Images { records, .. } => records.add(range.start, range.end - range.start, PE_PARENT),
+            Self::Images { records, .. } | Self::Packed { records, .. } => {
+                records.add(range.start, range.end - range.start, PE_PARENT)
+            }
             Self::Server(to) => to.entry(range, PE_PARENT),
         }
     }
@@ -149,6 +159,10 @@ impl<'a> Sink<'a> {
                 *end += bytes.len() as u64;
                 records.add(addr, bytes.len() as u64, PE_PRESENT)
             }
+            Self::Packed { packer, records, .. } => {
+                packer.put(bytes)?;
+                records.add(addr, bytes.len() as u64, PE_PRESENT)
+            }
             Self::Server(to) => to.put(addr, bytes, PE_PRESENT),
         }
     }
@@ -156,6 +170,10 @@ impl<'a> Sink<'a> {
     fn finish(self) -> Result<()> {
         match self {
             Self::Images { records, .. } => records.finish(),
+            Self::Packed { packer, records, images } => {
+                packer.finish(images)?;
+                records.finish()
+            }
             Self::Server(_) => Ok(()),
         }
     }

@@ -7,32 +7,35 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::{ImageDir, ImageKind, pb};
 use dormouse_infect::cancel;
 use dormouse_infect::host::mem::{MappedObject, anonymous_object, new_memfd_with, send_file};
-use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::maps::Vma;
-use dormouse_pages::PageClient;
+use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_pages::runs::PE_PRESENT;
 use dormouse_pages::server::MapId;
+use dormouse_pages::{PageClient, PagesFile};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
 use super::map_files::MapFiles;
 use super::out::lost;
+use super::pack::{Haste, Packer};
 use super::pages::PageIds;
 use super::records::Records;
 use super::sysv::{Segments, SysvDump};
 use super::vma::{VMA_ANON_SHARED, VMA_GUARD, VMA_SYSVIPC, flag};
 use crate::checkpoint::{PageMap, Run, TreeImage, optional, read_page_map};
 use crate::fd::files::raise;
+use crate::pages_image;
 use crate::{Result, call, invalid, unwritten};
 
 /// Bytes that are copied at once where the kernel has no way of its own.
 const BUFFER: usize = 1 << 20;
+/// Bytes of compressed pages that a thread reads at once; no block lies in two.
+const PIECE: u64 = 1 << 20;
 
 /// `MFD_HUGETLB` of memfd_create(2), Linux 4.14.
 const MFD_HUGETLB: u32 = 4;
@@ -131,8 +134,11 @@ impl<'a> SharedDump<'a> {
             }
             let id = self.ids.next();
             let records = Records::new(self.images.writer(ImageKind::ShmemPagemap, object.shmid)?, id)?;
-            let image = self.images.create_file(ImageKind::Pages, id.into())?;
-            written += object.save(records, &image)?;
+            written += if self.ids.are_packed() {
+                object.pack(records, self.images, id)?
+            } else {
+                object.save(records, &pages_image::create(self.images, id, false)?)?
+            };
         }
         Ok((found, written))
     }
@@ -174,6 +180,23 @@ impl Object {
         image.set_len(end).map_err(unwritten)?;
         records.finish()?;
         Ok(end / PAGE)
+    }
+
+    /// Saves all pages but holes in a compressed image; how many.
+    fn pack(&self, mut records: Records, images: &ImageDir, id: u32) -> Result<u64> {
+        let name = format!("shared memory {}", self.shmid);
+        let source = self.file.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?;
+        let mut packer = Packer::new(images, id, source, name, Haste::Waited)?;
+        self.areas(|data, at| {
+            records.add(data, at - data, PE_PRESENT)?;
+            let inside = at.min(self.size) - data;
+            packer.add(data, inside)?;
+            // Behind the last byte of an object the rest of its last page is zeros.
+            packer.put(&vec![0; (at - data - inside) as usize])
+        })?;
+        let bytes = packer.finish(images)?;
+        records.finish()?;
+        Ok(bytes / PAGE)
     }
 
     /// Sends all pages but holes to a page server; how many.
@@ -326,12 +349,11 @@ fn fill(fd: &OwnedFd, size: u64, huge: bool, map: &PageMap) -> Result<()> {
     if map.runs.is_empty() {
         return Ok(());
     }
-    let read_failed = |r: &Run| format!("cannot read {}", map.paths[r.file].display());
-    let open = |path: &PathBuf| File::open(path).map_err(call(format!("cannot open {}", path.display())));
-    let mut from: Vec<Option<File>> = map.paths.iter().map(|_| None).collect();
+    let read_failed = |r: &Run| format!("cannot read {}", map.images[r.file].path.display());
+    let mut from: Vec<Option<PagesFile>> = map.images.iter().map(|_| None).collect();
     for r in &map.runs {
         if from[r.file].is_none() {
-            from[r.file] = Some(open(&map.paths[r.file])?);
+            from[r.file] = Some(map.images[r.file].open()?);
         }
     }
     let source = |r: &Run| from[r.file].as_ref().expect("opened above");
@@ -339,16 +361,40 @@ fn fill(fd: &OwnedFd, size: u64, huge: bool, map: &PageMap) -> Result<()> {
     if huge {
         let mut object = MappedObject::new(fd, size).map_err(call(format!("cannot map {size} bytes of huge pages")))?;
         for (r, len) in inside {
-            object.read_from(r.start, len, source(r), r.offset).map_err(call(read_failed(r)))?;
+            let read = match source(r).plain() {
+                Some(file) => object.read_from(r.start, len, file, r.offset),
+                None => source(r).read_parts(r.offset, len, |done, bytes| object.write(r.start + done, bytes)),
+            };
+            read.map_err(call(read_failed(r)))?;
         }
         return Ok(());
     }
     let to = File::from(fd.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?);
+    let mut packed = Vec::new();
     for (r, len) in inside {
-        copy(source(r), r.offset, len, &to, r.start).map_err(call(format!("{} into shared memory", read_failed(r))))?;
+        match source(r).plain() {
+            Some(file) => copy(file, r.offset, len, &to, r.start)
+                .map_err(call(format!("{} into shared memory", read_failed(r))))?,
+            None => packed.extend(pieces(r, len)),
+        }
     }
+    side_by_side(&packed, |(r, offset, len)| {
+        let put = |done, bytes: &[u8]| to.write_all_at(bytes, r.start + (offset - r.offset) + done);
+        source(r).another().read_parts(*offset, *len, put)
+    })
+    .into_iter()
+    .zip(&packed)
+    .try_for_each(|(read, (r, ..))| read.map_err(call(format!("{} into shared memory", read_failed(r)))))?;
     lseek(&to, 0, Whence::SeekSet).map_err(|e| call("cannot rewind shared memory")(e.into()))?;
     Ok(())
+}
+
+/// Pieces of `len` bytes of a compressed run that threads take by turns: (run, offset in the image, bytes).
+fn pieces(run: &Run, len: u64) -> impl Iterator<Item = (&Run, u64, u64)> {
+    let end = run.offset + len;
+    std::iter::successors(Some(run.offset), |at| Some((at / PIECE + 1) * PIECE))
+        .take_while(move |at| *at < end)
+        .map(move |at| (run, at, ((at / PIECE + 1) * PIECE).min(end) - at))
 }
 
 /// Copies bytes from file to file, inside the kernel where it can.

@@ -89,7 +89,9 @@ impl Vdso {
         let mut found = 0;
         for run in clip(&pages.runs, v.start, v.end) {
             let at = (run.start - v.start) as usize;
-            saved[at..at + run.len as usize].copy_from_slice(&read_at(&pages.paths[run.file], run.offset, run.len)?);
+            let image = &pages.images[run.file];
+            let read = image.open()?.read_exact_at(&mut saved[at..at + run.len as usize], run.offset);
+            read.map_err(call(format!("cannot read {}", image.path.display())))?;
             found += run.len;
         }
         let is_whole = found == v.end - v.start;

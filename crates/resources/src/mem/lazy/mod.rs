@@ -151,7 +151,7 @@ mod tests {
             mm_env_end: 0x4001,
             ..Default::default()
         };
-        let map = |runs| PageMap { paths: Vec::new(), runs, lazy: vec![(0, 0x6000), (0x8000, 0x4000)] };
+        let map = |runs| PageMap { images: Vec::new(), runs, lazy: vec![(0, 0x6000), (0x8000, 0x4000)] };
         let run = Run { start: 0x2000, len: 0x4000, offset: 0, file: 0 };
         let all = [(0x1000, 0x5000), (0x8000, 0x1000)];
         assert_eq!(lazy_in(&mm, &v, &map(vec![run])), [(0x1000, 0x2000), (0x5000, 0x1000), (0x8000, 0x1000)]);

@@ -1,11 +1,9 @@
 //! Serving pages that come later, in CRIU's protocol: a restore gives the userfaultfd of each task over a socket, and tells when
 //! the tree runs; from then on pages are put there when they are touched, and in between whatever is left.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -15,6 +13,7 @@ use dormouse_infect::host::fd::{copy_number, pidfd_open};
 use dormouse_infect::host::{process, unix};
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::{stat, tree};
+use dormouse_pages::PagesFile;
 use dormouse_pages::lazy::{Event, LazyUffd};
 use dormouse_pages::server::PageClient;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -149,7 +148,7 @@ enum Put {
 struct Server {
     source: Source,
     /// Page maps, with those of their images that are read here.
-    maps: Vec<(i32, PageMap, Vec<Option<File>>)>,
+    maps: Vec<(i32, PageMap, Vec<Option<PagesFile>>)>,
     spaces: Vec<Space>,
     buffer: Vec<u8>,
     /// Bytes to put there next while nobody waits.
@@ -209,12 +208,11 @@ impl Server {
         for v in &mm.vmas {
             lazy_in(&mm, v, &map).into_iter().for_each(|(start, len)| todo.add(start, len, start));
         }
-        let open = |p| File::open(p).map_err(call(format!("cannot open the pages of pid {pid}")));
         let needed = map.runs.iter().map(|r| r.file + 1).max().unwrap_or(0);
         let files = match self.source {
-            Source::Images => map.paths[..needed].iter().map(|p| open(p).map(Some)).collect::<Result<_>>()?,
+            Source::Images => map.images[..needed].iter().map(|image| image.open().map(Some)).collect::<Result<_>>()?,
             // A dump that left its own pages behind has not those that are in the checkpoints before; a page server has all.
-            Source::Server(_) => (0..needed).map(|i| (i > 0).then(|| open(&map.paths[i]).ok()).flatten()).collect(),
+            Source::Server(_) => (0..needed).map(|i| (i > 0).then(|| map.images[i].open().ok()).flatten()).collect(),
         };
         tracing::info!("pid {pid}: {} pages come later", todo.0.values().map(|(len, _)| len / PAGE).sum::<u64>());
         self.maps.push((pid, map, files));
@@ -397,7 +395,7 @@ impl Server {
             }
             let part = &mut self.buffer[done as usize..(done + run.len) as usize];
             let read = file.read_exact_at(part, run.offset);
-            read.map_err(call(format!("cannot read pages of pid {pid} from {}", map.paths[run.file].display())))?;
+            read.map_err(call(format!("cannot read pages of pid {pid} from {}", map.images[run.file].path.display())))?;
             done += run.len;
         }
         if done > 0 {
