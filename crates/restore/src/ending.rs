@@ -29,8 +29,17 @@ pub fn wait(image: &TreeImage) {
 
 /// Is there such a process or thread, and has it been killed, or begun to end?
 fn is_ending(id: HostPid) -> bool {
+    if !is_there(id) {
+        return false;
+    }
     let killed = status::read(id).is_ok_and(|s| (s.sig_pnd | s.shd_pnd) & KILL != 0);
     killed || stat::read(id).is_ok_and(|s| s.flags & PF_EXITING != 0 || matches!(s.state, b'Z' | b'X'))
+}
+
+/// Does a process or thread have this number? A restore of thousands asks for each of them, and mostly there is none: a signal
+/// that is none (kill(2); it takes a thread's number, too) is asked for without a look-up in `/proc`.
+fn is_there(id: HostPid) -> bool {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.0), None) != Err(nix::errno::Errno::ESRCH)
 }
 
 #[cfg(test)]
@@ -47,6 +56,20 @@ mod tests {
         child.kill().expect("kill");
         assert!(is_ending(pid));
         child.wait().expect("wait");
-        assert!(!is_ending(pid));
+        assert!(!is_there(pid) && !is_ending(pid));
+    }
+
+    #[test]
+    fn threads_are_there_while_they_run() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            tell.send(HostPid(nix::unistd::gettid().as_raw())).expect("send");
+            let _ = ended.recv();
+        });
+        let tid = told.recv().expect("its number");
+        assert!(tid != HostPid::current() && is_there(tid));
+        drop(end);
+        thread.join().expect("join");
     }
 }

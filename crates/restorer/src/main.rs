@@ -42,7 +42,8 @@ impl Special for Task<'_> {
             // SAFETY: the host composed the operation for this address space.
             k if k == OpKind::AioRing as u32 => unsafe { aio::restore(op.args) },
             k if k == OpKind::Park as u32 => {
-                bump(&self.control.parked);
+                // The host sleeps on `progress` alone.
+                self.control.parked.fetch_add(1, Ordering::AcqRel);
                 bump(&self.control.progress);
                 loop {
                     futex::wait(&self.control.failed, 0);
@@ -64,7 +65,8 @@ impl Task<'_> {
         // SAFETY: `stage < STAGES`; unchecked so that the blob needs no panic path.
         let (arrived, open) =
             unsafe { (self.control.arrived.get_unchecked(stage), self.control.open.get_unchecked(stage)) };
-        bump(arrived);
+        // The host sleeps on `progress` alone.
+        arrived.fetch_add(1, Ordering::AcqRel);
         bump(&self.control.progress);
         while open.load(Ordering::Acquire) == 0 {
             futex::wait(open, 0);

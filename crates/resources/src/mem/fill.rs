@@ -17,9 +17,13 @@ pub const PROT_RW: u32 = prot::READ | prot::WRITE;
 const SCRATCH: u64 = 64 << 10;
 
 /// Protection of a mapping while its pages, if it has any, are filled in. Those that come later (address, bytes) count too: the
-/// kernel charges a mapping that was ever writable (`ac` in smaps).
+/// kernel charges a mapping that was ever writable (`ac` in smaps); they ascend.
 pub fn fill_prot(v: &pb::VmaEntry, runs: &[Run], later: &[(u64, u64)]) -> u32 {
-    let comes_later = || later.iter().any(|(start, len)| *start < v.end && start + len > v.start);
+    let comes_later = || {
+        // A task of many threads has as many of both: no search from the start for each mapping.
+        let first = later.partition_point(|(start, len)| start + len <= v.start);
+        later.get(first).is_some_and(|(start, _)| *start < v.end)
+    };
     if is_private(v) && (overlaps(runs, v.start, v.end) || comes_later()) { PROT_RW } else { v.prot }
 }
 
@@ -278,6 +282,23 @@ mod tests {
                     [1 << 30, 1 << 30, 1]
                 );
             }
+        }
+    }
+
+    #[test]
+    fn private_mappings_can_be_written_to_while_pages_come_now_or_later() {
+        let private = super::super::vma::flag::PRIVATE;
+        let v = pb::VmaEntry { start: 0x5000, end: 0x7000, flags: private, prot: prot::READ, ..Default::default() };
+        let runs = [Run { start: 0x1000, len: 0x1000, offset: 0, file: 0 }];
+        assert_eq!(fill_prot(&v, &runs, &[]), prot::READ);
+        // On either side of the mapping, then reaching into it from below, from above, and over it.
+        for (later, rw) in [
+            (&[(0x1000, 0x1000), (0x4000, 0x1000), (0x7000, 0x1000)][..], false),
+            (&[(0x1000, 0x1000), (0x4000, 0x1001)][..], true),
+            (&[(0x1000, 0x1000), (0x6000, 0x4000), (0xb000, 0x1000)][..], true),
+            (&[(0x1000, 0x9000)][..], true),
+        ] {
+            assert_eq!(fill_prot(&v, &runs, later), if rw { PROT_RW } else { prot::READ }, "{later:x?}");
         }
     }
 
