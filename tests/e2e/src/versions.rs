@@ -24,6 +24,8 @@ type Dump = (&'static str, &'static [DumpFile]);
 
 include!(concat!(env!("OUT_DIR"), "/old.rs"));
 
+/// What kept dumps may need: registers of features that their CPU had cannot be left out.
+const LIKE_THEIRS: &str = "a CPU with what that of the kept dumps has";
 /// Trees of two versions at work.
 const TREES: usize = 16;
 /// The name of the dumped program, in the root directory.
@@ -102,6 +104,9 @@ fn older_images(case: &Case<'_>) -> Result<Outcome> {
         let (images, root) = lay_out(case, version, files)?;
         let pidfile = case.path(&format!("{version}.pid"));
         let ran = case.restore(&case.args.bin, &images, &options(&root, &pidfile))?;
+        if ran.errors().contains("it uses CPU features that this CPU or kernel lacks") {
+            return Ok(Outcome::needs(LIKE_THEIRS));
+        }
         ensure!(ran.ok(), "{version}: {}", ran.errors());
         let pid: i32 = fs::read_to_string(&pidfile)?.trim().parse()?;
         let (memory, state) = state_of(pid).with_context(|| version.to_string())?;
