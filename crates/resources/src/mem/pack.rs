@@ -319,7 +319,7 @@ mod tests {
             (word >> 40) as u8
         };
         let content: Vec<u8> =
-            (0..64 * BLOCK).map(|i| if (i / BLOCK) % 3 == 0 { noise() } else { (i / 300) as u8 }).collect();
+            (0..64 * BLOCK).map(|i| if (i / BLOCK).is_multiple_of(3) { noise() } else { (i / 300) as u8 }).collect();
         std::fs::write(path.join("source"), &content).expect("write");
         let open = || File::open(path.join("source")).expect("open");
         for (id, haste, pieces) in
