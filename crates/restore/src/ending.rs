@@ -38,7 +38,7 @@ fn is_ending(id: HostPid) -> bool {
 
 /// Does a process or thread have this number? A restore of thousands asks for each of them, and mostly there is none: a signal
 /// that is none (kill(2); it takes a thread's number, too) is asked for without a look-up in `/proc`.
-fn is_there(id: HostPid) -> bool {
+pub fn is_there(id: HostPid) -> bool {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(id.0), None) != Err(nix::errno::Errno::ESRCH)
 }
 

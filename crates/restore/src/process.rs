@@ -1,10 +1,18 @@
 //! The root of the tree: forked by the host, everything else by it and its children.
 
+use std::time::{Duration, Instant};
+
 use dormouse_infect::arena::Arena;
 use dormouse_infect::host::process;
 use dormouse_kernel::HostPid;
 
-use crate::RestoreError;
+use crate::{RestoreError, ending};
+
+/// How long a number is waited for that no process has: since Linux 6.15 it is free only some time after its process has been
+/// reaped (free_pids() in release_task()). Or it is that of a group or session, which may stay.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Forks the root of a plan; it runs its list from then on.
 ///
@@ -12,7 +20,15 @@ use crate::RestoreError;
 /// Its pid is taken, or the privileges do not suffice.
 pub fn fork_root(arena: &Arena, args: u64, entry: u64, pid: i32) -> Result<HostPid, RestoreError> {
     let blocked = process::SignalsBlocked::new().map_err(crate::call("cannot block signals"))?;
-    let made = process::fork_into(arena, args, entry);
+    let until = Instant::now() + PATIENCE;
+    let made = loop {
+        let made = process::fork_into(arena, args, entry);
+        let taken = made.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EEXIST));
+        if !taken || ending::is_there(HostPid(pid)) || Instant::now() > until {
+            break made;
+        }
+        std::thread::sleep(PAUSE);
+    };
     drop(blocked);
     made.map_err(|cause| RestoreError::Task { pid, what: format!("clone3 of pid {pid}"), hint: hint(&cause), cause })
 }
