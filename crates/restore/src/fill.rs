@@ -335,7 +335,7 @@ mod tests {
             assert_eq!(p.addr - run.start, p.file_offset - run.offset);
             bytes += p.len;
         }
-        assert_eq!(bytes, runs.iter().map(|r| r.len).sum());
+        assert_eq!(bytes, runs.iter().map(|r| r.len).sum::<u64>());
     }
 
     #[test]

@@ -146,7 +146,7 @@ mod tests {
         let mut b = Batch::new();
         let mut reads = Reads::new(7, &[5], &[]);
         inherit_ops(&mut b, &mut arena, (&v, &v), (&own, &parent), &mut reads);
-        reads.flush(&mut b, &mut arena);
+        assert!(reads.finish(&mut b, &mut arena).is_empty());
         let names: Vec<&str> = (0..b.len()).map(|i| b.name(i)).collect();
         assert_eq!(
             names,

@@ -326,13 +326,13 @@ mod tests {
             [(1, Haste::Waited, 3), (2, Haste::Beside, 3), (3, Haste::Waited, 700), (4, Haste::Waited, 0)]
         {
             let mut packer = Packer::new(&images, id, open(), "it".into(), haste).expect("begin");
-            let mut want = Vec::new();
+            let mut want: Vec<u8> = Vec::new();
             for i in 0..pieces {
                 let (at, len) = ((i * 13) % 50 * 4096, if pieces < 10 { 20 * BLOCK } else { 3 * 4096 });
                 packer.add(at as u64, len as u64).expect("add");
-                want.extend(&content[at..at + len]);
+                want.extend_from_slice(&content[at..at + len]);
                 packer.put(&content[..4096]).expect("put");
-                want.extend(&content[..4096]);
+                want.extend_from_slice(&content[..4096]);
             }
             assert_eq!(packer.finish(&images).expect("finish"), want.len() as u64);
             let image = PagesImage::find(&images, &path, id).expect("find");
