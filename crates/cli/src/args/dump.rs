@@ -318,7 +318,10 @@ pub(super) fn parse_inodes(text: &str) -> Result<Inodes, String> {
 fn parse_method(text: &str) -> Result<String, String> {
     match text {
         "lz4" => Ok(text.to_owned()),
-        "zstd" => Err("images are compressed by lz4 only; take that, or leave it out and compress a stream: dump --stream | zstd".into()),
+        "zstd" => Err(
+            "images are compressed by lz4 only; take that, or leave it out and compress a stream: dump --stream | zstd"
+                .into(),
+        ),
         _ => Err("not known; lz4 is".into()),
     }
 }
