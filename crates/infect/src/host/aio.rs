@@ -27,11 +27,13 @@ pub fn rings_move() -> io::Result<bool> {
         let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         libc::mremap(context as *mut libc::c_void, len, len, fixed, place.as_ptr())
     };
-    let to = if moved == libc::MAP_FAILED { context } else { moved as libc::c_ulong };
+    let (to, taken) =
+        if moved == libc::MAP_FAILED { (context, 0) } else { (moved as libc::c_ulong, len.min(size.get())) };
+    // Before the context ends, which unmaps its ring: another thread may have something there right afterwards.
+    // SAFETY: what is left of the place, to which nobody refers.
+    unsafe { libc::munmap(place.as_ptr().byte_add(taken), size.get() - taken) };
     // SAFETY: ends the context, by the address that it has if it went with its ring.
     let ended = result(unsafe { libc::syscall(libc::SYS_io_destroy, to) });
-    // SAFETY: what is left of the place, to which nobody refers.
-    unsafe { libc::munmap(place.as_ptr(), size.get()) };
     Ok(moved != libc::MAP_FAILED && ended.is_ok())
 }
 
