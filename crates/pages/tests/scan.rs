@@ -240,9 +240,14 @@ fn one_walk_finds_private_pages_of_both_kinds_and_guards() {
     let memory = Map::new(8, libc::MAP_SHARED | libc::MAP_ANONYMOUS, NO_FILE);
     memory.write(2);
     for scanner in scanners() {
-        let saved = |map: &Map| {
+        let found_by = |map: &Map, want| {
             let mut runs = Vec::new();
-            scanner.scan(map.start(), map.end(), Want::Private, &mut runs).expect("scan");
+            scanner.scan(map.start(), map.end(), want, &mut runs).expect("scan");
+            runs
+        };
+        assert_eq!(found_by(&map, Want::Anonymous), found_by(&map, Want::Private), "ioctl: {}", scanner.uses_ioctl());
+        let saved = |map: &Map| {
+            let runs = found_by(map, Want::Private);
             let (guards, pages): (Vec<PageRun>, Vec<PageRun>) =
                 runs.iter().partition(|run| run.categories & category::GUARD != 0);
             (map.pages(&guards), map.pages(&pages))

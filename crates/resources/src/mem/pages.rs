@@ -28,8 +28,8 @@ use crate::{ResourceError, Result, call, unwritten};
 
 /// Most pages of a command line or an environment: no process is given more (execve(2)), but it may say that it has more.
 const MOST_WORDS: usize = 2048;
-/// From this size on, a mapping that holds nothing to save is left out of a walk.
-const LARGE_GAP: u64 = 2 << 20;
+/// From this size on, a mapping that holds nothing to save is left out of a walk, and anonymous memory has one of its own.
+const LARGE: u64 = 2 << 20;
 
 /// Numbers of pages images (`pages-1.img`, …), one sequence for all tasks and shared objects of a dump; or the page server
 /// that makes them elsewhere; or what is left where it is.
@@ -182,9 +182,8 @@ pub fn dump_pages(
         match group {
             Group::Vdso(v) => dump.vdso(v)?,
             Group::AioRing(v) => dump.pages(v, Kind::AioRing, v.start..v.end)?,
-            Group::Walk(range) => {
-                let walk =
-                    scanner.scan_each(range.start, range.end, Want::Private, |run| Ok::<_, Stopped>(dump.run(&run)?));
+            Group::Walk(range, want) => {
+                let walk = scanner.scan_each(range.start, range.end, want, |run| Ok::<_, Stopped>(dump.run(&run)?));
                 walk.map_err(why)?;
             }
             Group::Protect(range) => {
@@ -224,8 +223,8 @@ enum Group<'a> {
     Vdso(&'a Vma),
     /// The same.
     AioRing(&'a Vma),
-    /// A walk finds pages to save and guard pages.
-    Walk(Range<u64>),
+    /// A walk finds pages to save and guard pages. [`Want::Anonymous`] if all of it is anonymous memory.
+    Walk(Range<u64>, Want),
     /// As a walk, over one mapping, whose pages are then protected to tell later writes.
     Protect(Range<u64>),
     /// A walk finds guard pages only.
@@ -254,13 +253,21 @@ fn groups<'a>(
             groups.push(Group::AioRing(v));
         } else if is_saved(v, *kind) && registered(v, *kind)? && increment.go_on {
             groups.push(Group::Protect(v.start..v.end));
-        } else if !is_saved(v, *kind) && may_have_guards(*kind) && v.len() >= LARGE_GAP {
+        } else if !is_saved(v, *kind) && may_have_guards(*kind) && v.len() >= LARGE {
             groups.push(Group::Guards(v.start..v.end));
         } else if is_saved(v, *kind) || may_have_guards(*kind) {
-            // Small shared mappings are walked over with what is around them.
+            let anonymous = matches!(kind, Kind::Anonymous { .. }) && !v.shared;
+            let fits = |want| match want {
+                // What else is saved has a group of its own, so none of it lies between.
+                Want::Anonymous => anonymous,
+                // Large anonymous memory is worth a faster walk of its own.
+                _ => !(anonymous && v.len() >= LARGE),
+            };
+            // Small mappings, shared ones too, are walked over with what is around them.
             match groups.last_mut() {
-                Some(Group::Walk(range)) if v.start == range.end || far => range.end = v.end,
-                _ => groups.push(Group::Walk(v.start..v.end)),
+                Some(Group::Walk(range, want)) if fits(*want) && (v.start == range.end || far) => range.end = v.end,
+                _ if anonymous => groups.push(Group::Walk(v.start..v.end, Want::Anonymous)),
+                _ => groups.push(Group::Walk(v.start..v.end, Want::Private)),
             }
         }
     }
