@@ -7,10 +7,12 @@ use std::time::Instant;
 
 use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::InfectError;
+use dormouse_infect::arena::Batch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::{status, tree};
 use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_resources::mem::{Increment, Mappings, PageIds, dump_pages, has_wiped};
+use dormouse_resources::task::sched;
 
 use crate::record::Drafted;
 use crate::{DumpError, Report};
@@ -78,6 +80,15 @@ fn obstacle(mappings: &Mappings, reaps: bool) -> Result<Option<&'static str>, Du
     })
 }
 
+/// Has a copy give way to the tree that runs beside it.
+fn give_way(copy: &mut Parasite<'_>) -> Result<(), DumpError> {
+    let (mut batch, mark, pid) = (Batch::new(), copy.arena.mark(), copy.pid());
+    sched::give_way_op(&mut batch, &mut copy.arena, pid)?;
+    let ran = copy.run(&mut batch);
+    copy.arena.reset(mark);
+    Ok(ran?)
+}
+
 impl Later {
     /// Writes the memory of the process as it was, and lets the copy end.
     ///
@@ -87,6 +98,7 @@ impl Later {
         let start = Instant::now();
         let Drafted { pid, mappings, draft } = self.drafted;
         mappings.read_ahead()?;
+        give_way(&mut self.copy)?;
         if mappings.are_wiped()? {
             return Err(DumpError::Impossible(format!(
                 "cannot dump pid {} while it runs: some of its memory was advised not to be copied (MADV_WIPEONFORK) after it \

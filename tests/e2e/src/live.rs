@@ -1,6 +1,9 @@
 //! Dumps of a tree that goes on running: the image is the state of one instant, and the tree takes no notice.
 
+use std::collections::HashSet;
 use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -23,6 +26,7 @@ pub fn tests() -> Vec<Test> {
     vec![
         Test::new(format!("live/{INSTANTS}_images_of_one_instant"), one_instant),
         Test::new("live/the_tree_goes_on", goes_on),
+        Test::new("live/copies_give_way_to_the_tree", gives_way),
         Test::new("live/locked_memory_is_copied_at_once", locked),
         Test::new("live/a_tree_that_is_to_end", needs_leave_running),
         Test::new("live/a_dump_that_others_build_on", needs_no_chain),
@@ -66,6 +70,47 @@ fn goes_on(case: &Case<'_>) -> Result<Outcome> {
         copies_end(case, &target)?;
     }
     Ok(Outcome::PASSED)
+}
+
+/// The stat files of all copies on this machine, of other tests too.
+fn copies() -> Result<HashSet<PathBuf>> {
+    let stats = fs::read_dir("/proc")?.filter_map(|entry| Some(entry.ok()?.path().join("stat")));
+    let is_copy = |stat: &PathBuf| fs::read_to_string(stat).is_ok_and(|stat| stat.contains("(dormouse-copy)"));
+    Ok(stats.filter(is_copy).collect())
+}
+
+/// The nice value in a stat file: the 19th field; the name is the second.
+fn nice_of(stat: &PathBuf) -> Option<i64> {
+    fs::read_to_string(stat).ok()?.rsplit_once(") ")?.1.split(' ').nth(16)?.parse().ok()
+}
+
+/// A copy has a higher nice value than the process that it was made of, which keeps its own.
+fn gives_way(case: &Case<'_>) -> Result<Outcome> {
+    const NICE: i64 = 3;
+    let mut target = ready!(Target::start(case, "tree_threads", Session::Own, &[]));
+    let ids = target.ids().map(|id| id.to_string());
+    let reniced = Command::new("renice").args(["-n", &NICE.to_string(), "-p"]).args(ids).stdout(Stdio::null()).status()?;
+    ensure!(reniced.success(), "renice: {reniced}");
+    target.look();
+    // Those of an earlier run, if nobody has waited for them yet.
+    let before = copies()?;
+    let mut seen = HashSet::new();
+    for _ in 0..20 {
+        let command = case.dump_command(&case.args.bin, target.pid, &case.path("img"), &options())?;
+        let mut child = case.start_tool(command, "dump")?;
+        while child.try_wait()?.is_none() {
+            seen.extend(copies()?.difference(&before).filter_map(nice_of));
+        }
+        let ran = case.wait_tool(child, "dump", &case.path("img/dump.log"), TOOL_LIMIT)?;
+        ensure!(ran.ok(), "dump: {}", ran.errors());
+        target.unharmed()?;
+        let own = nice_of(&format!("/proc/{}/stat", target.pid).into()).context("the program is gone")?;
+        ensure!(own == NICE, "the program itself has nice value {own} now");
+        if seen.contains(&(NICE + 5)) {
+            return Ok(Outcome::PASSED);
+        }
+    }
+    bail!("copies with the nice values {seen:?} were seen, none with {}", NICE + 5)
 }
 
 /// Waits until no process of the test is there but those of the tree: copies have their memory, and so the marker in it.

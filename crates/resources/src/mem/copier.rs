@@ -10,6 +10,7 @@ use dormouse_infect::host::process::read_pieces;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::{InfectError, cancel};
 use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_sys::nr;
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::route::{Because, Route};
@@ -19,6 +20,11 @@ use crate::{Result, call, unwritten};
 const BUFFER: usize = 256 << 10;
 /// Up to this many bytes are copied by this program in any case: asking the target takes longer.
 const FEW: u64 = 256 << 10;
+
+/// Bytes in a chunk of a copy's memory, after which the process may write to it again at little cost.
+const COPY_BYTES: u64 = 8 << 20;
+/// From this many bytes on, a piece of a copy's memory is worth a call to give it back.
+const WORTH: u64 = 64 << 10;
 
 /// Who writes what was collected.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +52,8 @@ pub struct Copier<'a, 'p> {
     buffer: Vec<u8>,
     /// Bytes that this program has copied.
     outside: u64,
+    /// What is written is given back, and what waits for that: addresses and lengths.
+    spent: Option<Vec<(u64, u64)>>,
 }
 
 impl<'a, 'p> Copier<'a, 'p> {
@@ -57,7 +65,16 @@ impl<'a, 'p> Copier<'a, 'p> {
         let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
         let chunks = Chunks::new(MAX_IOVECS, MAX_BYTES);
         let (writer, buffer) = (Writer::Undecided, Vec::new());
-        Ok(Self { parasite, pid, image, memory, chunks, writer, most, buffer, outside: 0 })
+        Ok(Self { parasite, pid, image, memory, chunks, writer, most, buffer, outside: 0, spent: None })
+    }
+
+    /// The parasite's process is a copy that is of no use when its memory is written: that is given back on the way. As long as
+    /// both have a page, the first write of the process to it copies it.
+    #[must_use]
+    pub fn giving_back(mut self) -> Self {
+        self.chunks = Chunks::new(MAX_IOVECS, COPY_BYTES);
+        self.spent = Some(Vec::new());
+        self
     }
 
     /// Decides who writes, and gives the target the image if it is to.
@@ -152,6 +169,11 @@ impl<'a, 'p> Copier<'a, 'p> {
         // The parasite consumes its iovecs; `chunk` keeps ours.
         let iovecs = self.parasite.arena.put_words(&chunk.iovecs);
         let mut batch = Batch::new();
+        // Of the chunk before: this one may yet have to be copied.
+        for (addr, len) in self.spent.iter_mut().flat_map(|spent| spent.drain(..)) {
+            let args = [addr, len, libc::MADV_DONTNEED as u64, 0, 0, 0];
+            batch.push("giving memory back", OpKind::Syscall, Policy::Try, nr::MADVISE, args);
+        }
         let count = chunk.iovecs.len() as u64 / 2;
         let args = [fd.0 as u64, iovecs, count, chunk.offset, 0, 0];
         let op = batch.push("writing pages", OpKind::WriteAll, Policy::Try, 0, args);
@@ -159,7 +181,12 @@ impl<'a, 'p> Copier<'a, 'p> {
         self.parasite.arena.reset(mark);
         run?;
         match batch.result(op) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                if let Some(spent) = &mut self.spent {
+                    spent.extend(chunk.pieces().map(|(addr, len, _)| (addr, len)).filter(|(_, len)| *len >= WORTH));
+                }
+                Ok(())
+            }
             Err(e) => {
                 let pid = self.pid;
                 tracing::debug!(

@@ -79,7 +79,9 @@ impl<'a, 'p> Out<'a, 'p> {
             return Ok(Self::Packed { packer, records, images });
         }
         let image = pages_image::create(images, id, false)?;
-        Ok(Self::Images { copier: Copier::new(parasite, mappings.source(), image, most)?, records })
+        let copier = Copier::new(parasite, mappings.source(), image, most)?;
+        let copier = if mappings.source() == pid { copier } else { copier.giving_back() };
+        Ok(Self::Images { copier, records })
     }
 
     /// Leaves pages to the checkpoint before.

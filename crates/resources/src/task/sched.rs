@@ -40,6 +40,29 @@ pub fn to_image(a: &SchedAttr, into: &mut pb::ThreadCoreEntry) {
     into.sched_prio = matches!(a.policy, SCHED_FIFO | SCHED_RR).then_some(a.priority);
 }
 
+/// By how much the nice value of a copy is above that of the process that it was made of.
+const GIVES_WAY: i32 = 5;
+
+/// Has a process that works beside the one it is a copy of give way to it: it would else have as good a claim on a processor,
+/// or a better one than anything else if that one is scheduled in real time.
+///
+/// # Errors
+/// The process is gone.
+pub fn give_way_op(b: &mut Batch, arena: &mut Arena, pid: HostPid) -> Result<()> {
+    let now = read(pid)?;
+    let policy = match now.policy {
+        SCHED_FIFO | SCHED_RR => SCHED_OTHER,
+        SCHED_OTHER | SCHED_BATCH => now.policy,
+        // Idle already, or scheduled by somebody who knows better.
+        _ => return Ok(()),
+    };
+    let at = arena.alloc(48, 16);
+    let nice = (now.nice + GIVES_WAY).min(19);
+    arena.write_record(at, &SchedAttr { size: 48, policy, nice, ..SchedAttr::default() });
+    b.attempt("giving way to the process", nr::SCHED_SETATTR, &[0, at, 0]);
+    Ok(())
+}
+
 /// Sets what differs from how this process is scheduled, which every task of the tree inherits.
 ///
 /// # Errors
