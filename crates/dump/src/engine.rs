@@ -1,6 +1,7 @@
 //! The order of a dump, and what is undone when a step of it fails.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use dormouse_kernel::proc::{fdinfo, stat};
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
-use dormouse_resources::mem::PageIds;
+use dormouse_resources::mem::{FlagTeller, PageIds};
 use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::task::seccomp::FilterTable;
 
@@ -194,6 +195,9 @@ fn trace<'a>(
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
     let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
+    // A tree that is to end, or goes on before its flags are read, gains nothing.
+    let stands = request.after != After::Kill && !request.live;
+    let teller = stands.then(|| FlagTeller::for_tree(request.pid)).flatten().map(Arc::new);
     let recorder = Recorder::new(images, &request.options, page_ids, request.live, ids)?;
     thread::scope(|scope| {
         let (steps, recording) = recorder.start(scope)?;
@@ -202,6 +206,7 @@ fn trace<'a>(
             page_ids,
             tracking,
             steps,
+            teller,
             filters: FilterTable::default(),
             live: request.live,
             wiped,

@@ -16,7 +16,7 @@ use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat::Stat;
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::timers;
-use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
+use dormouse_resources::mem::{self, FlagTeller, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
@@ -38,6 +38,8 @@ pub struct Tracer<'a> {
     pub tracking: &'a mut Tracking,
     /// Who records what is found.
     pub steps: Steps,
+    /// Tells flags of mappings without smaps, if that is worth it.
+    pub teller: Option<Arc<FlagTeller>>,
     /// Seccomp filters.
     pub filters: FilterTable,
     /// Processes are to leave copies, whose memory is written later.
@@ -130,7 +132,8 @@ impl Tracer<'_> {
             increment.register_all(&mappings)?;
             mappings = Mappings::read(pid, parasite.own_range())?;
         }
-        let mappings = Arc::new(mappings.with_stacks(stacks).with_locked(threads.asked[0].0.vm_lck_kb));
+        let mappings = mappings.with_stacks(stacks).with_locked(threads.asked[0].0.vm_lck_kb);
+        let mappings = Arc::new(mappings.with_teller(self.teller.clone()));
         let stat = standing.stat.clone();
         self.steps.look(standing, Arc::clone(&mappings))?;
         let written = if self.live { None } else { Some(self.write_pages(parasite, &mappings, increment)?) };

@@ -4,6 +4,7 @@
 //! error that names file and line, never a panic), and are checked against recorded samples from several kernels.
 #![forbid(unsafe_code)]
 
+pub mod btf;
 pub mod features;
 pub mod ids;
 pub mod netlink;

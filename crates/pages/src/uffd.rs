@@ -4,7 +4,7 @@
 //! the userfaultfd is closed, all of it is gone.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 
 /// `struct uffdio_api` of `linux/userfaultfd.h`.
 #[repr(C)]
@@ -74,6 +74,18 @@ impl Uffd {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         handshake(&fd, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED)?;
         Ok(Self(fd))
+    }
+
+    /// One of this process.
+    ///
+    /// # Errors
+    /// userfaultfd(2)'s, and as of [`Uffd::new`].
+    pub fn own() -> io::Result<Self> {
+        // SAFETY: it takes flags only.
+        let r = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+        let fd = i32::try_from(r).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: the descriptor is new, and nobody else's.
+        Self::new(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Takes a descriptor that [`Uffd::new`] has taken before.

@@ -111,7 +111,7 @@ const _: () = assert!(size_of::<BatchArg>() == 56);
 
 /// # Safety
 /// `T` is the part of `union bpf_attr` that `command` reads, and all addresses in it are of memory that is large enough.
-unsafe fn bpf<T>(command: u32, arg: &mut T) -> io::Result<libc::c_long> {
+pub(super) unsafe fn bpf<T>(command: u32, arg: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: by the caller's promise.
     result(unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(arg), size_of::<T>()) })
 }

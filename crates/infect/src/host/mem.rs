@@ -4,12 +4,15 @@ use std::ffi::{CStr, c_void};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::fd::result;
 
 /// Major and minor number of the file system that memfds and shared anonymous memory lie on.
 ///
@@ -197,5 +200,66 @@ mod tests {
         assert!(mapped.write(4092, b"mouse").is_err(), "outside of the object");
         assert!(mapped.read_from(4000, 97, &file, 0).is_err(), "outside of the object");
         assert!(mapped.read_from(0, 4096, &file, 8000).is_err(), "the file is shorter");
+    }
+}
+
+/// A page of this process whose mapping has a property that madvise(2), mlock2(2) or mmap(2) give, until it is dropped.
+#[derive(Debug)]
+pub struct Sample(NonNull<c_void>);
+
+impl Sample {
+    /// A private page with these `MAP_*` flags besides, and after this advice.
+    ///
+    /// # Errors
+    /// mmap(2)'s and madvise(2)'s: this kernel has no such property.
+    pub fn advised(flags: i32, advice: Option<i32>) -> io::Result<Self> {
+        let sample = Self::map(flags | libc::MAP_PRIVATE)?;
+        if let Some(advice) = advice {
+            // SAFETY: the page is ours, nothing is in it, and none of these advices takes it away.
+            result(unsafe { libc::madvise(sample.0.as_ptr(), Self::LEN, advice) }.into())?;
+        }
+        Ok(sample)
+    }
+
+    /// A private page that is locked into memory, with these `MLOCK_*` flags.
+    ///
+    /// # Errors
+    /// mlock2(2)'s.
+    pub fn locked(flags: u32) -> io::Result<Self> {
+        let sample = Self::map(libc::MAP_PRIVATE)?;
+        // SAFETY: the page is ours.
+        result(unsafe { libc::syscall(libc::SYS_mlock2, sample.0.as_ptr(), Self::LEN, flags) })?;
+        Ok(sample)
+    }
+
+    /// A shared page.
+    ///
+    /// # Errors
+    /// mmap(2)'s.
+    pub fn shared() -> io::Result<Self> {
+        Self::map(libc::MAP_SHARED)
+    }
+
+    const LEN: usize = 4096;
+
+    fn map(flags: i32) -> io::Result<Self> {
+        let (len, flags) = (NonZeroUsize::MIN.saturating_add(Self::LEN - 1), MapFlags::from_bits_retain(flags));
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory.
+        let page =
+            unsafe { nix::sys::mman::mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) };
+        Ok(Self(page?))
+    }
+
+    /// Where it is.
+    pub fn range(&self) -> Range<u64> {
+        let at = self.0.as_ptr() as u64;
+        at..at + Self::LEN as u64
+    }
+}
+
+impl Drop for Sample {
+    fn drop(&mut self) {
+        // SAFETY: the page is ours, and nothing refers to it.
+        let _ = unsafe { munmap(self.0, Self::LEN) };
     }
 }

@@ -17,3 +17,4 @@ pub mod stand_in;
 pub mod sysv;
 pub mod task;
 pub mod unix;
+pub mod vma_iter;

@@ -67,6 +67,12 @@ impl Vma {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct VmFlags(Vec<[u8; 2]>);
 
+impl FromIterator<[u8; 2]> for VmFlags {
+    fn from_iter<I: IntoIterator<Item = [u8; 2]>>(codes: I) -> Self {
+        Self(codes.into_iter().collect())
+    }
+}
+
 impl VmFlags {
     /// Whether the two-letter `code` is set; false for any text of another length.
     pub fn has(&self, code: &str) -> bool {

@@ -45,6 +45,8 @@ pub struct Stat {
     pub starttime: u64,
     /// Virtual memory in bytes (23).
     pub vsize: u64,
+    /// Pages in memory (24), not exact.
+    pub rss: u64,
     /// Code's first address (26).
     pub startcode: u64,
     /// Code's end address (27).
@@ -120,6 +122,7 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<Stat> {
         num_threads: signed(20, "bad num_threads")?,
         starttime: unsigned(22, "bad starttime")?,
         vsize: unsigned(23, "bad vsize")?,
+        rss: unsigned(24, "bad rss")?,
         startcode: unsigned(26, "bad startcode")?,
         endcode: unsigned(27, "bad endcode")?,
         startstack: unsigned(28, "bad startstack")?,

@@ -4,9 +4,10 @@
 //! so it is read beside the pages being written.
 
 use std::ops::Range;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
+use dormouse_blob_abi::PAGE;
 use dormouse_images::pb;
 use dormouse_infect::host::mem::shared_memory_device;
 use dormouse_kernel::HostPid;
@@ -17,6 +18,7 @@ use dormouse_pages::PageScanner;
 
 use super::blockers;
 use super::smaps::{self, Codes, Smap};
+use super::vm_flags::FlagTeller;
 use super::vma::{self, flag, prot};
 use crate::{Result, call, invalid};
 
@@ -78,6 +80,8 @@ pub struct Mappings {
     /// Kilobytes that are locked into memory, if that is known.
     locked_kb: Option<u64>,
     reader: Mutex<Option<JoinHandle<Smaps>>>,
+    /// Tells flags without smaps.
+    teller: Option<Arc<FlagTeller>>,
     /// Lines of smaps, as many as `vmas`.
     smaps: OnceLock<Vec<Smap>>,
     guards: OnceLock<Vec<Range<u64>>>,
@@ -100,6 +104,7 @@ impl Mappings {
             stacks: Vec::new(),
             locked_kb: None,
             reader: Mutex::new(None),
+            teller: None,
             smaps: OnceLock::new(),
             guards: OnceLock::new(),
         })
@@ -176,6 +181,13 @@ impl Mappings {
     #[must_use]
     pub fn with_stacks(mut self, pointers: impl IntoIterator<Item = u64>) -> Self {
         self.stacks = pointers.into_iter().collect();
+        self
+    }
+
+    /// Names one who tells flags without smaps.
+    #[must_use]
+    pub fn with_teller(mut self, teller: Option<Arc<FlagTeller>>) -> Self {
+        self.teller = teller;
         self
     }
 
@@ -261,13 +273,14 @@ impl Mappings {
         if let Some(smaps) = self.smaps.get() {
             return Ok(smaps);
         }
+        if let Some(told) = self.told() {
+            return Ok(self.smaps.get_or_init(|| told));
+        }
         let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let read = reader.and_then(|r| r.join().ok()).unwrap_or_else(|| smaps::read(self.source()))?;
         let read: Vec<Smap> =
             read.into_iter().filter(|v| v.start < self.own.start || v.start >= self.own.end).collect();
-        let equal = |(a, (b, _)): (&Smap, &(Vma, Kind))| (a.start, a.end) == (b.start, b.end);
-        let same = read.len() == self.vmas.len() && read.iter().zip(&self.vmas).all(equal);
-        if !same {
+        if !self.are_lines_of(&read) {
             return Err(invalid!(
                 "the mappings of pid {} changed although it is stopped; another process changes them: \
                  stop that one too and retry",
@@ -275,6 +288,19 @@ impl Mappings {
             ));
         }
         Ok(self.smaps.get_or_init(|| read))
+    }
+
+    fn are_lines_of(&self, read: &[Smap]) -> bool {
+        let equal = |(a, (b, _)): (&Smap, &(Vma, Kind))| (a.start, a.end) == (b.start, b.end);
+        read.len() == self.vmas.len() && read.iter().zip(&self.vmas).all(equal)
+    }
+
+    /// The flags without smaps; `None` if they cannot be told so.
+    fn told(&self) -> Option<Vec<Smap>> {
+        let mut told = self.teller.as_ref()?.read(self.source(), &self.own)?;
+        let vsyscall = self.vmas.iter().filter(|(_, kind)| *kind == Kind::Vsyscall);
+        told.extend(vsyscall.map(|(v, _)| Smap { start: v.start, end: v.end, codes: Codes::default(), page: PAGE }));
+        self.are_lines_of(&told).then_some(told)
     }
 
     /// The records of guard areas, which come after all mappings.

@@ -30,6 +30,7 @@ mod smaps;
 mod stream;
 mod sysv;
 mod vdso;
+mod vm_flags;
 pub mod vma;
 
 pub use behind::Behind;
@@ -47,3 +48,4 @@ pub use shared::{Shared, SharedDump};
 pub use smaps::has_wiped;
 pub use stream::collect;
 pub use vdso::{Proxy, Vdso};
+pub use vm_flags::FlagTeller;

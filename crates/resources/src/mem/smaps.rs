@@ -24,8 +24,18 @@ const CODES: [&str; 21] = [
 impl Codes {
     /// The known ones of `flags`.
     pub fn of(flags: &VmFlags) -> Self {
-        let bit = |code: &[u8; 2]| CODES.iter().position(|known| known.as_bytes() == code).map_or(0, |i| 1 << i);
-        Self(flags.codes().fold(0, |all, code| all | bit(code)))
+        flags.codes().fold(Self::default(), |all, code| all.and(Self::one(code)))
+    }
+
+    /// One code, or none if it is not known.
+    pub fn one(code: &[u8; 2]) -> Self {
+        Self(CODES.iter().position(|known| known.as_bytes() == code).map_or(0, |i| 1 << i))
+    }
+
+    /// These and those.
+    #[must_use]
+    pub fn and(self, others: Self) -> Self {
+        Self(self.0 | others.0)
     }
 
     /// Whether the two-letter code is set.
