@@ -8,6 +8,7 @@ use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_infect::freeze::Tree;
 use dormouse_infect::freezer::Freezer;
+use dormouse_infect::host::mem::keep_freed;
 use dormouse_infect::host::process;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::ptrace::Tracee;
@@ -38,6 +39,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
 
 fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Report, DumpError> {
     let start = Instant::now();
+    keep_freed();
     together(request)?;
     let images = tracking::empty_directory(&request.images_dir)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
