@@ -257,6 +257,7 @@ impl<'a> Recorder<'a> {
         let mut draft = MmDraft::take(&mappings, &process.stat, &mut self.files, &mut self.shared)?;
         let fds = has_own_files.then(|| self.files.add_task(pid, &process.fds)).transpose()?;
         self.files.name_rings(pid, draft.rings(&mappings))?;
+        self.cgroups.look(pid, &process.threads)?;
         let fs = self.files.fs_entry(pid, process.umask.unwrap_or(USUAL_UMASK))?;
         let number = pid.0 as u64;
         self.images.write_one(ImageKind::Ids, number, &ids)?;
