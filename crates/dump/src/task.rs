@@ -15,6 +15,7 @@ use dormouse_infect::rseq;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat::Stat;
 use dormouse_kernel::proc::status::{self, Status};
+use dormouse_kernel::proc::task_dir::TaskDir;
 use dormouse_kernel::proc::timers;
 use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
@@ -109,9 +110,9 @@ impl Tracer<'_> {
         let saved = self.with_parasite(&threads, &mut parasite, others, standing, mappings);
         // Cured whatever has happened; the first error is the one that counts.
         let cured = parasite.cure();
-        let (told, pages) = saved?;
+        let (Answers { last, mm, .. }, pages) = saved?;
         cured?;
-        Ok(self.steps.asked(told, pages)?)
+        Ok(self.steps.asked(last, mm, pages)?)
     }
 
     fn with_parasite(
@@ -121,7 +122,7 @@ impl Tracer<'_> {
         others: &mut [Tracee],
         standing: Standing,
         mut mappings: Mappings,
-    ) -> Result<(MmTold, Pages), Unsaved> {
+    ) -> Result<(Answers, Pages), Unsaved> {
         let pid = threads.pid;
         let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
         let start = Instant::now();
@@ -134,16 +135,16 @@ impl Tracer<'_> {
         let stat = standing.stat.clone();
         self.steps.look(standing, Arc::clone(&mappings))?;
         let written = if self.live { None } else { Some(self.write_pages(parasite, &mappings, increment)?) };
-        let (told, subreaper) = self.ask(threads, &stat, parasite, others)?;
+        let answers = self.ask(threads, &stat, parasite, others)?;
         self.report.threads += threads.states.len();
         tracing::debug!("pid {pid}: {} threads asked, {} us", threads.states.len(), start.elapsed().as_micros());
         if let Some((_, spans)) = written {
-            return Ok((told, Pages::Written(spans)));
+            return Ok((answers, Pages::Written(spans)));
         }
-        if subreaper || self.reapers.contains(&threads.parent) {
+        if answers.subreaper || self.reapers.contains(&threads.parent) {
             self.reapers.insert(pid);
         }
-        Ok((told, self.leave_copy(parasite, &mappings)?))
+        Ok((answers, self.leave_copy(parasite, &mappings)?))
     }
 
     /// Leaves a copy of the process, or writes its memory now where that cannot be.
@@ -185,15 +186,14 @@ impl Tracer<'_> {
         Ok((pages.written, spans))
     }
 
-    /// Asks every thread, the leader about the process too, and has their records written; what the process told of its memory,
-    /// and whether it is a child subreaper.
+    /// Asks every thread, the leader about the process too, and has their records written, but for the last of them.
     fn ask(
         &self,
         threads: &Threads<'_>,
         stat: &Stat,
         parasite: &mut Parasite<'_>,
         others: &mut [Tracee],
-    ) -> Result<(MmTold, bool), Unsaved> {
+    ) -> Result<Answers, Unsaved> {
         let pid = threads.pid;
         let status = &threads.asked[0].0;
         let posix_timers = timers::read(pid)?;
@@ -219,13 +219,24 @@ impl Tracer<'_> {
         let (mut core, ext) = leader.collect(&batch, &parasite.arena, &thread_view)?;
         core.tc = Some(tc);
         threads.confined[0].note(&mut core);
-        self.steps.threads(vec![Told { tid: pid, core, ext }])?;
+        let mut last = vec![Told { tid: pid, core, ext }];
         parasite.arena.reset(mark);
         for (group, first) in others.chunks_mut(VISITORS).zip((1..).step_by(VISITORS)) {
-            self.steps.threads(visited(threads, parasite, group, first)?)?;
+            let told = visited(threads, parasite, group, first)?;
+            self.steps.threads(std::mem::replace(&mut last, told))?;
         }
-        Ok((mm.collect(&batch), subreaper))
+        Ok(Answers { last, mm: mm.collect(&batch), subreaper })
     }
+}
+
+/// What a process and its threads have told.
+struct Answers {
+    /// The threads whose records are still to be written.
+    last: Vec<Told>,
+    /// Its memory.
+    mm: MmTold,
+    /// Whether it is a child subreaper.
+    subreaper: bool,
 }
 
 /// What ptrace tells of a stopped thread.
@@ -250,7 +261,8 @@ fn look(pid: HostPid, threads: &[Tracee]) -> Result<(Vec<Traced>, Vec<Status>), 
     let tids: Vec<HostPid> = threads.iter().map(Tracee::tid).collect();
     thread::scope(|scope| {
         let reader = thread::Builder::new().name("status files".into());
-        let reader = reader.spawn_scoped(scope, || tids.iter().map(|tid| status::read_thread(pid, *tid)).collect());
+        let read = || TaskDir::open(pid).and_then(|task| tids.iter().map(|tid| task.status(*tid)).collect());
+        let reader = reader.spawn_scoped(scope, read);
         let reader = reader.map_err(|cause| DumpError::Call { what: "cannot start a thread".into(), cause })?;
         let traced = traced();
         let statuses: Result<Vec<_>, _> = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -29,7 +29,9 @@ pub fn shared_memory_device() -> io::Result<(u32, u32)> {
 /// and fetching them again, process after process, costs page faults, and each time all processors of this process are told.
 pub fn keep_freed() {
     #[cfg(target_env = "gnu")]
-    for (what, bytes) in [(libc::M_MMAP_THRESHOLD, 4 << 20), (libc::M_TRIM_THRESHOLD, 64 << 20), (libc::M_TOP_PAD, 1 << 20)] {
+    for (what, bytes) in
+        [(libc::M_MMAP_THRESHOLD, 4 << 20), (libc::M_TRIM_THRESHOLD, 64 << 20), (libc::M_TOP_PAD, 1 << 20)]
+    {
         // SAFETY: sets how the allocator treats memory that nobody has.
         unsafe { libc::mallopt(what, bytes) };
     }

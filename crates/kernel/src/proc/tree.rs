@@ -16,6 +16,11 @@ pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(numeric_names(&pid.proc_path("task"))?.into_iter().map(HostPid).collect())
 }
 
+/// As [`threads`], which takes long for how little it tells of most processes: that they have one.
+pub fn few_threads(pid: HostPid) -> Result<Vec<HostPid>> {
+    if thread_count(pid) == Some(1) { Ok(vec![pid]) } else { threads(pid) }
+}
+
 /// How many threads process `pid` has, by the links of its `task` directory; `None` where that is not counted so.
 pub fn thread_count(pid: HostPid) -> Option<usize> {
     use std::os::unix::fs::MetadataExt as _;
