@@ -12,11 +12,12 @@ use dormouse_infect::freeze::Task;
 use dormouse_infect::parasite::{Parasite, VISITORS, Visit};
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
-use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::stat::Stat;
+use dormouse_kernel::proc::fdinfo;
+use dormouse_kernel::proc::stat::{self, Stat};
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::task_dir::TaskDir;
 use dormouse_kernel::proc::timers;
+use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::mem::{self, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
@@ -74,19 +75,50 @@ impl From<Stopped> for Unsaved {
     }
 }
 
+/// What is seen of a stopped process from outside, as long as nobody has been entered: a parasite would show in it.
+pub struct Seen {
+    /// Its descriptors.
+    pub fds: Vec<TargetFd>,
+    /// Its stat file.
+    pub stat: Stat,
+    /// The status files of its threads, unless there are many.
+    statuses: Option<Vec<Status>>,
+    mappings: Mappings,
+}
+
+impl Seen {
+    /// Looks at a process with these threads.
+    ///
+    /// # Errors
+    /// It is gone, or what /proc says of it is not understood.
+    pub fn of(pid: HostPid, threads: &[HostPid]) -> Result<Self, DumpError> {
+        let fds = fdinfo::fds(pid)?.into_iter().map(TargetFd).collect();
+        let statuses = || threads.iter().map(|tid| status::read_thread(pid, *tid)).collect::<Result<_, _>>();
+        Ok(Self {
+            fds,
+            stat: stat::read(pid)?,
+            statuses: (threads.len() < MANY).then(statuses).transpose()?,
+            mappings: Mappings::read(pid, 0..0)?,
+        })
+    }
+}
+
 impl Tracer<'_> {
     /// Saves a stopped process and leaves it stopped, as it was.
     ///
     /// # Errors
     /// It could not be entered or asked, an image not be written, or it was not possible to put it back.
-    pub fn save(&mut self, task: &mut Task, mut standing: Standing) -> Result<(), Unsaved> {
+    pub fn save(&mut self, task: &mut Task, parent: Option<HostPid>, seen: Seen) -> Result<(), Unsaved> {
         let pid = task.pid;
-        let (traced, statuses) = look(pid, &task.threads)?;
+        let Seen { fds, stat, statuses, mappings } = seen;
+        let (traced, statuses) = look(pid, &task.threads, statuses)?;
         let (states, rseqs): (Vec<State>, Vec<Option<RseqConfig>>) = traced.into_iter().unzip();
         let confine = |(thread, status)| seccomp::suspend(thread, status);
         let confinements = task.threads.iter().zip(&statuses).map(confine).collect::<Result<Vec<_>, _>>()?;
         let confined = self.filters.add(&confinements);
-        standing.umask = statuses.first().and_then(|s| s.umask);
+        let tids = task.threads.iter().map(Tracee::tid).collect();
+        let umask = statuses.first().and_then(|s| s.umask);
+        let standing = Standing { pid, parent, threads: tids, fds, stat, umask };
         let asked: Vec<_> = statuses.into_iter().zip(rseqs).collect();
         let (parent, stopped) = (task.ppid, task.stopped);
         let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
@@ -103,7 +135,6 @@ impl Tracer<'_> {
             confined: &confined,
         };
         let start = Instant::now();
-        let mappings = Mappings::read(pid, 0..0)?;
         let mut parasite = Parasite::infect_among(leader, states[0].clone(), mappings.maps())?;
         tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
         let mappings = mappings.entered(parasite.own_range());
@@ -250,13 +281,15 @@ fn trace(pid: HostPid, thread: &Tracee) -> Result<Traced, DumpError> {
     Ok((state, rseq))
 }
 
-/// Looks at the stopped threads of a process: their status files are read in another thread where there are many.
-fn look(pid: HostPid, threads: &[Tracee]) -> Result<(Vec<Traced>, Vec<Status>), DumpError> {
-    let statuses = |threads: &[Tracee]| threads.iter().map(|t| status::read_thread(pid, t.tid())).collect();
+/// Looks at the stopped threads of a process: where there are many, their status files are still to be read, by another thread.
+fn look(
+    pid: HostPid,
+    threads: &[Tracee],
+    statuses: Option<Vec<Status>>,
+) -> Result<(Vec<Traced>, Vec<Status>), DumpError> {
     let traced = || threads.iter().map(|t| trace(pid, t)).collect::<Result<Vec<_>, _>>();
-    if threads.len() < MANY {
-        let statuses: Result<Vec<_>, _> = statuses(threads);
-        return Ok((traced()?, statuses?));
+    if let Some(statuses) = statuses {
+        return Ok((traced()?, statuses));
     }
     let tids: Vec<HostPid> = threads.iter().map(Tracee::tid).collect();
     thread::scope(|scope| {
