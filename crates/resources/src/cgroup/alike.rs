@@ -39,13 +39,22 @@ impl Alike {
             return None;
         }
         let mounts = mountinfo::read(HostPid::current()).ok()?;
-        let mut alike: HashSet<HostPid> = tids.iter().copied().collect();
-        for group in &groups {
-            let listed = listed(group, &mounts).filter(|listed| listed.contains(&pid))?;
-            alike.retain(|tid| listed.contains(tid));
-        }
-        Some(alike)
+        listed_by_all(pid, tids, groups.iter().map(|group| listed(group, &mounts)))
     }
+}
+
+/// The threads that are in all of these lists. Lists that lack the leader, or could not be had, tell nothing.
+fn listed_by_all(
+    leader: HostPid,
+    tids: &[HostPid],
+    lists: impl Iterator<Item = Option<HashSet<HostPid>>>,
+) -> Option<HashSet<HostPid>> {
+    let mut alike: HashSet<HostPid> = tids.iter().copied().collect();
+    for list in lists {
+        let list = list.filter(|list| list.contains(&leader))?;
+        alike.retain(|tid| list.contains(tid));
+    }
+    Some(alike)
 }
 
 /// The threads that a group lists.
@@ -63,6 +72,16 @@ fn listed(group: &Cgroup, mounts: &[MountInfo]) -> Option<HashSet<HostPid>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_group_of_its_own_makes_a_thread_differ() {
+        let set = |tids: &[i32]| Some(tids.iter().copied().map(HostPid).collect::<HashSet<_>>());
+        let tids = [1, 2, 3].map(HostPid);
+        let found = |lists: Vec<Option<HashSet<HostPid>>>| listed_by_all(HostPid(1), &tids, lists.into_iter());
+        assert_eq!(found(vec![set(&[1, 2, 3, 9]), set(&[1, 2])]), set(&[1, 2]));
+        assert_eq!(found(vec![set(&[1, 2, 3]), set(&[2, 3])]), None, "that is not the leader's group");
+        assert_eq!(found(vec![set(&[1, 2, 3]), None]), None);
+    }
 
     #[test]
     fn threads_are_alike_only_as_their_own_files_say() {
