@@ -7,13 +7,14 @@ use std::time::Instant;
 
 use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
-use dormouse_infect::freeze::Tree;
+use dormouse_infect::freeze::{Task, Tree};
 use dormouse_infect::freezer::Freezer;
+use dormouse_infect::host::mem::keep_freed;
 use dormouse_infect::host::process;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::ptrace::Tracee;
-use dormouse_kernel::proc::{fdinfo, stat};
-use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_kernel::proc::stat;
+use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
 use dormouse_resources::mem::{FlagTeller, PageIds};
@@ -25,9 +26,12 @@ use crate::ids::Ids;
 use crate::live::Later;
 use crate::record::{Recorder, Standing};
 use crate::stream::Streaming;
-use crate::task::{Tracer, Unsaved};
+use crate::task::{Seen, Tracer, Unsaved};
 use crate::tracking::{self, Tracking};
 use crate::{After, DumpError, Report, Request, Server, inventory, live, preflight};
+
+/// So many processes are looked at on all processors before the first of them is entered.
+const SEEN_TOGETHER: usize = 64;
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
@@ -39,6 +43,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
 
 fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Report, DumpError> {
     let start = Instant::now();
+    keep_freed();
     together(request)?;
     let images = tracking::empty_directory(&request.images_dir)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
@@ -238,18 +243,21 @@ fn stop_and_ask(
     tracing::info!("froze {} processes in {} us", tree.tasks.len(), tracer.report.freezing_us);
     tracer.tracking.take_over(tree)?;
     let outside = tree.tasks.first().map(|root| root.ppid);
-    for task in &mut tree.tasks {
-        cancel::check()?;
-        let parent = (Some(task.ppid) != outside).then_some(task.ppid);
-        let pid = task.pid;
-        if task.zombie {
-            let stat = stat::read(pid)?;
-            tracer.steps.zombie(Standing { pid, parent, threads: vec![pid], fds: Vec::new(), stat, umask: None })?;
-        } else {
-            let threads = task.threads.iter().map(Tracee::tid).collect();
-            let fds = fdinfo::fds(pid)?.into_iter().map(TargetFd).collect();
-            let stat = stat::read(pid)?;
-            tracer.save(task, Standing { pid, parent, threads, fds, stat, umask: None })?;
+    for group in tree.tasks.chunks_mut(SEEN_TOGETHER) {
+        let of = |task: &Task| (task.pid, task.zombie, task.threads.iter().map(Tracee::tid).collect());
+        let who: Vec<(HostPid, bool, Vec<HostPid>)> = group.iter().map(of).collect();
+        let all = side_by_side(&who, |(pid, zombie, tids)| (!zombie).then(|| Seen::of(*pid, tids)).transpose());
+        for (task, seen) in group.iter_mut().zip(all) {
+            cancel::check()?;
+            let parent = (Some(task.ppid) != outside).then_some(task.ppid);
+            match seen? {
+                Some(seen) => tracer.save(task, parent, seen)?,
+                None => {
+                    let (pid, stat) = (task.pid, stat::read(task.pid)?);
+                    let threads = vec![pid];
+                    tracer.steps.zombie(Standing { pid, parent, threads, fds: Vec::new(), stat, umask: None })?;
+                }
+            }
         }
     }
     Ok(())

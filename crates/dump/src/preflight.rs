@@ -1,7 +1,8 @@
 //! Before anything is touched: every reason why the tree cannot be dumped, found at once.
 
 use dormouse_infect::freeze;
-use dormouse_kernel::proc::{stat, status, tree};
+use dormouse_kernel::proc::status::{self, Status};
+use dormouse_kernel::proc::{stat, tree};
 use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
@@ -35,7 +36,8 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         let what = format!("The criu itself is within dumped tree of pid {pid}: it is pid {me}; run it from outside");
         return Ok(vec![what]);
     }
-    let mut found: Vec<String> = freeze::obstacles(&pids).iter().map(describe).collect();
+    let leaders: Vec<(HostPid, Option<Status>)> = side_by_side(&pids, |pid| (*pid, status::read(*pid).ok()));
+    let mut found: Vec<String> = freeze::obstacles(&leaders).iter().map(describe).collect();
     if !found.is_empty() {
         return Ok(found);
     }
@@ -48,7 +50,8 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         found.extend(ns::net::blockers(pid)?.iter().map(Blocker::to_string));
     }
     let members = fd::Members::among(pid, pids.clone());
-    for (p, blockers) in pids.iter().zip(side_by_side(&pids, |p| of_one(*p, options, &members))) {
+    let all = side_by_side(&leaders, |(pid, leader)| of_one(*pid, leader.as_ref(), options, &members));
+    for (p, blockers) in pids.iter().zip(all) {
         match blockers {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
@@ -66,12 +69,25 @@ fn is_ending(pid: HostPid) -> bool {
     stat::read(pid).map_or_else(|e| e.is_gone(), ending)
 }
 
-fn of_one(pid: HostPid, options: &DumpOptions, members: &fd::Members) -> Result<Vec<Blocker>, ResourceError> {
-    let leader = status::read(pid)?;
+fn of_one(
+    pid: HostPid,
+    leader: Option<&Status>,
+    options: &DumpOptions,
+    members: &fd::Members,
+) -> Result<Vec<Blocker>, ResourceError> {
+    let again;
+    let leader = match leader {
+        Some(leader) => leader,
+        // It says why it cannot be read.
+        None => {
+            again = status::read(pid)?;
+            &again
+        }
+    };
     if leader.state == b'Z' {
         return Ok(Vec::new());
     }
-    let mut found = task::blockers_of(pid, &leader, options)?;
+    let mut found = task::blockers_of(pid, leader, options)?;
     let (blockers, mappings) = mem::blockers_and_mappings(pid)?;
     found.extend(blockers);
     found.extend(fd::blockers_among(pid, &mappings, options, members)?);

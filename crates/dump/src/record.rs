@@ -70,8 +70,8 @@ enum Step {
     Look(Standing, Arc<Mappings>),
     /// Threads of the process looked at last have been asked.
     Threads(Vec<Told>),
-    /// All of them have, and the process too.
-    Asked(MmTold, Pages),
+    /// The last of them have, and the process too.
+    Asked(Vec<Told>, MmTold, Pages),
 }
 
 /// The tracer's side.
@@ -111,12 +111,13 @@ impl Steps {
         self.send(Step::Threads(told))
     }
 
-    /// Records what the process that is looked at has told of its memory, of which it has nothing more to tell.
+    /// Records what the last threads have told, and what the process that is looked at has of its memory, of which it has nothing
+    /// more to tell.
     ///
     /// # Errors
     /// The recorder has failed.
-    pub fn asked(&self, told: MmTold, pages: Pages) -> Result<(), Stopped> {
-        self.send(Step::Asked(told, pages))
+    pub fn asked(&self, last: Vec<Told>, told: MmTold, pages: Pages) -> Result<(), Stopped> {
+        self.send(Step::Asked(last, told, pages))
     }
 }
 
@@ -212,7 +213,10 @@ impl<'a> Recorder<'a> {
                 Step::Zombie(process) => self.zombie(&process)?,
                 Step::Look(process, mappings) => self.look(&process, mappings)?,
                 Step::Threads(told) => self.threads(told)?,
-                Step::Asked(told, pages) => self.asked(told, pages)?,
+                Step::Asked(last, told, pages) => {
+                    self.threads(last)?;
+                    self.asked(told, pages)?;
+                }
             }
         }
         Ok(self)
@@ -257,6 +261,7 @@ impl<'a> Recorder<'a> {
         let mut draft = MmDraft::take(&mappings, &process.stat, &mut self.files, &mut self.shared)?;
         let fds = has_own_files.then(|| self.files.add_task(pid, &process.fds)).transpose()?;
         self.files.name_rings(pid, draft.rings(&mappings))?;
+        self.cgroups.look(pid, &process.threads)?;
         let fs = self.files.fs_entry(pid, process.umask.unwrap_or(USUAL_UMASK))?;
         let number = pid.0 as u64;
         self.images.write_one(ImageKind::Ids, number, &ids)?;

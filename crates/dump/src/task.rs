@@ -12,10 +12,12 @@ use dormouse_infect::freeze::Task;
 use dormouse_infect::parasite::{Parasite, VISITORS, Visit};
 use dormouse_infect::ptrace::{RseqConfig, State, Tracee};
 use dormouse_infect::rseq;
-use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::stat::Stat;
+use dormouse_kernel::proc::fdinfo;
+use dormouse_kernel::proc::stat::{self, Stat};
 use dormouse_kernel::proc::status::{self, Status};
+use dormouse_kernel::proc::task_dir::TaskDir;
 use dormouse_kernel::proc::timers;
+use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::mem::{self, FlagTeller, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
@@ -75,19 +77,50 @@ impl From<Stopped> for Unsaved {
     }
 }
 
+/// What is seen of a stopped process from outside, as long as nobody has been entered: a parasite would show in it.
+pub struct Seen {
+    /// Its descriptors.
+    pub fds: Vec<TargetFd>,
+    /// Its stat file.
+    pub stat: Stat,
+    /// The status files of its threads, unless there are many.
+    statuses: Option<Vec<Status>>,
+    mappings: Mappings,
+}
+
+impl Seen {
+    /// Looks at a process with these threads.
+    ///
+    /// # Errors
+    /// It is gone, or what /proc says of it is not understood.
+    pub fn of(pid: HostPid, threads: &[HostPid]) -> Result<Self, DumpError> {
+        let fds = fdinfo::fds(pid)?.into_iter().map(TargetFd).collect();
+        let statuses = || threads.iter().map(|tid| status::read_thread(pid, *tid)).collect::<Result<_, _>>();
+        Ok(Self {
+            fds,
+            stat: stat::read(pid)?,
+            statuses: (threads.len() < MANY).then(statuses).transpose()?,
+            mappings: Mappings::read(pid, 0..0)?,
+        })
+    }
+}
+
 impl Tracer<'_> {
     /// Saves a stopped process and leaves it stopped, as it was.
     ///
     /// # Errors
     /// It could not be entered or asked, an image not be written, or it was not possible to put it back.
-    pub fn save(&mut self, task: &mut Task, mut standing: Standing) -> Result<(), Unsaved> {
+    pub fn save(&mut self, task: &mut Task, parent: Option<HostPid>, seen: Seen) -> Result<(), Unsaved> {
         let pid = task.pid;
-        let (traced, statuses) = look(pid, &task.threads)?;
+        let Seen { fds, stat, statuses, mappings } = seen;
+        let (traced, statuses) = look(pid, &task.threads, statuses)?;
         let (states, rseqs): (Vec<State>, Vec<Option<RseqConfig>>) = traced.into_iter().unzip();
         let confine = |(thread, status)| seccomp::suspend(thread, status);
         let confinements = task.threads.iter().zip(&statuses).map(confine).collect::<Result<Vec<_>, _>>()?;
         let confined = self.filters.add(&confinements);
-        standing.umask = statuses.first().and_then(|s| s.umask);
+        let tids = task.threads.iter().map(Tracee::tid).collect();
+        let umask = statuses.first().and_then(|s| s.umask);
+        let standing = Standing { pid, parent, threads: tids, fds, stat, umask };
         let asked: Vec<_> = statuses.into_iter().zip(rseqs).collect();
         let (parent, stopped) = (task.ppid, task.stopped);
         let (leader, others) = task.threads.split_first_mut().expect("a live task has a leader");
@@ -104,16 +137,15 @@ impl Tracer<'_> {
             confined: &confined,
         };
         let start = Instant::now();
-        let mappings = Mappings::read(pid, 0..0)?;
         let mut parasite = Parasite::infect_among(leader, states[0].clone(), mappings.maps())?;
         tracing::debug!("pid {pid}: infected in {} us", start.elapsed().as_micros());
         let mappings = mappings.entered(parasite.own_range());
         let saved = self.with_parasite(&threads, &mut parasite, others, standing, mappings);
         // Cured whatever has happened; the first error is the one that counts.
         let cured = parasite.cure();
-        let (told, pages) = saved?;
+        let (Answers { last, mm, .. }, pages) = saved?;
         cured?;
-        Ok(self.steps.asked(told, pages)?)
+        Ok(self.steps.asked(last, mm, pages)?)
     }
 
     fn with_parasite(
@@ -123,7 +155,7 @@ impl Tracer<'_> {
         others: &mut [Tracee],
         standing: Standing,
         mut mappings: Mappings,
-    ) -> Result<(MmTold, Pages), Unsaved> {
+    ) -> Result<(Answers, Pages), Unsaved> {
         let pid = threads.pid;
         let stacks = threads.states.iter().map(|s| arch::sp(&s.regs));
         let start = Instant::now();
@@ -137,16 +169,16 @@ impl Tracer<'_> {
         let stat = standing.stat.clone();
         self.steps.look(standing, Arc::clone(&mappings))?;
         let written = if self.live { None } else { Some(self.write_pages(parasite, &mappings, increment)?) };
-        let (told, subreaper) = self.ask(threads, &stat, parasite, others)?;
+        let answers = self.ask(threads, &stat, parasite, others)?;
         self.report.threads += threads.states.len();
         tracing::debug!("pid {pid}: {} threads asked, {} us", threads.states.len(), start.elapsed().as_micros());
         if let Some((_, spans)) = written {
-            return Ok((told, Pages::Written(spans)));
+            return Ok((answers, Pages::Written(spans)));
         }
-        if subreaper || self.reapers.contains(&threads.parent) {
+        if answers.subreaper || self.reapers.contains(&threads.parent) {
             self.reapers.insert(pid);
         }
-        Ok((told, self.leave_copy(parasite, &mappings)?))
+        Ok((answers, self.leave_copy(parasite, &mappings)?))
     }
 
     /// Leaves a copy of the process, or writes its memory now where that cannot be.
@@ -188,15 +220,14 @@ impl Tracer<'_> {
         Ok((pages.written, spans))
     }
 
-    /// Asks every thread, the leader about the process too, and has their records written; what the process told of its memory,
-    /// and whether it is a child subreaper.
+    /// Asks every thread, the leader about the process too, and has their records written, but for the last of them.
     fn ask(
         &self,
         threads: &Threads<'_>,
         stat: &Stat,
         parasite: &mut Parasite<'_>,
         others: &mut [Tracee],
-    ) -> Result<(MmTold, bool), Unsaved> {
+    ) -> Result<Answers, Unsaved> {
         let pid = threads.pid;
         let status = &threads.asked[0].0;
         let posix_timers = timers::read(pid)?;
@@ -222,13 +253,24 @@ impl Tracer<'_> {
         let (mut core, ext) = leader.collect(&batch, &parasite.arena, &thread_view)?;
         core.tc = Some(tc);
         threads.confined[0].note(&mut core);
-        self.steps.threads(vec![Told { tid: pid, core, ext }])?;
+        let mut last = vec![Told { tid: pid, core, ext }];
         parasite.arena.reset(mark);
         for (group, first) in others.chunks_mut(VISITORS).zip((1..).step_by(VISITORS)) {
-            self.steps.threads(visited(threads, parasite, group, first)?)?;
+            let told = visited(threads, parasite, group, first)?;
+            self.steps.threads(std::mem::replace(&mut last, told))?;
         }
-        Ok((mm.collect(&batch), subreaper))
+        Ok(Answers { last, mm: mm.collect(&batch), subreaper })
     }
+}
+
+/// What a process and its threads have told.
+struct Answers {
+    /// The threads whose records are still to be written.
+    last: Vec<Told>,
+    /// Its memory.
+    mm: MmTold,
+    /// Whether it is a child subreaper.
+    subreaper: bool,
 }
 
 /// What ptrace tells of a stopped thread.
@@ -242,18 +284,21 @@ fn trace(pid: HostPid, thread: &Tracee) -> Result<Traced, DumpError> {
     Ok((state, rseq))
 }
 
-/// Looks at the stopped threads of a process: their status files are read in another thread where there are many.
-fn look(pid: HostPid, threads: &[Tracee]) -> Result<(Vec<Traced>, Vec<Status>), DumpError> {
-    let statuses = |threads: &[Tracee]| threads.iter().map(|t| status::read_thread(pid, t.tid())).collect();
+/// Looks at the stopped threads of a process: where there are many, their status files are still to be read, by another thread.
+fn look(
+    pid: HostPid,
+    threads: &[Tracee],
+    statuses: Option<Vec<Status>>,
+) -> Result<(Vec<Traced>, Vec<Status>), DumpError> {
     let traced = || threads.iter().map(|t| trace(pid, t)).collect::<Result<Vec<_>, _>>();
-    if threads.len() < MANY {
-        let statuses: Result<Vec<_>, _> = statuses(threads);
-        return Ok((traced()?, statuses?));
+    if let Some(statuses) = statuses {
+        return Ok((traced()?, statuses));
     }
     let tids: Vec<HostPid> = threads.iter().map(Tracee::tid).collect();
     thread::scope(|scope| {
         let reader = thread::Builder::new().name("status files".into());
-        let reader = reader.spawn_scoped(scope, || tids.iter().map(|tid| status::read_thread(pid, *tid)).collect());
+        let read = || TaskDir::open(pid).and_then(|task| tids.iter().map(|tid| task.status(*tid)).collect());
+        let reader = reader.spawn_scoped(scope, read);
         let reader = reader.map_err(|cause| DumpError::Call { what: "cannot start a thread".into(), cause })?;
         let traced = traced();
         let statuses: Result<Vec<_>, _> = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

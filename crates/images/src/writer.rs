@@ -1,7 +1,7 @@
 //! Writing an image record by record.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use prost::{Message, Name};
@@ -10,22 +10,25 @@ use crate::kind::Body;
 use crate::reader::MAX_RECORD;
 use crate::{ImageError, ImageKind, pb};
 
+/// So many bytes are collected before they are written.
+const BLOCK: usize = 1 << 16;
+
 /// An image file being written. Records are collected in memory and written in blocks; nothing is certain to be in the
 /// file before [`Self::finish`], and an image whose writer is dropped instead is incomplete.
 #[derive(Debug)]
 pub struct ImageWriter {
     kind: ImageKind,
     path: PathBuf,
-    out: BufWriter<File>,
+    file: File,
+    /// What is not in the file yet: no larger than what comes in, since most images are a few records.
+    collected: Vec<u8>,
     record: u64,
 }
 
 impl ImageWriter {
     /// Writes the header to an empty file. `path` is for messages.
     pub(crate) fn new(kind: ImageKind, file: File, path: PathBuf) -> Result<Self, ImageError> {
-        let mut writer = Self { kind, path, out: BufWriter::with_capacity(1 << 16, file), record: 0 };
-        writer.write(&kind.header())?;
-        Ok(writer)
+        Ok(Self { kind, path, file, collected: kind.header(), record: 0 })
     }
 
     /// Appends a record.
@@ -37,16 +40,18 @@ impl ImageWriter {
         if !nested && self.kind.message(self.record) != Some(M::NAME) {
             return Err(ImageError::WrongMessage { kind: self.kind, message: M::NAME });
         }
-        let len = message.encoded_len() as u64;
+        let at = self.collected.len();
+        self.collected.extend([0; 4]);
+        message.encode(&mut self.collected).expect("memory takes any record");
+        let len = (self.collected.len() - at - 4) as u64;
         if len > MAX_RECORD {
+            self.collected.truncate(at);
             let path = self.path.clone();
             return Err(ImageError::TooLong { path, record: self.record, len, limit: MAX_RECORD });
         }
-        let mut bytes = Vec::with_capacity(len as usize + 4);
-        bytes.extend((len as u32).to_le_bytes());
-        bytes.extend(message.encode_to_vec());
+        self.collected[at..at + 4].copy_from_slice(&(len as u32).to_le_bytes());
         self.record += 1;
-        self.write(&bytes)
+        self.flush_blocks()
     }
 
     /// Appends a payload of the last record, or a part of one. Kinds whose payloads are padded (System V objects) get
@@ -80,7 +85,7 @@ impl ImageWriter {
     /// The file cannot be written.
     pub fn file(&mut self) -> Result<&File, ImageError> {
         self.flush()?;
-        Ok(self.out.get_ref())
+        Ok(&self.file)
     }
 
     /// How many records were appended.
@@ -102,11 +107,23 @@ impl ImageWriter {
     }
 
     fn flush(&mut self) -> Result<(), ImageError> {
-        self.out.flush().map_err(|e| ImageError::io(&self.path, "write", e))
+        let written = self.file.write_all(&self.collected).map_err(|e| ImageError::io(&self.path, "write", e));
+        self.collected.clear();
+        written
+    }
+
+    fn flush_blocks(&mut self) -> Result<(), ImageError> {
+        if self.collected.len() < BLOCK { Ok(()) } else { self.flush() }
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), ImageError> {
-        self.out.write_all(bytes).map_err(|e| ImageError::io(&self.path, "write", e))
+        if bytes.len() < BLOCK {
+            self.collected.extend_from_slice(bytes);
+            return self.flush_blocks();
+        }
+        // As large a payload is written from where it is.
+        self.flush()?;
+        self.file.write_all(bytes).map_err(|e| ImageError::io(&self.path, "write", e))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Memory that the host and a blob share, and the operation lists that are written into it.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Mutex, PoisonError};
 
 use dormouse_blob_abi::{Op, OpKind, Policy};
 
@@ -13,7 +14,15 @@ pub struct Arena {
     next: usize,
     /// From here on the memory is known to hold zeros: nobody was ever given any of it.
     untouched: usize,
+    /// It may stay mapped for a while when nobody needs it any more.
+    may_linger: bool,
 }
+
+/// So many mappings are undone at once: each time, all processors that this program runs on are told.
+const LINGERING: usize = 16;
+
+/// Mappings that nobody needs any more: address and length.
+static DONE: Mutex<Vec<(usize, usize)>> = Mutex::new(Vec::new());
 
 impl Arena {
     /// Maps `len` bytes of `file` (shared); the target has, or will have, the same bytes at `target`.
@@ -35,7 +44,7 @@ impl Arena {
         if host == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
-        Ok(Self { host: host.cast(), target, len, next: 0, untouched: len })
+        Ok(Self { host: host.cast(), target, len, next: 0, untouched: len, may_linger: true })
     }
 
     /// Maps `len` bytes of `file` (shared) at exactly `addr`, so that processes forked from this one have them there too. The
@@ -51,7 +60,7 @@ impl Arena {
         if host == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
-        let this = Self { host: host.cast(), target: host as u64, len, next: 0, untouched: 0 };
+        let this = Self { host: host.cast(), target: host as u64, len, next: 0, untouched: 0, may_linger: false };
         if this.target == addr { Ok(this) } else { Err(std::io::Error::from_raw_os_error(libc::EEXIST)) }
     }
 
@@ -180,9 +189,33 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: the host's own mapping, made in `map`; nothing borrows from it any more.
-        unsafe { libc::munmap(self.host.cast(), self.len) };
+        let mut ranges = vec![(self.host as usize, self.len)];
+        if self.may_linger {
+            let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+            done.append(&mut ranges);
+            if done.len() < LINGERING {
+                return;
+            }
+            ranges = std::mem::take(&mut *done);
+        }
+        for (at, len) in joined(ranges) {
+            // SAFETY: the host's own mappings, made in `map`; nothing borrows from them any more.
+            unsafe { libc::munmap(at as *mut _, len) };
+        }
     }
+}
+
+/// Ranges that touch each other become one. The kernel puts each new mapping next to the one before.
+fn joined(mut ranges: Vec<(usize, usize)>) -> Vec<(usize, usize)> {
+    ranges.sort_unstable();
+    let mut all: Vec<(usize, usize)> = Vec::with_capacity(ranges.len());
+    for (at, len) in ranges {
+        match all.last_mut() {
+            Some(last) if last.0 + last.1 == at => last.1 += len,
+            _ => all.push((at, len)),
+        }
+    }
+    all
 }
 
 /// An operation list under construction; results are read from it after it ran.
@@ -308,6 +341,12 @@ mod tests {
         let file = File::from(crate::host::mem::new_memfd(c"test", LEN as u64).expect("memfd"));
         let arena = Arena::map_at(&file, LEN, AT).expect("map");
         (file, arena)
+    }
+
+    #[test]
+    fn neighbours_are_unmapped_together() {
+        assert_eq!(joined(vec![(30, 10), (10, 10), (20, 10), (50, 10)]), [(10, 30), (50, 10)]);
+        assert_eq!(joined(Vec::new()), []);
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
-use dormouse_kernel::proc::{misc, stat, status, tree};
-use dormouse_kernel::side_by_side;
+use dormouse_kernel::proc::status::{self, Status};
+use dormouse_kernel::proc::{misc, stat, tree};
 
 use crate::freezer::Freezer;
 use crate::ptrace::Tracee;
@@ -59,15 +59,15 @@ impl std::fmt::Display for Obstacle {
     }
 }
 
-/// What stands against tracing these processes, without touching them. Only their main threads are looked at.
-pub fn obstacles(pids: &[HostPid]) -> Vec<Obstacle> {
-    side_by_side(pids, |pid| obstacle(*pid)).into_iter().flatten().collect()
+/// What stands against tracing these processes, without touching them. Only their main threads are looked at, whose status files
+/// were read.
+pub fn obstacles(pids: &[(HostPid, Option<Status>)]) -> Vec<Obstacle> {
+    pids.iter().filter_map(|(pid, status)| obstacle(*pid, status.as_ref())).collect()
 }
 
-fn obstacle(pid: HostPid) -> Option<Obstacle> {
-    let status = status::read(pid).ok();
+fn obstacle(pid: HostPid, status: Option<&Status>) -> Option<Obstacle> {
     // Linux 6.8 tells it here.
-    let kernel = status.as_ref().and_then(|s| s.kthread);
+    let kernel = status.and_then(|s| s.kthread);
     if kernel.unwrap_or_else(|| stat::read(pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0)) {
         return Some(Obstacle::KernelThread(pid));
     }
@@ -297,7 +297,7 @@ fn seize_threads(
     if !task.threads.is_empty() && tree::thread_count(task.pid) == Some(task.threads.len()) {
         return Ok(());
     }
-    let Ok(mut tids) = tree::threads(task.pid) else { return Ok(()) };
+    let Ok(mut tids) = tree::few_threads(task.pid) else { return Ok(()) };
     let known: HashSet<HostPid> = task.threads.iter().map(Tracee::tid).collect();
     tids.retain(|t| !known.contains(t));
     for tid in tids {

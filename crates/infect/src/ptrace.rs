@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use dormouse_kernel::ids::HostPid;
@@ -16,6 +17,9 @@ const PULSE: Duration = Duration::from_millis(20);
 
 /// So often it is looked whether a thread has stopped before it is slept for it: a few microseconds.
 const LOOKS: u32 = 16;
+
+/// Bytes of a register set at most: AMX has eight kilobytes of tiles.
+const LONGEST_SET: usize = 20 << 10;
 
 const NT_PRSTATUS: i32 = 1;
 const PTRACE_EVENT_STOP: i32 = 128;
@@ -279,13 +283,24 @@ impl Tracee {
     /// # Errors
     /// The thread is gone.
     pub fn get_set(&self, note: i32) -> Result<Option<Vec<u8>>, InfectError> {
-        let mut room = [0u8; 20 * 1024];
-        let mut iov = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
-        match self.regset(libc::PTRACE_GETREGSET as i32, note, &mut iov) {
-            // As long as it is: there may be thousands of threads.
-            Ok(()) => Ok(Some(room[..iov.iov_len].to_vec())),
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(InfectError::Gone(self.tid)),
-            Err(_) => Ok(None),
+        // As long as it is, of which all threads have the same: there may be thousands. One byte more shows that it was all.
+        static LONGEST: AtomicUsize = AtomicUsize::new(1023);
+        loop {
+            let longest = LONGEST.load(Ordering::Relaxed);
+            let mut room = vec![0u8; longest + 1];
+            let mut iov = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+            match self.regset(libc::PTRACE_GETREGSET as i32, note, &mut iov) {
+                Ok(()) if iov.iov_len > longest && longest < LONGEST_SET => {
+                    LONGEST.fetch_max(longest * 2 + 1, Ordering::Relaxed);
+                }
+                Ok(()) if iov.iov_len * 2 < room.len() => return Ok(Some(room[..iov.iov_len].to_vec())),
+                Ok(()) => {
+                    room.truncate(iov.iov_len);
+                    return Ok(Some(room));
+                }
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Err(InfectError::Gone(self.tid)),
+                Err(_) => return Ok(None),
+            }
         }
     }
 

@@ -158,6 +158,16 @@ pub fn thread_cgroups(pid: HostPid, tid: HostPid) -> Result<Vec<Cgroup>> {
     parse_cgroups(&path, &read_record(&path)?)
 }
 
+/// How many threads there are in all: `/proc/loadavg`.
+pub fn threads_of_all() -> Result<usize> {
+    let path = Path::new("/proc/loadavg");
+    let bytes = read_record(path)?;
+    let at = At::new(path, 1);
+    let tasks = text::words(&bytes).nth(3).and_then(|word| text::split_once(word, b'/'));
+    let (_, all) = tasks.ok_or_else(|| at.bad("no number of tasks", &bytes))?;
+    at.dec(all, "bad number of tasks")
+}
+
 /// Parses a cgroup file.
 pub fn parse_cgroups(path: &Path, bytes: &[u8]) -> Result<Vec<Cgroup>> {
     let mut groups = Vec::new();

@@ -10,6 +10,7 @@ pub mod mountinfo;
 pub mod stat;
 pub mod status;
 pub mod sysvipc;
+pub mod task_dir;
 mod text;
 pub mod timers;
 pub mod tree;
@@ -77,7 +78,10 @@ pub(crate) fn read_record(path: &Path) -> Result<Vec<u8>> {
 
 /// These files have no size to ask for, and most of them fit into a page: two calls instead of the standard library's ten.
 fn read_all(path: &Path, one_piece: bool) -> io::Result<Vec<u8>> {
-    let mut file = File::open(path)?;
+    read_open(File::open(path)?, one_piece)
+}
+
+fn read_open(mut file: File, one_piece: bool) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     loop {
         let filled = bytes.len();

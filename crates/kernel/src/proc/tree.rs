@@ -16,6 +16,11 @@ pub fn threads(pid: HostPid) -> Result<Vec<HostPid>> {
     Ok(numeric_names(&pid.proc_path("task"))?.into_iter().map(HostPid).collect())
 }
 
+/// As [`threads`], which takes long for how little it tells of most processes: that they have one.
+pub fn few_threads(pid: HostPid) -> Result<Vec<HostPid>> {
+    if thread_count(pid) == Some(1) { Ok(vec![pid]) } else { threads(pid) }
+}
+
 /// How many threads process `pid` has, by the links of its `task` directory; `None` where that is not counted so.
 pub fn thread_count(pid: HostPid) -> Option<usize> {
     use std::os::unix::fs::MetadataExt as _;
@@ -37,9 +42,14 @@ pub fn thread_count(pid: HostPid) -> Option<usize> {
 /// where the kernel has no such file, or there are more threads than processes, every process's parent.
 pub fn children(pid: HostPid) -> Result<Vec<HostPid>> {
     let mut found = Vec::new();
-    let threads = if thread_count(pid) == Some(1) { vec![pid] } else { threads(pid)? };
-    // Thousands of threads take longer than all processes.
-    if threads.len() > MANY && threads.len() > numeric_names(Path::new("/proc"))?.len() {
+    let count = thread_count(pid);
+    // Thousands of threads take longer than all processes, and even to be listed.
+    let are_too_many = |count| Ok(count > MANY && count > numeric_names(Path::new("/proc"))?.len());
+    if count.map_or(Ok(false), are_too_many)? {
+        return children_by_scan(pid);
+    }
+    let threads = if count == Some(1) { vec![pid] } else { threads(pid)? };
+    if count.is_none() && are_too_many(threads.len())? {
         return children_by_scan(pid);
     }
     for tid in threads {

@@ -11,6 +11,7 @@ use dormouse_infect::freezer::Freezer;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::misc;
 
+use super::alike::Alike;
 use super::hierarchy::{Hierarchy, display};
 use super::props::{PROCS, Specs, TASKS};
 use super::{CgroupOptions, Manage, below_root, names_match, set};
@@ -26,6 +27,8 @@ pub struct CgroupDump<'a> {
     /// Set [`OWN_CG_SET`] is the first. Empty if groups are left alone.
     sets: Vec<Vec<pb::CgMemberEntry>>,
     own_is_used: bool,
+    /// The process that was looked at last, its leader's set, and who else is in that.
+    last: Option<(HostPid, u32, Alike)>,
     frozen: Option<Frozen>,
 }
 
@@ -46,7 +49,7 @@ impl<'a> CgroupDump<'a> {
             Manage::Ignore => None,
             _ => options.unless_asked(read(HostPid::current(), HostPid::current(), options))?,
         };
-        Ok(Self { options, sets: own.into_iter().collect(), own_is_used: false, frozen: None })
+        Ok(Self { options, sets: own.into_iter().collect(), own_is_used: false, last: None, frozen: None })
     }
 
     /// Knows the group that was frozen for the dump: it is dumped as it was before.
@@ -61,6 +64,18 @@ impl<'a> CgroupDump<'a> {
         Ok(self)
     }
 
+    /// Looks at the groups of a stopped process with these threads.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn look(&mut self, pid: HostPid, tids: &[HostPid]) -> Result<()> {
+        self.last = None;
+        if tids.len() > 1 && !self.sets.is_empty() {
+            self.last = Some((pid, self.set_of(pid, pid)?, Alike::of(pid, tids)));
+        }
+        Ok(())
+    }
+
     /// The number of the set that a thread is in.
     ///
     /// # Errors
@@ -68,6 +83,9 @@ impl<'a> CgroupDump<'a> {
     pub fn set_of(&mut self, pid: HostPid, tid: HostPid) -> Result<u32> {
         if self.sets.is_empty() {
             return Ok(OWN_CG_SET);
+        }
+        if let Some((_, set, _)) = self.last.as_ref().filter(|(last, _, alike)| *last == pid && alike.has(tid)) {
+            return Ok(*set);
         }
         let Some(set) = self.options.unless_asked(read(pid, tid, self.options))? else { return Ok(OWN_CG_SET) };
         let at = self.sets.iter().position(|s| *s == set).unwrap_or_else(|| {

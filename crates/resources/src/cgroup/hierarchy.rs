@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use dormouse_infect::host::mount;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::mountinfo;
+use dormouse_kernel::proc::mountinfo::{self, MountInfo};
 
 use crate::{Result, call};
 
@@ -77,14 +77,19 @@ fn mount_nowhere(names: &[String]) -> io::Result<OwnedFd> {
 
 /// Where the system has it; `failed` if nowhere.
 fn mounted(names: &[String], failed: io::Error) -> io::Result<Hierarchy> {
+    use std::os::unix::ffi::OsStrExt as _;
     let mounts = mountinfo::read(HostPid::current()).unwrap_or_default();
-    let fits = |m: &&mountinfo::MountInfo| {
+    let found = mount_point(names, &mounts).ok_or(failed)?;
+    Ok(Hierarchy(File::open(std::ffi::OsStr::from_bytes(found))?.into()))
+}
+
+/// Where the root of the hierarchy with these names is mounted.
+pub fn mount_point<'m>(names: &[String], mounts: &'m [MountInfo]) -> Option<&'m [u8]> {
+    let fits = |m: &&MountInfo| {
         let has = |name: &String| m.super_options.split(|c| *c == b',').any(|o| o == name.as_bytes());
         let v2 = names.iter().any(String::is_empty);
         let kind = if v2 { m.fstype == b"cgroup2" } else { m.fstype == b"cgroup" && names.iter().all(has) };
         kind && m.root == b"/"
     };
-    let found = mounts.iter().find(fits).ok_or(failed)?;
-    use std::os::unix::ffi::OsStrExt as _;
-    Ok(Hierarchy(File::open(std::ffi::OsStr::from_bytes(&found.mountpoint))?.into()))
+    mounts.iter().find(fits).map(|m| &*m.mountpoint)
 }

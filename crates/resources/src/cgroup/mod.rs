@@ -1,5 +1,6 @@
 //! Control groups: which ones the threads of a tree are in, what those are set to, and how all that comes back.
 
+mod alike;
 mod dump;
 mod hierarchy;
 mod props;

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use dormouse_kernel::proc::misc::{NsKind, ns_inode};
 use dormouse_kernel::proc::status::Status;
+use dormouse_kernel::proc::task_dir::TaskDir;
 use dormouse_kernel::proc::{ProcError, read_bytes, stat, status, timers, tree};
 use dormouse_kernel::{HostPid, side_by_side};
 
@@ -62,7 +63,7 @@ fn look(pid: HostPid, leader: &Status, found: &mut Found) -> Result<()> {
         found.add("it runs a 32-bit program", "run a 64-bit build of it");
     }
     label(pid, found)?;
-    let tids = tree::threads(pid)?;
+    let tids = tree::few_threads(pid)?;
     for t in timers::read(pid)? {
         if let Some(why) = posix_timer::unsupported(&t) {
             found.add(why, "delete the timer and retry");
@@ -70,7 +71,8 @@ fn look(pid: HostPid, leader: &Status, found: &mut Found) -> Result<()> {
     }
     // Thousands of threads that are alike make one report.
     let mut seen = Vec::new();
-    for (tid, reasons) in tids.iter().zip(side_by_side(&tids, |tid| of_thread(pid, *tid, leader))) {
+    let task = if tids.len() > 1 { Some(TaskDir::open(pid)?) } else { None };
+    for (tid, reasons) in tids.iter().zip(side_by_side(&tids, |tid| of_thread(pid, *tid, leader, task.as_ref()))) {
         for (why, next) in reasons? {
             if !seen.contains(&why) {
                 found.add(if *tid == pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
@@ -81,17 +83,24 @@ fn look(pid: HostPid, leader: &Status, found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-fn of_thread(pid: HostPid, tid: HostPid, leader: &Status) -> Result<Vec<(String, &'static str)>> {
+/// `task` is the directory of the threads, if there are others than the leader.
+fn of_thread(
+    pid: HostPid,
+    tid: HostPid,
+    leader: &Status,
+    task: Option<&TaskDir>,
+) -> Result<Vec<(String, &'static str)>> {
     let mut reasons = Vec::new();
     let own;
-    let status = if tid == pid {
-        leader
-    } else {
-        own = match status::read_thread(pid, tid) {
-            Err(e) if e.is_gone() => return Ok(reasons),
-            other => other?,
-        };
-        &own
+    let status = match task {
+        Some(task) if tid != pid => {
+            own = match task.status(tid) {
+                Err(e) if e.is_gone() => return Ok(reasons),
+                other => other?,
+            };
+            &own
+        }
+        _ => leader,
     };
     if let Some(tracer) = status.tracer_pid.filter(|_| tid != pid) {
         reasons.push((format!("it is being traced by pid {tracer}"), "detach the debugger or strace and retry"));
