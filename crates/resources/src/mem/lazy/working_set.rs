@@ -300,8 +300,16 @@ mod tests {
         assert_eq!(full.outcome(), Next::Keep);
         full.asked(9, 5 * PAGE, learned * PAGE);
         assert_eq!(written(&full), (vec![(9, 0, (learned + 5) * PAGE)], learned + 5));
-        let bytes: usize = messages(&full.known, None, 1).iter().map(prost::Message::encoded_len).sum();
-        assert!((bytes as u64) < LARGEST / 4, "{bytes}");
+        // Its file is one that is read again.
+        let (path, images) = dir("full");
+        let mut todo = Todo::default();
+        todo.add(0, 4 * MOST as u64 * PAGE, 0);
+        s.write(&images);
+        let size = images.open_file(ImageKind::DormouseWorkingSet, 0).expect("open").metadata().expect("stat").len();
+        assert!(size < LARGEST / 4, "{size}");
+        let again = WorkingSet::read(&images, |_| Some(&todo));
+        assert_eq!((list(&again.known) == all, again.learned), (true, learned));
+        std::fs::remove_dir_all(&path).expect("clean up");
     }
 
     #[test]
