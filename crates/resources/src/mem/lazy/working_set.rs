@@ -409,7 +409,7 @@ mod tests {
             images.write_all(ImageKind::DormouseWorkingSet, 0, messages).expect("write");
             list(&WorkingSet::read(&images, |_| Some(&todo)).known)
         };
-        assert_eq!(load(&[good.clone()]), [(7, 0x1000, 0x5000)]);
+        assert_eq!(load(std::slice::from_ref(&good)), [(7, 0x1000, 0x5000)]);
         assert_eq!(load(&[pb::WorkingSet { starts: vec![0x1001], ..good.clone() }]), []);
         assert_eq!(load(&[pb::WorkingSet { pids: vec![], ..good.clone() }]), []);
         assert_eq!(load(&[pb::WorkingSet { starts: vec![u64::MAX - 0xfff], ..good.clone() }]), []);
