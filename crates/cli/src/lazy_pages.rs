@@ -15,7 +15,7 @@ use dormouse_resources::mem::lazy;
 use dormouse_resources::mem::lazy::Source;
 use nix::sys::socket::{getsockopt, sockopt};
 
-use crate::args::{Common, LazyPagesArgs};
+use crate::args::{LazyPagesArgs, LazyWorkerArgs};
 use crate::run::{Place, told, write_pid};
 
 /// `dormouse lazy-pages`
@@ -64,14 +64,16 @@ fn run(args: &LazyPagesArgs, place: &Place) -> Result<()> {
         ),
         None => Source::Images,
     };
-    guarded(place, source, peer)
+    guarded(place, source, !args.no_working_set, peer)
 }
 
 /// Serves in a child: if that is killed, this process still holds the userfaultfds, and ends the tree.
-fn guarded(place: &Place, source: Source, mut peer: UnixStream) -> Result<()> {
-    let work = move || match lazy::serve(&place.path, source, &mut peer) {
-        Ok(pages) => {
-            tracing::info!("All pages are where they belong; {pages} came from here");
+fn guarded(place: &Place, source: Source, learns: bool, mut peer: UnixStream) -> Result<()> {
+    let work = move || match lazy::serve(&place.path, source, learns, &mut peer) {
+        Ok(lazy::Served { pages, asked, first }) => {
+            tracing::info!(
+                "All pages are where they belong; {pages} came from here, {first} of them first; the tree waited {asked} times"
+            );
             0
         }
         Err(error) => {
@@ -89,22 +91,23 @@ fn guarded(place: &Place, source: Source, mut peer: UnixStream) -> Result<()> {
 ///
 /// # Errors
 /// As for [`serve`].
-pub fn work(common: &Common) -> Result<ExitCode> {
-    let place = Place::enter(common, &[])?;
+pub fn work(args: &LazyWorkerArgs) -> Result<ExitCode> {
+    let place = Place::enter(&args.common, &[])?;
     let socket = copy_number(0).context("the standard input is no socket; lazy-worker is for restore --lazy alone")?;
-    Ok(told(&place, guarded(&place, Source::Images, socket.into())))
+    Ok(told(&place, guarded(&place, Source::Images, !args.no_working_set, socket.into())))
 }
 
-/// Starts a `lazy-worker`, under a number that no task of the images has.
+/// Starts a `lazy-worker`, under a number that no task of the images has. If it `learns`, then by the working set.
 ///
 /// # Errors
 /// It cannot be started.
-pub fn start(place: &Place) -> Result<UnixStream> {
+pub fn start(place: &Place, learns: bool) -> Result<UnixStream> {
     let mut unfit = Vec::new();
     let started = loop {
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
         let mut command = Command::new("/proc/self/exe");
         command.args(["lazy-worker", "-W", ".", "-o", "lazy-pages.log", "-v3", "-D"]).arg(&place.path);
+        command.args((!learns).then_some("--no-working-set"));
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         let child = command.spawn().context("cannot start the process that brings pages")?;
         if !place.path.join(format!("core-{}.img", child.id())).exists() {

@@ -52,7 +52,7 @@ fn execute(parsed: Parsed) -> anyhow::Result<ExitCode> {
         Command::Dump(args) => run::dump(&args, run::Kind::Dump, &parsed.notes),
         Command::PreDump(args) => run::dump(&args, run::Kind::PreDump, &parsed.notes),
         Command::LazyPages(args) => lazy_pages::serve(&args, &parsed.notes),
-        Command::LazyWorker(common) => lazy_pages::work(&common),
+        Command::LazyWorker(args) => lazy_pages::work(&args),
         Command::PageServer(args) => page_server::serve(&args, &parsed.notes),
         Command::Dedup(args) => run::dedup(&args, &parsed.notes),
         Command::Restore(args) => run::restore(&args, &parsed.notes),

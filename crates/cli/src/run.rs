@@ -467,7 +467,7 @@ pub fn wake(args: &RestoreArgs, run: &Run<'_>) -> Result<dormouse_restore::Repor
     };
     let server = match args {
         RestoreArgs { lazy_pages: true, .. } => Some(lazy_pages::connect()),
-        RestoreArgs { lazy: true, .. } => Some(lazy_pages::start(run.place)),
+        RestoreArgs { lazy: true, no_working_set, .. } => Some(lazy_pages::start(run.place, !no_working_set)),
         _ => None,
     };
     let server = server.transpose().map_err(RestoreError::Hook)?;

@@ -65,6 +65,7 @@ pub fn empty_directory(path: &Path) -> Result<ImageDir, DumpError> {
     let images = ImageDir::open(path)?;
     images.remove(ImageKind::Inventory, 0)?;
     images.remove(ImageKind::DormouseChecksums, 0)?;
+    images.remove(ImageKind::DormouseWorkingSet, 0)?;
     Ok(images)
 }
 

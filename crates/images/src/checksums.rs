@@ -77,12 +77,14 @@ pub fn verify(dir: &ImageDir) -> Result<Option<Verdict>, ImageError> {
     Ok(Some(verdict))
 }
 
-/// The images of a directory but the sidecar itself and the statistics, which are written by whoever restores, too.
+/// The images of a directory but the sidecar itself and what is written by whoever restores, too: statistics and working sets.
 fn names(path: &Path) -> Result<Vec<String>, ImageError> {
     let read = std::fs::read_dir(path).map_err(|e| ImageError::Io { path: path.into(), op: "list", source: e })?;
     let counts = |name: &String| {
         let kind = ImageKind::from_file_name(name).map(|(kind, _)| kind);
-        kind.is_some_and(|kind| !matches!(kind, ImageKind::DormouseChecksums | ImageKind::Stats))
+        let is_later =
+            |kind| matches!(kind, ImageKind::DormouseChecksums | ImageKind::Stats | ImageKind::DormouseWorkingSet);
+        kind.is_some_and(|kind| !is_later(kind))
     };
     let mut names: Vec<String> = read.filter_map(|e| e.ok()?.file_name().into_string().ok()).filter(counts).collect();
     names.sort();
@@ -123,6 +125,7 @@ mod tests {
         std::fs::write(&pages, &content).expect("write");
         std::fs::write(path.join("fs-7.img"), b"dormouse").expect("write");
         std::fs::write(path.join("dump.log"), b"no image").expect("write");
+        std::fs::write(path.join("dormouse-working-set.img"), b"changes with each restore").expect("write");
         assert_eq!(verify(&dir).expect("no sidecar"), None);
         assert_eq!(write(&dir).expect("write"), content.len() as u64 + 8);
         let verdict = || verify(&dir).expect("verify").expect("a sidecar");

@@ -296,12 +296,28 @@ impl ImageDir {
     /// # Errors
     /// It cannot be written; then an older one is still there.
     pub fn write_inventory(&self, inventory: &pb::InventoryEntry) -> Result<(), ImageError> {
-        let (name, path) = self.names(ImageKind::Inventory, 0);
         // A name that no other run chooses: the keys of the hasher are random.
-        let temporary = format!(".{name}.{:016x}", RandomState::new().build_hasher().finish());
+        let unique = format!("{:016x}", RandomState::new().build_hasher().finish());
+        self.replace(ImageKind::Inventory, 0, &unique, std::slice::from_ref(inventory))
+    }
+
+    /// Writes an image of these records, which appears complete and at once, by rename; an older one is replaced. `unique` is
+    /// in the name that it has until then.
+    ///
+    /// # Errors
+    /// It cannot be written; then an older one is still there.
+    pub fn replace<M: Message + Name>(
+        &self,
+        kind: ImageKind,
+        id: u64,
+        unique: &str,
+        records: &[M],
+    ) -> Result<(), ImageError> {
+        let (name, path) = self.names(kind, id);
+        let temporary = format!(".{name}.{unique}");
         let file = self.create_named(&temporary, OFlag::O_EXCL).map_err(|e| ImageError::io(&path, "make", e))?;
-        let written = ImageWriter::new(ImageKind::Inventory, file, path.clone()).and_then(|mut writer| {
-            writer.record(inventory)?;
+        let written = ImageWriter::new(kind, file, path.clone()).and_then(|mut writer| {
+            records.iter().try_for_each(|record| writer.record(record))?;
             writer.finish()?;
             renameat(&self.fd, &*temporary, &self.fd, &*name).map_err(|e| ImageError::io(&path, "make", e))
         });

@@ -278,6 +278,8 @@ kinds! {
     DormousePages: "DORMOUSE_PAGES", "dormouse-pages-", Dec, ".img", RAW, "", Raw;
     /// Where the blocks of compressed page contents lie, by the same id; only dormouse writes and reads it.
     DormouseBlocks: "DORMOUSE_BLOCKS", "dormouse-blocks-", Dec, ".img", 0x444d424c, "page_blocks", Plain;
+    /// Which pages lazy restores were asked for; only dormouse writes and reads it.
+    DormouseWorkingSet: "DORMOUSE_WORKING_SET", "dormouse-working-set", One, ".img", 0x444d5753, "working_set", Plain;
 }
 
 impl ImageKind {

@@ -173,6 +173,16 @@ fn write_sidecars(dir: &ImageDir) -> Result<(), ImageError> {
     let session = "000102030405060708090a0b0c0d0e0f".to_owned();
     w.record(&pb::TrackerEntry { session, keeper_pid: Some(77), keeper_start: Some(123_456) })?;
     w.finish()?;
+    let mut w = dir.writer(ImageKind::DormouseWorkingSet, 0)?;
+    w.record(&pb::WorkingSet {
+        checkpoint: Some("000102030405060708090a0b0c0d0e0f".into()),
+        learned: Some(17),
+        pids: vec![7, 8],
+        starts: vec![0x7f00_0000_0000, 0x1_0000],
+        pages: vec![16, 1],
+    })?;
+    w.record(&pb::WorkingSet { pids: vec![7], starts: vec![0x2000], pages: vec![3], ..Default::default() })?;
+    w.finish()?;
     let mut w = dir.writer(ImageKind::DormouseBlocks, 1)?;
     w.record(&pb::PageBlocks {
         method: 1,

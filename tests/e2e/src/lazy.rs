@@ -29,11 +29,16 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// Starts a program and dumps it; the images.
-fn asleep(case: &Case<'_>, program: &str, more: &[&str]) -> Result<Option<PathBuf>> {
+/// Does this machine have what lazy restores need?
+pub fn can_be_lazy(case: &Case<'_>) -> Result<bool> {
     let mut check = case.command(&case.args.bin);
     check.args(["check", "--feature", "uffd-noncoop", "-D"]).arg(&case.dir);
-    if !check.output()?.status.success() {
+    Ok(check.output()?.status.success())
+}
+
+/// Starts a program and dumps it; the images.
+fn asleep(case: &Case<'_>, program: &str, more: &[&str]) -> Result<Option<PathBuf>> {
+    if !can_be_lazy(case)? {
         return Ok(None);
     }
     let mut command = case.command(programs::find(case, program)?);
@@ -48,7 +53,8 @@ fn asleep(case: &Case<'_>, program: &str, more: &[&str]) -> Result<Option<PathBu
     Ok(Some(images))
 }
 
-fn needs() -> Outcome {
+/// What the others need.
+pub fn needs() -> Outcome {
     Outcome::needs("userfaultfd with events")
 }
 

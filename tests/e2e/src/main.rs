@@ -43,6 +43,7 @@ mod target;
 mod tmpfs;
 mod tty;
 mod versions;
+mod working_set;
 
 use std::process::ExitCode;
 
@@ -104,6 +105,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(rootless::tests())
                     .chain(stopped::tests())
                     .chain(lazy::tests())
+                    .chain(working_set::tests())
                     .chain(networks::tests())
                     .chain(lazy_dump::tests())
                     .chain(stream::tests())

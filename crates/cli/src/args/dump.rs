@@ -209,6 +209,19 @@ pub struct LazyPagesArgs {
     /// Write a NUL byte to this descriptor, and close it, once the restore can connect
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
+    /// Bring pages in the order of their addresses, and do not write down beside the images what the tree asks for
+    #[arg(long)]
+    pub no_working_set: bool,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// `dormouse lazy-worker`
+#[derive(Clone, Debug, clap::Args)]
+pub struct LazyWorkerArgs {
+    /// As of restore
+    #[arg(long)]
+    pub no_working_set: bool,
     #[command(flatten)]
     pub common: Common,
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use clap::CommandFactory as _;
 
-pub use dump::{CpuinfoArgs, DedupArgs, DumpArgs, Kinds, LazyPagesArgs, PageServerArgs};
+pub use dump::{CpuinfoArgs, DedupArgs, DumpArgs, Kinds, LazyPagesArgs, LazyWorkerArgs, PageServerArgs};
 use getopt::{Given, Words};
 pub use restore::RestoreArgs;
 pub use service::{ServiceArgs, WorkerArgs};
@@ -69,7 +69,7 @@ pub enum Command {
     ServiceWorker(WorkerArgs),
     /// What restore --lazy starts, with a socket to it as standard input
     #[command(hide = true)]
-    LazyWorker(Common),
+    LazyWorker(LazyWorkerArgs),
     /// Process 1 of a pid namespace once the tree in it runs
     #[command(hide = true)]
     NamespaceInit {

@@ -75,9 +75,13 @@ pub struct RestoreArgs {
     /// they are touched
     #[arg(long, conflicts_with_all = ["restore_sibling", "new_pid_ns", "new_mount_ns", "copies", "auto_dedup"])]
     pub lazy_pages: bool,
-    /// The same with a process of this command's own that brings them; its log is lazy-pages.log in --work-dir
+    /// The same with a process of this command's own that brings them; its log is lazy-pages.log in --work-dir. What the tree asks
+    /// for is written down beside the images (dormouse-working-set.img), and the next --lazy brings it first
     #[arg(long, conflicts_with_all = ["lazy_pages", "restore_sibling", "new_pid_ns", "new_mount_ns", "copies", "auto_dedup"])]
     pub lazy: bool,
+    /// With --lazy, bring pages in the order of their addresses, and do not write down what the tree asks for
+    #[arg(long, requires = "lazy")]
+    pub no_working_set: bool,
     /// Read the checkpoint from the standard input, as dump --stream has written it. It is kept in memory, and all of it is there
     /// before anything is restored
     #[arg(long, conflicts_with_all = ["lazy_pages", "lazy", "new_pid_ns", "copies"])]

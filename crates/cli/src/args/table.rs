@@ -163,6 +163,7 @@ pub const OURS: &[Known] = &[
     Known::new("cleanup", Nothing, Elsewhere, Elsewhere),
     Known::new("checksums", Nothing, Works, Elsewhere),
     Known::new("lazy", Nothing, Refused("it is for restore only; leave it out"), Works),
+    Known::new("no-working-set", Nothing, Elsewhere, Works),
     Known::new("wait-status", Nothing, Elsewhere, Works),
     Known::new("new-pid-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
     Known::new("new-mount-ns", Nothing, Refused("it is for restore only; leave it out"), Works),

@@ -1,12 +1,13 @@
 //! Pages that come later: which of a task's they are, and where they have moved to while they were still to come.
 
 mod server;
+mod working_set;
 
 use std::collections::BTreeMap;
 
 use dormouse_images::pb;
 
-pub use server::{SOCKET, Source, end_orphans, finish, give, give_none, serve};
+pub use server::{SOCKET, Served, Source, end_orphans, finish, give, give_none, serve};
 
 use super::vma::{VMA_ANON_PRIVATE, clip, flag, is_mapped};
 use crate::checkpoint::{PageMap, Run};
@@ -75,6 +76,28 @@ impl Todo {
         (off < *len).then(|| (len - off, image + off))
     }
 
+    /// What lies in a range: (address, bytes, address at the dump).
+    fn within(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        let before = self.0.range(..start).next_back();
+        before.into_iter().chain(self.0.range(start..end.max(start))).filter_map(move |(at, (len, image))| {
+            let (from, to) = (start.max(*at), end.min(at + len));
+            (from < to).then(|| (from, to - from, image + (from - at)))
+        })
+    }
+
+    /// Where some of what was in a range at the dump is still to come: (address, bytes). It is looked for elsewhere only if it
+    /// `may_have_moved`, since that takes longer.
+    fn find(&self, start: u64, end: u64, may_have_moved: bool) -> Option<(u64, u64)> {
+        let in_place = self.within(start, end).find(|(at, _, image)| at == image).map(|(at, len, _)| (at, len));
+        let moved = || {
+            self.0.iter().find_map(|(at, (len, image))| {
+                let (from, to) = (start.max(*image), end.min(image + len));
+                (from < to).then(|| (at + (from - image), to - from))
+            })
+        };
+        in_place.or_else(|| may_have_moved.then(moved)?)
+    }
+
     fn first(&self) -> Option<(u64, u64, u64)> {
         self.0.first_key_value().map(|(start, (len, image))| (*start, *len, *image))
     }
@@ -137,6 +160,22 @@ mod tests {
         t.moved(0x10000, 0x3000, 0x1000);
         assert_eq!(t.at(0x3000), Some((0x1000, 0x3000)));
         assert_eq!(t.at(0x11000), Some((0x1000, 0x4000)));
+    }
+
+    #[test]
+    fn pages_are_found_by_where_they_were_at_the_dump() {
+        let mut t = todo(&[(0x1000, 0x4000, 0x1000), (0x8000, 0x2000, 0x8000)]);
+        assert_eq!(t.within(0x2000, 0x9000).collect::<Vec<_>>(), [(0x2000, 0x3000, 0x2000), (0x8000, 0x1000, 0x8000)]);
+        assert_eq!(t.within(0x5000, 0x8000).count() + t.within(0x9000, 0x1000).count(), 0);
+        assert_eq!(t.find(0x4000, 0x9000, false), Some((0x4000, 0x1000)));
+        assert_eq!((t.find(0x5000, 0x8000, true), t.find(u64::MAX - 1, u64::MAX, true)), (None, None));
+        t.moved(0x3000, 0x10000, 0x2000);
+        t.moved(0x8000, 0x3000, 0x2000);
+        assert_eq!((t.find(0x3000, 0x5000, false), t.find(0x8000, 0x9000, false)), (None, None));
+        assert_eq!(
+            (t.find(0x4000, 0x5000, true), t.find(0x9000, 0x20000, true)),
+            (Some((0x11000, 0x1000)), Some((0x4000, 0x1000)))
+        );
     }
 
     #[test]

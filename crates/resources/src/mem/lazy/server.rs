@@ -18,6 +18,7 @@ use dormouse_pages::lazy::{Event, LazyUffd};
 use dormouse_pages::server::PageClient;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::working_set::{Stretch, WorkingSet};
 use super::{PAGE, Todo, lazy_in};
 use crate::checkpoint::{PageMap, read_page_map};
 use crate::mem::vma::clip;
@@ -31,6 +32,9 @@ const FINISHED: u32 = 0x5253_5446;
 const NEAR: u64 = 64 << 10;
 /// Most bytes that are put there at once while nobody waits.
 const FAR: u64 = 4 << 20;
+
+/// Most bytes of the working set that are put there at once: what comes next may be asked for right away.
+const SOON: u64 = 512 << 10;
 
 /// Where pages come from.
 pub enum Source {
@@ -67,6 +71,17 @@ pub fn finish(to: &mut &UnixStream) -> Result<()> {
     to.write_all(&FINISHED.to_ne_bytes()).map_err(call("cannot talk to the one who serves pages"))
 }
 
+/// What was served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// All pages that were brought.
+    pub pages: u64,
+    /// How often somebody waited for one of them.
+    pub asked: u64,
+    /// How many of them came first, since an earlier restore was asked for them.
+    pub first: u64,
+}
+
 /// An address space.
 struct Space {
     /// As it was dumped; a child that was forked since has its parent's.
@@ -77,6 +92,8 @@ struct Space {
     todo: Todo,
     /// Touched pages that could not be put there yet.
     waiting: Vec<u64>,
+    /// Something of it is not where it was at the dump.
+    has_moved: bool,
     gone: bool,
 }
 
@@ -153,15 +170,17 @@ struct Server {
     buffer: Vec<u8>,
     /// Bytes to put there next while nobody waits.
     far: u64,
-    pages: u64,
+    /// What earlier restores were asked for, and this one is.
+    set: Option<WorkingSet>,
+    served: Served,
 }
 
-/// Serves one restore of the images in `path` until all pages are where they belong, or nobody needs them any more; how many
-/// pages there were.
+/// Serves one restore of the images in `path` until all pages are where they belong, or nobody needs them any more. If `learns`,
+/// it does so by the working set beside the images, and keeps there what it was asked for.
 ///
 /// # Errors
 /// The restore or the source of pages went away. Then what is missing is made inaccessible and the tree is killed.
-pub fn serve(path: &Path, source: Source, peer: &mut UnixStream) -> Result<u64> {
+pub fn serve(path: &Path, source: Source, learns: bool, peer: &mut UnixStream) -> Result<Served> {
     let images = ImageDir::open(path)?;
     let tasks: Vec<pb::PstreeEntry> = images.read_all(ImageKind::Pstree, 0)?;
     // Whatever goes wrong, even in here: no userfaultfd is closed before its memory is complete or its processes are killed.
@@ -171,9 +190,15 @@ pub fn serve(path: &Path, source: Source, peer: &mut UnixStream) -> Result<u64> 
         spaces: Vec::new(),
         buffer: vec![0; FAR as usize],
         far: NEAR,
-        pages: 0,
+        set: None,
+        served: Served::default(),
     });
-    let served = (0..tasks.len()).try_for_each(|_| server.greet(&images, path, peer)).and_then(|()| server.run(peer));
+    let greeted = (0..tasks.len()).try_for_each(|_| server.greet(&images, path, peer));
+    if learns && greeted.is_ok() {
+        server.set =
+            Some(WorkingSet::read(&images, |pid| server.spaces.iter().find(|s| s.pid == pid).map(|s| &s.todo)));
+    }
+    let served = greeted.and_then(|()| server.run(peer));
     if let Err(error) = served {
         server.end_tree();
         return Err(error);
@@ -181,7 +206,10 @@ pub fn serve(path: &Path, source: Source, peer: &mut UnixStream) -> Result<u64> 
     if let Source::Server(client) = &mut server.source {
         client.finish().map_err(call("the page server does not answer at the end"))?;
     }
-    Ok(server.pages)
+    if let Some(set) = &server.set {
+        set.write(&images);
+    }
+    Ok(server.served)
 }
 
 impl Server {
@@ -222,6 +250,7 @@ impl Server {
             uffd: LazyUffd::kept(uffd),
             todo,
             waiting: Vec::new(),
+            has_moved: false,
             gone: false,
         });
         Ok(())
@@ -233,7 +262,7 @@ impl Server {
             if cancel::asked() {
                 return Err(invalid!("asked to stop before all pages were where they belong"));
             }
-            let busy = finished || self.spaces.iter().any(|s| !s.waiting.is_empty());
+            let busy = finished || self.wants().is_some() || self.spaces.iter().any(|s| !s.waiting.is_empty());
             let timeout = if busy { PollTimeout::ZERO } else { PollTimeout::NONE };
             let (told, ready) = self.wait(peer, finished, timeout)?;
             if told {
@@ -248,6 +277,9 @@ impl Server {
             let touched = self.events(&ready)?;
             if touched {
                 self.far = NEAR;
+            } else if self.wants().is_some() {
+                // Before the tree runs, too.
+                self.next_wanted()?;
             } else if finished {
                 self.next_far()?;
             }
@@ -285,11 +317,15 @@ impl Server {
                     None => break,
                     Some(Event::Fault(at)) => space.waiting.push(at & !(PAGE - 1)),
                     Some(Event::Remove(range)) => drop(space.todo.take(range.start, range.end)),
-                    Some(Event::Remap { from, to, len }) => space.todo.moved(from, to, len),
+                    Some(Event::Remap { from, to, len }) => {
+                        space.todo.moved(from, to, len);
+                        space.has_moved = true;
+                    }
                     Some(Event::Fork(uffd)) => {
-                        let (pid, todo) = (space.pid, space.todo.clone());
+                        let (pid, todo, has_moved) = (space.pid, space.todo.clone(), space.has_moved);
                         tracing::debug!("pid {pid} has forked");
-                        self.spaces.push(Space { pid, process: None, uffd, todo, waiting: Vec::new(), gone: false });
+                        let waiting = Vec::new();
+                        self.spaces.push(Space { pid, process: None, uffd, todo, waiting, has_moved, gone: false });
                     }
                 }
             }
@@ -310,8 +346,17 @@ impl Server {
 
     /// Somebody waits for a page.
     fn touched(&mut self, i: usize, at: u64) -> Result<Put> {
-        if let Some((len, _)) = self.spaces[i].todo.at(at) {
-            return self.bring(i, at, len.min(NEAR));
+        if let Some((len, image)) = self.spaces[i].todo.at(at) {
+            let (pid, before) = (self.spaces[i].pid, self.served.pages);
+            let put = self.bring(i, at, len.min(NEAR))?;
+            let brought = self.served.pages - before;
+            if brought > 0 {
+                self.served.asked += 1;
+                if let Some(set) = &mut self.set {
+                    set.asked(pid, image, brought * PAGE);
+                }
+            }
+            return Ok(put);
         }
         let space = &mut self.spaces[i];
         match space.uffd.zero(at, PAGE).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)) {
@@ -330,6 +375,35 @@ impl Server {
                 Err(call(what)(std::io::Error::from_raw_os_error(errno)))
             }
         }
+    }
+
+    /// What of the working set comes next.
+    fn wants(&self) -> Option<Stretch> {
+        self.set.as_ref().and_then(WorkingSet::next)
+    }
+
+    /// Brings some of what the last run asked for, wherever it is by now.
+    fn next_wanted(&mut self) -> Result<()> {
+        let mut left = self.far.min(SOON);
+        self.far = (self.far * 2).min(FAR);
+        while let Some(want) = self.wants().filter(|_| left > 0) {
+            let find = |s: &Space| s.todo.find(want.start, want.end(), s.has_moved);
+            let mut spaces = self.spaces.iter().enumerate().filter(|(_, s)| s.pid == want.pid && !s.gone);
+            let Some((i, (at, len))) = spaces.find_map(|(i, s)| Some((i, find(s)?))) else {
+                if let Some(set) = &mut self.set {
+                    set.advance();
+                }
+                continue;
+            };
+            let (len, before) = (len.min(left), self.served.pages);
+            let put = self.bring(i, at, len)?;
+            self.served.first += self.served.pages - before;
+            left -= len;
+            if let Put::Later = put {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Brings a piece for which nobody waits.
@@ -353,7 +427,7 @@ impl Server {
             let end = len.min(done.saturating_add(piece));
             let (copied, errno) = space.uffd.copy(start + done, &self.buffer[done as usize..end as usize]);
             space.todo.take(start + done, start + done + copied);
-            self.pages += copied / PAGE;
+            self.served.pages += copied / PAGE;
             done += copied;
             match errno {
                 None => piece = piece.saturating_mul(2),
