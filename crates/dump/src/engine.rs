@@ -26,7 +26,7 @@ use crate::record::{Recorder, Standing};
 use crate::stream::Streaming;
 use crate::task::{Tracer, Unsaved};
 use crate::tracking::{self, Tracking};
-use crate::{After, DumpError, Report, Request, Server, inventory, live, preflight};
+use crate::{After, DumpError, Report, Request, inventory, live, preflight};
 
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
@@ -40,6 +40,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let start = Instant::now();
     together(request)?;
     let images = tracking::empty_directory(&request.images_dir)?;
+    request.chain.check_directory(&images)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
     let blockers = preflight::blockers(request.pid, &request.options)?;
     if !blockers.is_empty() {
@@ -53,7 +54,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
             *streaming = Some(begun);
             page_ids
         }
-        (None, None) => Server::page_ids(request.chain.server.as_ref())?.packed(request.chain.compress),
+        (None, None) => request.chain.page_ids()?,
     };
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let mut ids = Ids::default();
@@ -155,6 +156,12 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
              stream through lz4(1) or zstd(1)"
                 .into(),
         ));
+    }
+    if request.chain.direct_io && (request.stream.is_some() || request.lazy.is_some()) {
+        let other = if request.stream.is_some() { "--stream" } else { "--lazy-pages" };
+        return Err(DumpError::Impossible(format!(
+            "--direct-io with {other} is not there, since the pages are not written here; leave out one of them"
+        )));
     }
     let chained = request.chain.track || request.chain.before.is_some() || request.chain.checksums;
     if request.stream.is_some() && (request.live || chained || request.lazy.is_some() || request.chain.server.is_some())
