@@ -107,7 +107,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     }
     if request.chain.checksums && request.lazy.is_none() {
         // The tree has gone on or has ended by now, and does not wait for it.
-        tracking::sum_up(&images);
+        tracking::sum_up(&images, &request.chain);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
@@ -122,7 +122,7 @@ fn fetched(
     hook: &dyn Fn(&str) -> Result<(), DumpError>,
 ) -> Result<(), DumpError> {
     if request.chain.checksums {
-        tracking::sum_up(images);
+        tracking::sum_up(images, &request.chain);
     }
     let behind = ids.behind().map(|mut behind| std::mem::take(&mut *behind)).unwrap_or_default();
     let fetched = hook("post-dump").and_then(|()| hook("status-ready")).and_then(|()| fetcher.serve(&behind));

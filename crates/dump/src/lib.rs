@@ -118,7 +118,9 @@ impl Chain {
             } else {
                 ("--page-server", "the server writes the pages")
             };
-            return Err(DumpError::Impossible(format!("--direct-io with {other} is not there, since {why}; leave out one of them")));
+            return Err(DumpError::Impossible(format!(
+                "--direct-io with {other} is not there, since {why}; leave out one of them"
+            )));
         }
         Ok(())
     }

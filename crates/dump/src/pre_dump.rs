@@ -67,7 +67,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     }
     if request.chain.checksums {
         // The tree has gone on or has ended by now, and does not wait for it.
-        tracking::sum_up(&images);
+        tracking::sum_up(&images, &chain);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)

@@ -298,15 +298,7 @@ impl DumpArgs {
         let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, compress, direct_io, .. } = &self.chain;
         let (before, server) = (prev_images_dir.clone(), self.server.server());
         let (dedup, compress) = (*auto_dedup && server.is_none(), compress.is_some());
-        Chain {
-            before,
-            track: *track_mem,
-            dedup,
-            checksums: *checksums,
-            compress,
-            direct_io: *direct_io,
-            server,
-        }
+        Chain { before, track: *track_mem, dedup, checksums: *checksums, compress, direct_io: *direct_io, server }
     }
 
     /// How long to wait for the tree to stop.
