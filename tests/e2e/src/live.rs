@@ -89,7 +89,8 @@ fn gives_way(case: &Case<'_>) -> Result<Outcome> {
     const NICE: i64 = 3;
     let mut target = ready!(Target::start(case, "tree_threads", Session::Own, &[]));
     let ids = target.ids().map(|id| id.to_string());
-    let reniced = Command::new("renice").args(["-n", &NICE.to_string(), "-p"]).args(ids).stdout(Stdio::null()).status()?;
+    let reniced =
+        Command::new("renice").args(["-n", &NICE.to_string(), "-p"]).args(ids).stdout(Stdio::null()).status()?;
     ensure!(reniced.success(), "renice: {reniced}");
     target.look();
     // Those of an earlier run, if nobody has waited for them yet.
