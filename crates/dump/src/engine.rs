@@ -28,7 +28,7 @@ use crate::record::{Recorder, Standing};
 use crate::stream::Streaming;
 use crate::task::{Seen, Tracer, Unsaved};
 use crate::tracking::{self, Tracking};
-use crate::{After, DumpError, Report, Request, Server, inventory, live, preflight};
+use crate::{After, DumpError, Report, Request, inventory, live, preflight};
 
 /// So many processes are looked at on all processors before the first of them is entered.
 const SEEN_TOGETHER: usize = 64;
@@ -46,6 +46,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     keep_freed();
     together(request)?;
     let images = tracking::empty_directory(&request.images_dir)?;
+    request.chain.check_directory(&images)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
     let blockers = preflight::blockers(request.pid, &request.options)?;
     if !blockers.is_empty() {
@@ -59,7 +60,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
             *streaming = Some(begun);
             page_ids
         }
-        (None, None) => Server::page_ids(request.chain.server.as_ref())?.packed(request.chain.compress),
+        (None, None) => request.chain.page_ids()?,
     };
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let mut ids = Ids::default();
@@ -112,7 +113,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     }
     if request.chain.checksums && request.lazy.is_none() {
         // The tree has gone on or has ended by now, and does not wait for it.
-        tracking::sum_up(&images);
+        tracking::sum_up(&images, &request.chain);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
@@ -127,7 +128,7 @@ fn fetched(
     hook: &dyn Fn(&str) -> Result<(), DumpError>,
 ) -> Result<(), DumpError> {
     if request.chain.checksums {
-        tracking::sum_up(images);
+        tracking::sum_up(images, &request.chain);
     }
     let behind = ids.behind().map(|mut behind| std::mem::take(&mut *behind)).unwrap_or_default();
     let fetched = hook("post-dump").and_then(|()| hook("status-ready")).and_then(|()| fetcher.serve(&behind));
@@ -161,6 +162,12 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
              stream through lz4(1) or zstd(1)"
                 .into(),
         ));
+    }
+    if request.chain.direct_io && (request.stream.is_some() || request.lazy.is_some()) {
+        let other = if request.stream.is_some() { "--stream" } else { "--lazy-pages" };
+        return Err(DumpError::Impossible(format!(
+            "--direct-io with {other} is not there, since the pages are not written here; leave out one of them"
+        )));
     }
     let chained = request.chain.track || request.chain.before.is_some() || request.chain.checksums;
     if request.stream.is_some() && (request.live || chained || request.lazy.is_some() || request.chain.server.is_some())

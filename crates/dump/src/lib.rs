@@ -20,13 +20,13 @@ mod tracking;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dormouse_images::ImageError;
+use dormouse_images::{ImageDir, ImageError};
 use dormouse_infect::InfectError;
 use dormouse_infect::freeze::Obstacle;
 use dormouse_infect::host::fd::copy_number;
 use dormouse_kernel::{HostPid, ProcError, Session};
 use dormouse_pages::PageClient;
-use dormouse_resources::mem::PageIds;
+use dormouse_resources::mem::{PageIds, check_direct};
 pub use dormouse_resources::{Blocker, DumpOptions, ResourceError};
 
 /// Called at the stages of a dump: the action's name, and the root task's pid.
@@ -96,6 +96,8 @@ pub struct Chain {
     pub checksums: bool,
     /// Compress pages.
     pub compress: bool,
+    /// Write pages past the page cache.
+    pub direct_io: bool,
     /// Where pages go if not into the images directory.
     pub server: Option<Server>,
 }
@@ -110,7 +112,30 @@ impl Chain {
                     .into(),
             ));
         }
+        if self.direct_io && (self.compress || self.server.is_some()) {
+            let (other, why) = if self.compress {
+                ("--compress", "compressed blocks begin where the one before ends, at no border of the device's")
+            } else {
+                ("--page-server", "the server writes the pages")
+            };
+            return Err(DumpError::Impossible(format!(
+                "--direct-io with {other} is not there, since {why}; leave out one of them"
+            )));
+        }
         Ok(())
+    }
+
+    /// Refuses a directory that cannot do what is asked for.
+    pub(crate) fn check_directory(&self, images: &ImageDir) -> Result<(), DumpError> {
+        if self.direct_io {
+            check_direct(images)?;
+        }
+        Ok(())
+    }
+
+    /// Where pages go.
+    pub(crate) fn page_ids(&self) -> Result<PageIds, DumpError> {
+        Ok(Server::page_ids(self.server.as_ref())?.packed(self.compress).direct(self.direct_io))
     }
 }
 
@@ -125,7 +150,7 @@ pub enum Server {
 
 impl Server {
     /// Where pages go.
-    pub(crate) fn page_ids(server: Option<&Self>) -> Result<PageIds, DumpError> {
+    fn page_ids(server: Option<&Self>) -> Result<PageIds, DumpError> {
         let client = match server {
             None => return Ok(PageIds::new()),
             Some(Self::At(address, port)) => PageClient::connect(address, *port).map_err(|cause| DumpError::Call {

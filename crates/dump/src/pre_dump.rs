@@ -11,13 +11,14 @@ use dormouse_resources::mem::{Mappings, PageIds, Snapshot};
 
 use crate::ids::Ids;
 use crate::tracking::{self, Tracking};
-use crate::{Chain, DumpError, Report, Request, Server, describe, inventory};
+use crate::{Chain, DumpError, Report, Request, describe, inventory};
 
 /// See [`crate::pre_dump`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let start = Instant::now();
     request.chain.check()?;
     let images = tracking::empty_directory(&request.images_dir)?;
+    request.chain.check_directory(&images)?;
     let chain = Chain { track: true, ..request.chain.clone() };
     let mut tracking = Tracking::begin(&images, &chain, true)?;
     if !tracking.is_possible() {
@@ -33,7 +34,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     if !obstacles.is_empty() {
         return Err(DumpError::Refused(obstacles));
     }
-    let ids = Server::page_ids(request.chain.server.as_ref())?.packed(chain.compress);
+    let ids = chain.page_ids()?;
     let session = &request.session;
     let frozen = Instant::now();
     let mut tree = Tree::freeze(request.pid, request.timeout, request.freeze_cgroup.as_deref())?;
@@ -67,7 +68,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     }
     if request.chain.checksums {
         // The tree has gone on or has ended by now, and does not wait for it.
-        tracking::sum_up(&images);
+        tracking::sum_up(&images, &chain);
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)

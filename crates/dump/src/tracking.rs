@@ -299,8 +299,8 @@ fn raise_limit() {
 }
 
 /// Writes the checksums. The images are complete without them, so that they are missing is no failure.
-pub fn sum_up(images: &ImageDir) {
-    match checksums::write(images) {
+pub fn sum_up(images: &ImageDir, chain: &Chain) {
+    match checksums::write(images, !chain.direct_io) {
         Ok(bytes) => tracing::info!("checksums of {bytes} bytes of images written"),
         Err(e) => tracing::warn!("the images are complete, but there are no checksums of them: {e}"),
     }

@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
 use crate::{ImageDir, ImageError, ImageKind, pb};
 
 /// Bytes that one checksum is of.
@@ -22,14 +24,15 @@ pub struct Verdict {
     pub damage: Vec<String>,
 }
 
-/// Writes `dormouse-checksums.img` over all images that are there; the bytes in them.
+/// Writes `dormouse-checksums.img` over all images that are there; the bytes in them. Where they are not to be in the page cache
+/// (`keep` is false), what was read leaves it at once.
 ///
 /// # Errors
 /// The directory cannot be listed, an image not be read, or the sidecar not be written.
-pub fn write(dir: &ImageDir) -> Result<u64, ImageError> {
+pub fn write(dir: &ImageDir, keep: bool) -> Result<u64, ImageError> {
     let mut entries = Vec::new();
     for name in names(dir.path())? {
-        entries.push(sum(dir.path(), &name)?);
+        entries.push(sum(dir.path(), &name, keep)?);
     }
     dir.write_all(ImageKind::DormouseChecksums, 0, &entries)?;
     Ok(entries.iter().map(|e| e.size).sum())
@@ -52,7 +55,7 @@ pub fn verify(dir: &ImageDir) -> Result<Option<Verdict>, ImageError> {
             verdict.damage.push(format!("{:?} is no name of an image", want.name));
             continue;
         }
-        let have = match sum(dir.path(), &want.name) {
+        let have = match sum(dir.path(), &want.name, true) {
             Err(ImageError::Missing { .. }) => {
                 verdict.damage.push(format!("{} is missing", path.display()));
                 continue;
@@ -91,7 +94,7 @@ fn names(path: &Path) -> Result<Vec<String>, ImageError> {
     Ok(names)
 }
 
-fn sum(dir: &Path, name: &str) -> Result<pb::ImageChecksums, ImageError> {
+fn sum(dir: &Path, name: &str, keep: bool) -> Result<pb::ImageChecksums, ImageError> {
     let path = dir.join(name);
     let failed = |e: std::io::Error| match e.kind() {
         std::io::ErrorKind::NotFound => ImageError::Missing { path: path.clone() },
@@ -103,6 +106,10 @@ fn sum(dir: &Path, name: &str) -> Result<pb::ImageChecksums, ImageError> {
     loop {
         block.clear();
         let have = file.by_ref().take(BLOCK as u64).read_to_end(&mut block).map_err(failed)?;
+        if !keep {
+            // A hint, which nobody has to follow.
+            let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
         if have == 0 {
             return Ok(entry);
         }
@@ -127,7 +134,7 @@ mod tests {
         std::fs::write(path.join("dump.log"), b"no image").expect("write");
         std::fs::write(path.join("dormouse-working-set.img"), b"changes with each restore").expect("write");
         assert_eq!(verify(&dir).expect("no sidecar"), None);
-        assert_eq!(write(&dir).expect("write"), content.len() as u64 + 8);
+        assert_eq!(write(&dir, true).expect("write"), content.len() as u64 + 8);
         let verdict = || verify(&dir).expect("verify").expect("a sidecar");
         assert_eq!(verdict(), Verdict { images: 2, bytes: content.len() as u64 + 8, damage: vec![] });
 

@@ -3,6 +3,7 @@
 //! `scan` asks the kernel about a target's memory, `runs` is plain arithmetic on ranges, `probe` tries the kernel's features.
 //! The unsafe code of host-side page handling is fenced in here.
 
+pub mod direct;
 pub mod lazy;
 pub mod packed;
 pub mod probe;

@@ -11,6 +11,7 @@ mod chain;
 mod concurrent;
 mod cpu;
 mod damage;
+mod direct;
 mod exchange;
 mod frozen;
 mod gifts;
@@ -109,7 +110,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(networks::tests())
                     .chain(lazy_dump::tests())
                     .chain(stream::tests())
-                    .chain(packed::tests()),
+                    .chain(packed::tests())
+                    .chain(direct::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

@@ -121,6 +121,11 @@ pub struct ChainArgs {
     #[arg(long, value_name = "METHOD", num_args = 0..=1, require_equals = true, default_missing_value = "lz4",
         value_parser = parse_method)]
     pub compress: Option<String>,
+    /// Write pages past the page cache, straight from the tree's memory to the disk, so that a dump displaces nothing from it. The
+    /// images are the same, and no safer from a crash of the machine than others (see sync(1)). Not on a tmpfs, nor with
+    /// --compress, --page-server, --lazy-pages or --stream
+    #[arg(long)]
+    pub direct_io: bool,
     /// How pre-dump reads memory: splice or read, which make no difference here
     #[arg(long, value_name = "MODE", default_value = "splice", value_parser = ["splice", "read"])]
     pub pre_dump_mode: String,
@@ -303,10 +308,10 @@ impl DumpArgs {
 
     /// What the dump has to do with others.
     pub fn chain(&self) -> Chain {
-        let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, compress, .. } = &self.chain;
+        let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, compress, direct_io, .. } = &self.chain;
         let (before, server) = (prev_images_dir.clone(), self.server.server());
         let (dedup, compress) = (*auto_dedup && server.is_none(), compress.is_some());
-        Chain { before, track: *track_mem, dedup, checksums: *checksums, compress, server }
+        Chain { before, track: *track_mem, dedup, checksums: *checksums, compress, direct_io: *direct_io, server }
     }
 
     /// How long to wait for the tree to stop.

@@ -169,6 +169,7 @@ pub const OURS: &[Known] = &[
     Known::new("new-mount-ns", Nothing, Refused("it is for restore only; leave it out"), Works),
     Known::new("copies", Value, Refused("it is for restore only; leave it out"), Works),
     Known::new("compress", MaybeValue, Works, Elsewhere),
+    Known::new("direct-io", Nothing, Works, Elsewhere),
 ];
 
 #[cfg(test)]

@@ -10,9 +10,11 @@ use dormouse_infect::host::process::read_pieces;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::{InfectError, cancel};
 use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_pages::direct::is_unshared;
 use dormouse_sys::nr;
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
+use super::gather::Gather;
 use super::route::{Because, Route};
 use crate::{Result, call, unwritten};
 
@@ -54,18 +56,28 @@ pub struct Copier<'a, 'p> {
     outside: u64,
     /// What is written is given back, and what waits for that: addresses and lengths.
     spent: Option<Vec<(u64, u64)>>,
+    direct: Option<Direct>,
+}
+
+/// What it takes to write past the page cache.
+struct Direct {
+    pagemap: File,
+    /// Made when it is needed.
+    gather: Option<Gather>,
 }
 
 impl<'a, 'p> Copier<'a, 'p> {
-    /// Begins with an empty image, which will have `most` bytes at most.
+    /// Begins with an empty image, which will have `most` bytes at most; `direct` if it takes whole pages from page-aligned
+    /// memory only.
     ///
     /// # Errors
     /// The target's memory cannot be opened.
-    pub fn new(parasite: &'a mut Parasite<'p>, pid: HostPid, image: File, most: u64) -> Result<Self> {
+    pub fn new(parasite: &'a mut Parasite<'p>, pid: HostPid, image: File, most: u64, direct: bool) -> Result<Self> {
         let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
         let chunks = Chunks::new(MAX_IOVECS, MAX_BYTES);
         let (writer, buffer) = (Writer::Undecided, Vec::new());
-        Ok(Self { parasite, pid, image, memory, chunks, writer, most, buffer, outside: 0, spent: None })
+        let direct = direct.then(|| Direct::new(pid)).transpose()?;
+        Ok(Self { parasite, pid, image, memory, chunks, writer, most, buffer, outside: 0, spent: None, direct })
     }
 
     /// The parasite's process is a copy that is of no use when its memory is written: that is given back on the way. As long as
@@ -101,7 +113,7 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// The memory cannot be read, the image not written, or somebody asked us to stop.
     pub fn add(&mut self, range: Range<u64>, readable: bool) -> Result<()> {
         let len = range.end - range.start;
-        if matches!(self.writer, Writer::Outside) || !readable {
+        if (matches!(self.writer, Writer::Outside) && self.direct.is_none()) || !readable {
             self.flush()?;
             self.copy(range.start, len, self.chunks.end())?;
             self.chunks.skip(len);
@@ -123,7 +135,14 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// The image cannot be written.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.flush()?;
-        self.image.write_all_at(bytes, self.chunks.end()).map_err(unwritten)?;
+        let end = self.chunks.end();
+        match &mut self.direct {
+            None => self.image.write_all_at(bytes, end).map_err(unwritten)?,
+            Some(direct) => direct.copy(&self.image, end, [(0, bytes.len() as u64)], |at, to| {
+                to.copy_from_slice(&bytes[at as usize..][..to.len()]);
+                Ok(())
+            })?,
+        }
         self.chunks.skip(bytes.len() as u64);
         Ok(())
     }
@@ -159,11 +178,16 @@ impl<'a, 'p> Copier<'a, 'p> {
         if matches!(self.writer, Writer::Undecided) && chunk.len > FEW {
             self.writer = self.decide()?;
         }
+        if let Some(direct) = &self.direct
+            && !(matches!(self.writer, Writer::Inside(_)) && direct.may_be_pinned(&chunk)?)
+        {
+            return self.copy_pieces(&chunk);
+        }
         let Writer::Inside(fd) = self.writer else {
             if chunk.len <= BUFFER as u64 && self.copy_at_once(&chunk)? {
                 return Ok(());
             }
-            return chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset));
+            return self.copy_pieces(&chunk);
         };
         let mark = self.parasite.arena.mark();
         // The parasite consumes its iovecs; `chunk` keeps ours.
@@ -194,7 +218,7 @@ impl<'a, 'p> Copier<'a, 'p> {
                     chunk.len,
                     chunk.iovecs[0]
                 );
-                chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset))
+                self.copy_pieces(&chunk)
             }
         }
     }
@@ -220,7 +244,25 @@ impl<'a, 'p> Copier<'a, 'p> {
         }
     }
 
+    /// Copies a chunk, whatever stands against the target's doing it.
+    fn copy_pieces(&mut self, chunk: &Chunk) -> Result<()> {
+        let Some(direct) = &mut self.direct else {
+            return chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset));
+        };
+        let (memory, pid) = (&self.memory, self.pid);
+        direct.copy(&self.image, chunk.offset, chunk.pieces().map(|(addr, len, _)| (addr, len)), |addr, bytes| {
+            cancel::check()?;
+            let what = || format!("cannot read the memory of pid {pid} at {addr:#x}");
+            memory.read_exact_at(bytes, addr).map_err(call(what()))
+        })?;
+        self.outside += chunk.len;
+        Ok(())
+    }
+
     fn copy(&mut self, addr: u64, len: u64, offset: u64) -> Result<()> {
+        if self.direct.is_some() {
+            return self.copy_pieces(&Chunk { offset, len, iovecs: vec![addr, len] });
+        }
         let mut done = 0;
         self.make_room(len);
         while done < len {
@@ -234,6 +276,40 @@ impl<'a, 'p> Copier<'a, 'p> {
         }
         self.outside += len;
         Ok(())
+    }
+}
+
+impl Direct {
+    fn new(pid: HostPid) -> Result<Self> {
+        let pagemap = File::open(pid.proc_path("pagemap")).map_err(call(format!("cannot open /proc/{pid}/pagemap")))?;
+        Ok(Self { pagemap, gather: None })
+    }
+
+    /// Whether the target can write a chunk without a page of it becoming one of its own that was shared with others.
+    fn may_be_pinned(&self, chunk: &Chunk) -> Result<bool> {
+        for (addr, len, _) in chunk.pieces() {
+            let unshared = is_unshared(&self.pagemap, addr, len);
+            if !unshared.map_err(call("cannot find out which pages are shared"))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Copies pieces, from place and of length, to where they follow each other in the image.
+    fn copy(
+        &mut self,
+        image: &File,
+        offset: u64,
+        pieces: impl IntoIterator<Item = (u64, u64)>,
+        read: impl Fn(u64, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let gather = self.gather.get_or_insert_with(|| Gather::new(0));
+        gather.go_to(offset);
+        for (addr, len) in pieces {
+            gather.add(image, len, |done, bytes| read(addr + done, bytes))?;
+        }
+        gather.flush(image).map(drop)
     }
 }
 

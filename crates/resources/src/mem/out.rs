@@ -18,7 +18,6 @@ use super::mappings::Mappings;
 use super::pack::{Haste, Packer};
 use super::pages::PageIds;
 use super::records::Records;
-use crate::pages_image;
 use crate::{ResourceError, Result, call};
 
 /// A destination.
@@ -78,8 +77,8 @@ impl<'a, 'p> Out<'a, 'p> {
             let packer = Packer::new(images, id, memory, format!("the memory of pid {source}"), haste)?;
             return Ok(Self::Packed { packer, records, images });
         }
-        let image = pages_image::create(images, id, false)?;
-        let copier = Copier::new(parasite, mappings.source(), image, most)?;
+        let image = ids.create(images, id)?;
+        let copier = Copier::new(parasite, mappings.source(), image, most, ids.are_direct())?;
         let copier = if mappings.source() == pid { copier } else { copier.giving_back() };
         Ok(Self::Images { copier, records })
     }

@@ -16,6 +16,7 @@ use dormouse_infect::arch;
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
 use dormouse_kernel::proc::stat;
+use dormouse_pages::direct::{Buffer, turn_on};
 use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
 use dormouse_pages::{PageClient, PageRun, PageScanner, Want, category};
 
@@ -24,7 +25,7 @@ use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
 use super::out::{Out, lost};
 use super::vdso;
-use crate::{ResourceError, Result, call, unwritten};
+use crate::{ResourceError, Result, call, pages_image, unwritten};
 
 /// Most pages of a command line or an environment: no process is given more (execve(2)), but it may say that it has more.
 const MOST_WORDS: usize = 2048;
@@ -39,6 +40,7 @@ pub struct PageIds {
     server: Option<Mutex<PageClient>>,
     behind: Option<Mutex<Behind>>,
     packed: bool,
+    direct: bool,
 }
 
 impl PageIds {
@@ -49,7 +51,7 @@ impl PageIds {
 
     /// The first number is this one.
     pub fn from(first: u32) -> Self {
-        Self { next: AtomicU32::new(first), server: None, behind: None, packed: false }
+        Self { next: AtomicU32::new(first), server: None, behind: None, packed: false, direct: false }
     }
 
     /// Pages that may come later stay with their processes, to be fetched from there.
@@ -66,6 +68,26 @@ impl PageIds {
     /// Whether pages images are compressed.
     pub fn are_packed(&self) -> bool {
         self.packed
+    }
+
+    /// The same, with pages images that are written past the page cache; see [`super::check_direct`].
+    #[must_use]
+    pub fn direct(self, direct: bool) -> Self {
+        Self { direct, ..self }
+    }
+
+    /// Whether pages images are written past the page cache.
+    pub fn are_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Makes a pages image that is not compressed.
+    pub(super) fn create(&self, images: &ImageDir, id: u32) -> Result<File> {
+        let image = pages_image::create(images, id, false)?;
+        if self.direct {
+            turn_on(&image).map_err(call("cannot write a pages image with --direct-io; leave it out and retry"))?;
+        }
+        Ok(image)
     }
 
     /// What has stayed with its processes, if that was asked for.
@@ -148,7 +170,7 @@ impl Spans {
 
 /// Overwrites bytes with zeros.
 fn erase(image: &File, places: &Range<u64>) -> io::Result<()> {
-    let zeros = [0; PAGE as usize];
+    let zeros = Buffer::new(PAGE as usize);
     let mut at = places.start;
     while at < places.end {
         let len = (places.end - at).min(PAGE);

@@ -14,13 +14,13 @@ use dormouse_kernel::HostPid;
 use dormouse_pages::runs::{PE_PARENT, PE_PRESENT};
 use dormouse_pages::{PageRun, Want};
 
+use super::gather::Gather;
 use super::increment::{Increment, Registered, Watch};
 use super::mappings::{Kind, Mappings};
 use super::out::ToServer;
 use super::pack::{Haste, Packer};
 use super::pages::{PageIds, PageStats, is_saved};
 use super::records::Records;
-use crate::pages_image;
 use crate::{Result, call, unwritten};
 
 /// Bytes that are copied at once.
@@ -122,6 +122,7 @@ fn next_pages(memory: &File, at: u64, end: u64, buffer: &mut [u8]) -> Result<Opt
 /// Where the copies go.
 enum Sink<'a> {
     Images { image: File, end: u64, records: Records },
+    Direct { image: File, gather: Gather, records: Records },
     Packed { packer: Packer, records: Records, images: &'a ImageDir },
     Server(ToServer<'a>),
 }
@@ -139,13 +140,17 @@ impl<'a> Sink<'a> {
             let packer = Packer::new(images, id, memory, format!("the memory of pid {pid}"), Haste::Beside)?;
             return Ok(Self::Packed { packer, records, images });
         }
-        Ok(Self::Images { image: pages_image::create(images, id, false)?, end: 0, records })
+        let image = ids.create(images, id)?;
+        if ids.are_direct() {
+            return Ok(Self::Direct { image, gather: Gather::new(0), records });
+        }
+        Ok(Self::Images { image, end: 0, records })
     }
 
     /// Leaves pages to the checkpoint before.
     fn entry(&mut self, range: Range<u64>) -> Result<()> {
         match self {
-            Self::Images { records, .. } | Self::Packed { records, .. } => {
+            Self::Images { records, .. } | Self::Direct { records, .. } | Self::Packed { records, .. } => {
                 records.add(range.start, range.end - range.start, PE_PARENT)
             }
             Self::Server(to) => to.entry(range, PE_PARENT),
@@ -159,6 +164,13 @@ impl<'a> Sink<'a> {
                 *end += bytes.len() as u64;
                 records.add(addr, bytes.len() as u64, PE_PRESENT)
             }
+            Self::Direct { image, gather, records } => {
+                gather.add(image, bytes.len() as u64, |done, to| {
+                    to.copy_from_slice(&bytes[done as usize..][..to.len()]);
+                    Ok(())
+                })?;
+                records.add(addr, bytes.len() as u64, PE_PRESENT)
+            }
             Self::Packed { packer, records, .. } => {
                 packer.put(bytes)?;
                 records.add(addr, bytes.len() as u64, PE_PRESENT)
@@ -170,6 +182,10 @@ impl<'a> Sink<'a> {
     fn finish(self) -> Result<()> {
         match self {
             Self::Images { records, .. } => records.finish(),
+            Self::Direct { image, mut gather, records } => {
+                gather.flush(&image)?;
+                records.finish()
+            }
             Self::Packed { packer, records, images } => {
                 packer.finish(images)?;
                 records.finish()

@@ -20,6 +20,7 @@ use dormouse_pages::{PageClient, PagesFile};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
+use super::gather::Gather;
 use super::map_files::MapFiles;
 use super::out::lost;
 use super::pack::{Haste, Packer};
@@ -29,7 +30,6 @@ use super::sysv::{Segments, SysvDump};
 use super::vma::{VMA_ANON_SHARED, VMA_GUARD, VMA_SYSVIPC, flag};
 use crate::checkpoint::{PageMap, Run, TreeImage, optional, read_page_map};
 use crate::fd::files::raise;
-use crate::pages_image;
 use crate::{Result, call, invalid, unwritten};
 
 /// Bytes that are copied at once where the kernel has no way of its own.
@@ -137,7 +137,7 @@ impl<'a> SharedDump<'a> {
             written += if self.ids.are_packed() {
                 object.pack(records, self.images, id)?
             } else {
-                object.save(records, &pages_image::create(self.images, id, false)?)?
+                object.save(records, &self.ids.create(self.images, id)?, self.ids.are_direct())?
             };
         }
         Ok((found, written))
@@ -167,7 +167,10 @@ impl Object {
     }
 
     /// Saves all pages but holes; how many.
-    fn save(&self, mut records: Records, image: &File) -> Result<u64> {
+    fn save(&self, mut records: Records, image: &File, direct: bool) -> Result<u64> {
+        if direct {
+            return self.save_directly(records, image);
+        }
         let mut end = 0;
         self.areas(|data, at| {
             records.add(data, at - data, PE_PRESENT)?;
@@ -180,6 +183,27 @@ impl Object {
         image.set_len(end).map_err(unwritten)?;
         records.finish()?;
         Ok(end / PAGE)
+    }
+
+    /// The same past the page cache.
+    fn save_directly(&self, mut records: Records, image: &File) -> Result<u64> {
+        let mut gather = Gather::new(0);
+        self.areas(|data, at| {
+            records.add(data, at - data, PE_PRESENT)?;
+            gather.add(image, at - data, |done, bytes| {
+                self.read(data + done, bytes).map_err(call(format!("cannot save shared memory {}", self.shmid)))
+            })
+        })?;
+        let end = gather.flush(image)?;
+        records.finish()?;
+        Ok(end / PAGE)
+    }
+
+    /// Bytes from `at` on, zeros behind the last one.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        let inside = self.size.saturating_sub(at).min(bytes.len() as u64) as usize;
+        bytes[inside..].fill(0);
+        self.file.read_exact_at(&mut bytes[..inside], at)
     }
 
     /// Saves all pages but holes in a compressed image; how many.
@@ -205,11 +229,7 @@ impl Object {
         opened.map_err(lost(client))?;
         let mut pages = 0;
         self.areas(|data, at| {
-            let sent = client.pages(data, at - data, PE_PRESENT, |from, bytes| {
-                let left = self.size.saturating_sub(data + from).min(bytes.len() as u64) as usize;
-                bytes[left..].fill(0);
-                self.file.read_exact_at(&mut bytes[..left], data + from)
-            });
+            let sent = client.pages(data, at - data, PE_PRESENT, |from, bytes| self.read(data + from, bytes));
             pages += (at - data) / PAGE;
             sent.map_err(call(format!(
                 "cannot send shared memory {} to the page server at {}",
