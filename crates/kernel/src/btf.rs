@@ -128,10 +128,10 @@ impl Btf {
             if word(member, 0) == name {
                 return Ok(Some(offset));
             }
-            if word(member, 0) == 0 && depth > 0 {
-                if let Some(inner) = self.member(word(member, 4), name, depth - 1)? {
-                    return Ok(Some(offset + inner));
-                }
+            let nameless = word(member, 0) == 0 && depth > 0;
+            let inner = if nameless { self.member(word(member, 4), name, depth - 1)? } else { None };
+            if let Some(inner) = inner {
+                return Ok(Some(offset + inner));
             }
         }
         Ok(None)
