@@ -252,6 +252,23 @@ impl<'a> Case<'a> {
     }
 }
 
+/// Words as options are given.
+pub fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// The files in a directory whose names begin so.
+pub fn named(images: &Path, head: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(images)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(head) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
 /// The threads that a dump has recorded.
 pub fn recorded(images: &Path) -> Result<Vec<i32>> {
     let names = fs::read_dir(images)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());

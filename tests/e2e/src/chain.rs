@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use crate::case::{Case, Ran, TOOL_LIMIT, pid_of, recorded};
+use crate::case::{Case, Ran, TOOL_LIMIT, named, pid_of, recorded};
 use crate::programs;
 use crate::report::{Outcome, Test};
 use crate::tmpfs::Tmpfs;
@@ -88,14 +88,7 @@ fn words(pid: i32, number: usize, more: &[&str]) -> Vec<String> {
 
 /// Bytes of page contents on the disk.
 fn stored(images: &Path) -> Result<u64> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(images)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("pages-") {
-            bytes += entry.metadata()?.blocks() * 512;
-        }
-    }
-    Ok(bytes)
+    named(images, "pages-")?.iter().map(|path| Ok(fs::metadata(path)?.blocks() * 512)).sum()
 }
 
 fn start(case: &Case<'_>) -> Result<Option<i32>> {

@@ -14,8 +14,8 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::case::{Case, TOOL_LIMIT, pid_of};
-use crate::programs;
+use crate::case::{Case, TOOL_LIMIT, named, words};
+use crate::programs::{self, start};
 use crate::report::{Outcome, Test};
 use crate::target::{Session, Target, ready};
 use crate::tmpfs::Tmpfs;
@@ -40,9 +40,7 @@ const PROGRAMS: &[&str] = &[
 
 /// The tests, which belong to the programs.
 pub fn tests() -> Vec<Test> {
-    let programs = programs::all().iter().filter(|(name, _)| PROGRAMS.contains(name));
-    let programs =
-        programs.map(|(name, text)| Test::new(format!("direct/{name}"), move |case| round(case, name, text)));
+    let programs = programs::chosen("direct", PROGRAMS, round);
     let others = vec![
         Test::new("direct/the_same_images_and_no_cache", same),
         Test::new("direct/forks_go_on_sharing", sharing),
@@ -51,11 +49,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("direct/full_disk", full),
         Test::new("direct/what_does_not_go_with_it", refused),
     ];
-    programs.chain(others).collect()
-}
-
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
+    programs.into_iter().chain(others).collect()
 }
 
 /// Why these tests cannot be where they are, if so.
@@ -87,13 +81,7 @@ fn round(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
 }
 
 fn pages_images(images: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(images)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("pages-") {
-            found.push(entry.path());
-        }
-    }
+    let mut found = named(images, "pages-")?;
     found.sort();
     ensure!(!found.is_empty(), "there are no pages in {}", images.display());
     Ok(found)
@@ -205,14 +193,6 @@ fn live(case: &Case<'_>) -> Result<Outcome> {
     target.look();
     target.ask()?;
     Ok(Outcome::PASSED)
-}
-
-fn start(case: &Case<'_>, program: &str) -> Result<i32> {
-    let mut command = case.command(programs::find(case, program)?);
-    command.arg(&case.dir);
-    let child = case.start(command)?;
-    ensure!(programs::await_ready(case)?.is_none(), "{program} needs something");
-    Ok(pid_of(&child))
 }
 
 /// Pre-dumps and a dump, the last of which takes pages out of the images before.

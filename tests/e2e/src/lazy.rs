@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::case::{Case, TOOL_LIMIT, pid_of};
+use crate::case::{Case, TOOL_LIMIT, named, pid_of};
 use crate::programs;
 use crate::report::{Outcome, Test};
 
@@ -195,11 +195,8 @@ fn ended(case: &Case<'_>, how: End) -> Result<Outcome> {
         End::KillWorker => kill(worker)?,
         End::KillGuard => kill(guard.cast_signed())?,
         End::CutPages => {
-            for entry in fs::read_dir(&images)? {
-                let entry = entry?;
-                if entry.file_name().to_string_lossy().starts_with("pages-") {
-                    fs::OpenOptions::new().write(true).open(entry.path())?.set_len(0)?;
-                }
+            for path in named(&images, "pages-")? {
+                fs::OpenOptions::new().write(true).open(path)?.set_len(0)?;
             }
         }
     }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::case::{Case, TOOL_LIMIT, pid_of};
-use crate::programs;
+use crate::case::{Case, TOOL_LIMIT, named, words};
+use crate::programs::{self, start};
 use crate::report::{Outcome, Test};
 
 /// Programs whose memory takes different ways into the images and back.
@@ -34,9 +34,7 @@ const PROGRAMS: &[&str] = &[
 
 /// The tests, which belong to the programs.
 pub fn tests() -> Vec<Test> {
-    let programs = programs::all().iter().filter(|(name, _)| PROGRAMS.contains(name));
-    let programs =
-        programs.map(|(name, text)| Test::new(format!("packed/{name}"), move |case| round(case, name, text)));
+    let programs = programs::chosen("packed", PROGRAMS, round);
     let others = vec![
         Test::new("packed/live", live),
         Test::new("packed/lazy", |case| lazy(case, false)),
@@ -46,23 +44,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("packed/damage_is_told", damaged),
         Test::new("packed/what_does_not_go_with_it", refused),
     ];
-    programs.chain(others).collect()
-}
-
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
-}
-
-/// Names of the files in a directory that begin so.
-fn named(images: &Path, head: &str) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(images)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(head) {
-            found.push(entry.path());
-        }
-    }
-    Ok(found)
+    programs.into_iter().chain(others).collect()
 }
 
 fn bytes(images: &Path, head: &str) -> Result<u64> {
@@ -84,15 +66,6 @@ fn round(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
         is_packed(&case.path("img.2"))?;
     }
     Ok(outcome)
-}
-
-/// Starts a program; its pid.
-fn start(case: &Case<'_>, program: &str) -> Result<i32> {
-    let mut command = case.command(programs::find(case, program)?);
-    command.arg(&case.dir);
-    let child = case.start(command)?;
-    ensure!(programs::await_ready(case)?.is_none(), "{program} needs something");
-    Ok(pid_of(&child))
 }
 
 /// Starts a program and dumps it compressed; the images.

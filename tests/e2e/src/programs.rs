@@ -61,6 +61,16 @@ pub fn tests() -> Vec<Test> {
         .collect()
 }
 
+/// Tests of the programs with these names, in a group of another name.
+pub fn chosen(
+    group: &str,
+    names: &[&str],
+    run: fn(&Case<'_>, &'static str, &'static str) -> Result<Outcome>,
+) -> Vec<Test> {
+    let found = all().iter().filter(|(name, _)| names.contains(name));
+    found.map(|(name, text)| Test::new(format!("{group}/{name}"), move |case| run(case, name, text))).collect()
+}
+
 /// The names and texts of all of them.
 pub fn all() -> &'static [(&'static str, &'static str)] {
     SOURCES
@@ -234,6 +244,15 @@ impl Drop for Groups<'_> {
             self.remove().unwrap_or_else(|e| eprintln!("{}: {e:#}", self.case.name()));
         }
     }
+}
+
+/// Starts a program that needs nothing, and waits until it has set itself up; its pid.
+pub fn start(case: &Case<'_>, program: &str) -> Result<i32> {
+    let mut command = case.command(find(case, program)?);
+    command.arg(&case.dir);
+    let child = case.start(command)?;
+    ensure!(await_ready(case)?.is_none(), "{program} needs something");
+    Ok(pid_of(&child))
 }
 
 /// Waits until the program has set itself up; what it needs when it cannot.

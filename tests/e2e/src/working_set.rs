@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MsFlags, mount};
 
-use crate::case::{Case, TOOL_LIMIT, pid_of};
+use crate::case::{Case, TOOL_LIMIT, pid_of, words};
 use crate::lazy::{can_be_lazy, needs};
 use crate::lazy_dump::until;
 use crate::programs;
@@ -36,12 +36,8 @@ pub fn tests() -> Vec<Test> {
 
 /// Starts the program and dumps it.
 fn asleep(case: &Case<'_>, images: &Path, options: &[&str]) -> Result<()> {
-    let mut command = case.command(programs::find(case, PROGRAM)?);
-    command.arg(&case.dir);
-    let child = case.start(command)?;
-    programs::await_ready(case)?;
-    let options: Vec<String> = options.iter().map(|&word| word.into()).collect();
-    case.put_to_sleep(&case.args.bin, pid_of(&child), images, &options)?;
+    let pid = programs::start(case, PROGRAM)?;
+    case.put_to_sleep(&case.args.bin, pid, images, &words(options))?;
     // From now on it touches its memory as soon as it runs.
     fs::write(case.path("go"), "")?;
     Ok(())
@@ -87,9 +83,9 @@ fn run(case: &Case<'_>, images: &Path, work: &Path, options: &[&str], knows: boo
     let wait = if knows { &wait } else { ":" };
     fs::write(&hold, format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != pre-resume ] || {{ {wait}; }}\n"))?;
     fs::set_permissions(&hold, Permissions::from_mode(0o755))?;
-    let mut words = vec!["-W".into(), work.display().to_string(), "--action-script".into(), hold.display().to_string()];
-    words.extend(options.iter().map(|&word| word.into()));
-    let ran = case.restore(&case.args.bin, images, &words)?;
+    let mut given = vec!["-W".into(), work.display().to_string(), "--action-script".into(), hold.display().to_string()];
+    given.extend(words(options));
+    let ran = case.restore(&case.args.bin, images, &given)?;
     ensure!(ran.ok(), "restore: {}", ran.errors());
     case.await_file("walked", Duration::from_secs(60))?;
     let told = told(&log)?;
