@@ -5,8 +5,8 @@ use std::time::Instant;
 use dormouse_infect::freeze::{self, Task, Tree};
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::rseq;
-use dormouse_kernel::proc::{status, tree};
-use dormouse_kernel::{HostPid, side_by_side};
+use dormouse_kernel::HostPid;
+use dormouse_kernel::proc::tree;
 use dormouse_resources::mem::{Mappings, PageIds, Snapshot};
 
 use crate::ids::Ids;
@@ -29,8 +29,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
         ));
     }
     let pids = tree::descendants(request.pid);
-    let leaders = side_by_side(&pids, |pid| (*pid, status::read(*pid).ok()));
-    let obstacles: Vec<String> = freeze::obstacles(&leaders).iter().map(describe).collect();
+    let obstacles: Vec<String> = freeze::obstacles(&freeze::leaders(&pids)).iter().map(describe).collect();
     if !obstacles.is_empty() {
         return Err(DumpError::Refused(obstacles));
     }

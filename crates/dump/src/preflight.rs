@@ -36,7 +36,7 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         let what = format!("The criu itself is within dumped tree of pid {pid}: it is pid {me}; run it from outside");
         return Ok(vec![what]);
     }
-    let leaders: Vec<(HostPid, Option<Status>)> = side_by_side(&pids, |pid| (*pid, status::read(*pid).ok()));
+    let leaders = freeze::leaders(&pids);
     let mut found: Vec<String> = freeze::obstacles(&leaders).iter().map(describe).collect();
     if !found.is_empty() {
         return Ok(found);

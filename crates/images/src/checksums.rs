@@ -107,8 +107,9 @@ fn sum(dir: &Path, name: &str, keep: bool) -> Result<pb::ImageChecksums, ImageEr
         block.clear();
         let have = file.by_ref().take(BLOCK as u64).read_to_end(&mut block).map_err(failed)?;
         if !keep {
-            // A hint, which nobody has to follow.
-            let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+            // A hint, which nobody has to follow. What was read ahead stays for the next block; at the end, 0 bytes are all of them.
+            let (read, len) = if have == 0 { (0, 0) } else { (entry.size, have as u64) };
+            let _ = posix_fadvise(&file, read as i64, len as i64, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
         if have == 0 {
             return Ok(entry);

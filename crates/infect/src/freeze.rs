@@ -8,6 +8,7 @@ use std::time::Duration;
 use dormouse_kernel::ids::HostPid;
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::{misc, stat, tree};
+use dormouse_kernel::side_by_side;
 
 use crate::freezer::Freezer;
 use crate::ptrace::Tracee;
@@ -59,8 +60,13 @@ impl std::fmt::Display for Obstacle {
     }
 }
 
-/// What stands against tracing these processes, without touching them. Only their main threads are looked at, whose status files
-/// were read.
+/// Reads the status files of the main threads of these processes; `None` for those that cannot be read.
+pub fn leaders(pids: &[HostPid]) -> Vec<(HostPid, Option<Status>)> {
+    side_by_side(pids, |pid| (*pid, status::read(*pid).ok()))
+}
+
+/// What stands against tracing these processes, without touching them. Only their main threads are looked at, as [`leaders`] has
+/// read them.
 pub fn obstacles(pids: &[(HostPid, Option<Status>)]) -> Vec<Obstacle> {
     pids.iter().filter_map(|(pid, status)| obstacle(*pid, status.as_ref())).collect()
 }

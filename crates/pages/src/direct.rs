@@ -9,17 +9,14 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::scan::{ENTRY_EXCLUSIVE, ENTRY_FILE, ENTRY_PRESENT};
+
 /// Bytes of a page, and of a place in a pages image.
 const PAGE: usize = 4096;
 /// `STATX_DIOALIGN`, Linux 6.1.
 const STATX_DIOALIGN: u32 = 0x2000;
 /// Entries of pagemap that are read at once: 2 MiB of memory.
 const ENTRIES: usize = 512;
-
-// Bits of a pagemap entry; Documentation/admin-guide/mm/pagemap.rst.
-const ENTRY_EXCLUSIVE: u64 = 1 << 56;
-const ENTRY_FILE: u64 = 1 << 61;
-const ENTRY_PRESENT: u64 = 1 << 63;
 
 /// What a file asks of direct I/O; zeros if it has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

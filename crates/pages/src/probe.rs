@@ -59,12 +59,12 @@ fn judge<T>(result: io::Result<T>, absent: &[i32]) -> Support {
 }
 
 /// -1 with errno becomes an error.
-fn check(value: libc::c_long) -> io::Result<libc::c_long> {
+pub(crate) fn check(value: libc::c_long) -> io::Result<libc::c_long> {
     if value == -1 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
 /// Takes ownership of a descriptor that a call just returned.
-fn own(fd: libc::c_long) -> OwnedFd {
+pub(crate) fn own(fd: libc::c_long) -> OwnedFd {
     // SAFETY: the caller passes the fresh descriptor of a successful call, which nobody else knows.
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
 }

@@ -109,10 +109,11 @@ const LARGE: u64 = 1 << 30;
 // Bits of a pagemap entry; Documentation/admin-guide/mm/pagemap.rst.
 const ENTRY_PFN: u64 = (1 << 55) - 1;
 const ENTRY_SOFT_DIRTY: u64 = 1 << 55;
+pub(crate) const ENTRY_EXCLUSIVE: u64 = 1 << 56;
 const ENTRY_GUARD: u64 = 1 << 58;
-const ENTRY_FILE: u64 = 1 << 61;
+pub(crate) const ENTRY_FILE: u64 = 1 << 61;
 const ENTRY_SWAPPED: u64 = 1 << 62;
-const ENTRY_PRESENT: u64 = 1 << 63;
+pub(crate) const ENTRY_PRESENT: u64 = 1 << 63;
 
 /// What a scan selects, in the ioctl's terms: after flipping `inverted`, all of `all` and one of `any` must be set.
 #[derive(Clone, Copy)]

@@ -4,7 +4,9 @@
 //! the userfaultfd is closed, all of it is gone.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use crate::probe::{check, own};
 
 /// `struct uffdio_api` of `linux/userfaultfd.h`.
 #[repr(C)]
@@ -82,10 +84,7 @@ impl Uffd {
     /// userfaultfd(2)'s, and as of [`Uffd::new`].
     pub fn own() -> io::Result<Self> {
         // SAFETY: it takes flags only.
-        let r = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
-        let fd = i32::try_from(r).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: the descriptor is new, and nobody else's.
-        Self::new(unsafe { OwnedFd::from_raw_fd(fd) })
+        Self::new(own(check(unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) })?))
     }
 
     /// Takes a descriptor that [`Uffd::new`] has taken before.

@@ -169,52 +169,6 @@ impl Drop for MappedObject {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::FileExt;
-
-    use super::*;
-
-    #[test]
-    fn memfds_lie_on_the_device_of_shared_memory() {
-        let memfd = new_memfd(c"test", 4096).expect("memfd");
-        assert_eq!(device_of(&memfd).expect("fstat"), shared_memory_device().expect("memfd"));
-    }
-
-    #[test]
-    fn an_unnamed_object_can_be_written_and_sent() {
-        let object = match anonymous_object(8192, 0) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
-                eprintln!("skipped: needs CAP_CHECKPOINT_RESTORE");
-                return;
-            }
-            other => File::from(other.expect("object")),
-        };
-        object.write_all_at(b"dormouse", 4096).expect("write");
-        let to = File::from(new_memfd(c"test", 0).expect("memfd"));
-        assert_eq!(send_file(&to, &object, 4096, 4096).expect("sendfile"), 4096);
-        let mut bytes = [0; 8];
-        to.read_exact_at(&mut bytes, 0).expect("read");
-        assert_eq!(&bytes, b"dormouse");
-    }
-
-    #[test]
-    fn a_mapped_object_takes_bytes_of_a_file_and_no_more() {
-        let file = File::from(new_memfd(c"test", 8192).expect("memfd"));
-        file.write_all_at(b"dormouse", 100).expect("write");
-        let object = new_memfd(c"test", 4096).expect("memfd");
-        let mut mapped = MappedObject::new(&object, 4096).expect("mmap");
-        mapped.read_from(8, 8, &file, 100).expect("read");
-        mapped.write(20, b"mouse").expect("write");
-        let mut bytes = [0; 25];
-        File::from(object).read_exact_at(&mut bytes, 0).expect("read");
-        assert_eq!(&bytes, b"\0\0\0\0\0\0\0\0dormouse\0\0\0\0mouse");
-        assert!(mapped.write(4092, b"mouse").is_err(), "outside of the object");
-        assert!(mapped.read_from(4000, 97, &file, 0).is_err(), "outside of the object");
-        assert!(mapped.read_from(0, 4096, &file, 8000).is_err(), "the file is shorter");
-    }
-}
-
 /// A page of this process whose mapping has a property that madvise(2), mlock2(2) or mmap(2) give, until it is dropped.
 #[derive(Debug)]
 pub struct Sample(NonNull<c_void>);
@@ -273,5 +227,51 @@ impl Drop for Sample {
     fn drop(&mut self) {
         // SAFETY: the page is ours, and nothing refers to it.
         let _ = unsafe { munmap(self.0, Self::LEN) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn memfds_lie_on_the_device_of_shared_memory() {
+        let memfd = new_memfd(c"test", 4096).expect("memfd");
+        assert_eq!(device_of(&memfd).expect("fstat"), shared_memory_device().expect("memfd"));
+    }
+
+    #[test]
+    fn an_unnamed_object_can_be_written_and_sent() {
+        let object = match anonymous_object(8192, 0) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                eprintln!("skipped: needs CAP_CHECKPOINT_RESTORE");
+                return;
+            }
+            other => File::from(other.expect("object")),
+        };
+        object.write_all_at(b"dormouse", 4096).expect("write");
+        let to = File::from(new_memfd(c"test", 0).expect("memfd"));
+        assert_eq!(send_file(&to, &object, 4096, 4096).expect("sendfile"), 4096);
+        let mut bytes = [0; 8];
+        to.read_exact_at(&mut bytes, 0).expect("read");
+        assert_eq!(&bytes, b"dormouse");
+    }
+
+    #[test]
+    fn a_mapped_object_takes_bytes_of_a_file_and_no_more() {
+        let file = File::from(new_memfd(c"test", 8192).expect("memfd"));
+        file.write_all_at(b"dormouse", 100).expect("write");
+        let object = new_memfd(c"test", 4096).expect("memfd");
+        let mut mapped = MappedObject::new(&object, 4096).expect("mmap");
+        mapped.read_from(8, 8, &file, 100).expect("read");
+        mapped.write(20, b"mouse").expect("write");
+        let mut bytes = [0; 25];
+        File::from(object).read_exact_at(&mut bytes, 0).expect("read");
+        assert_eq!(&bytes, b"\0\0\0\0\0\0\0\0dormouse\0\0\0\0mouse");
+        assert!(mapped.write(4092, b"mouse").is_err(), "outside of the object");
+        assert!(mapped.read_from(4000, 97, &file, 0).is_err(), "outside of the object");
+        assert!(mapped.read_from(0, 4096, &file, 8000).is_err(), "the file is shorter");
     }
 }

@@ -4,8 +4,10 @@
 //! group of that hierarchy as the leader, so nothing depends on the mount being the right one.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::misc::{self, Cgroup};
@@ -63,9 +65,8 @@ fn listed(group: &Cgroup, mounts: &[MountInfo]) -> Option<HashSet<HostPid>> {
     let names: Vec<String> = names.split(',').map(str::to_owned).collect();
     let path = group.path.strip_prefix(b"/")?;
     let file = if group.hierarchy == 0 { "cgroup.threads" } else { "tasks" };
-    use std::os::unix::ffi::OsStrExt as _;
-    let dir = PathBuf::from(std::ffi::OsStr::from_bytes(hierarchy::mount_point(&names, mounts)?));
-    let text = fs::read_to_string(dir.join(std::ffi::OsStr::from_bytes(path)).join(file)).ok()?;
+    let dir = Path::new(OsStr::from_bytes(hierarchy::mount_point(&names, mounts)?));
+    let text = fs::read_to_string(dir.join(OsStr::from_bytes(path)).join(file)).ok()?;
     text.lines().map(|line| line.parse().ok().map(HostPid)).collect()
 }
 
