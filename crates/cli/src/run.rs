@@ -360,6 +360,8 @@ pub fn sleep(
         chain: args.chain(),
         lazy: args.server.lazy(),
         stream: run.stream.map(stream::Output::of_dump),
+        // Who is asked what is external is told of all stages.
+        attended: !args.common.action_script.is_empty() || run.query_external.is_some(),
         hooks: &hook,
     };
     let report = match kind {

@@ -17,7 +17,7 @@ use dormouse_kernel::proc::stat;
 use dormouse_kernel::{HostPid, side_by_side};
 use dormouse_resources::cpu;
 use dormouse_resources::fd::{Connections, LinkGuard, network_lock};
-use dormouse_resources::mem::{FlagTeller, PageIds};
+use dormouse_resources::mem::{self, FlagTeller, PageIds, Staging};
 use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::task::seccomp::FilterTable;
 
@@ -53,7 +53,10 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
         return Err(DumpError::Refused(blockers));
     }
     let fetcher = request.lazy.as_ref().map(Fetcher::expect).transpose()?;
-    let page_ids = match (&fetcher, request.stream) {
+    // What a tree that is to end has in memory makes no difference.
+    let resident = if request.after == After::Kill { 0 } else { mem::resident(request.pid) };
+    let early = goes_on_early(request);
+    let mut page_ids = match (&fetcher, request.stream) {
         (Some(_), _) => PageIds::leaving_behind().packed(request.chain.compress),
         (None, Some(out)) => {
             let (begun, page_ids) = Streaming::begin(&request.images_dir, out)?;
@@ -62,22 +65,27 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
         }
         (None, None) => request.chain.page_ids()?,
     };
+    if early && !(request.live || request.chain.compress || request.chain.server.is_some()) {
+        page_ids = page_ids.staged(Staging::for_tree(resident, request.chain.before.is_some() && request.chain.track));
+    }
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let mut ids = Ids::default();
     let root_ids = ids.of(HostPid::current())?;
     let away = Visit::to(request.pid)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
     let mut tree = None;
-    let traced = trace(request, &images, (&page_ids, ids), &mut tracking, &mut tree)?;
+    let traced = trace(request, &images, (&page_ids, ids), resident, &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
     let Frozen { mut report, links, connections, later } =
         save(request, &images, (&page_ids, away.is_some()), traced, tree.freezer())?;
     cancel::check()?;
     let connected = !connections.is_empty();
     let mut held = Some((tree, connections));
-    if request.live {
+    if early {
         held.take().map_or(Ok(()), |(tree, connections)| finish(request, tree, connections))?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
+        let staged = page_ids.write_staged()?;
+        tracing::debug!("{staged} bytes of pages were held until the tree ran again");
         later.into_iter().try_for_each(|copy| {
             cancel::check()?;
             copy.save(&images, &page_ids, &mut report)
@@ -117,6 +125,13 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
+}
+
+/// Does the tree go on as soon as its state is known? Whoever runs scripts, or is told of the stages, counts on a tree that
+/// stands still at "post-dump"; a stream and pages that stay with the tree have an order of their own.
+fn goes_on_early(request: &Request<'_>) -> bool {
+    let alone = !request.attended && request.lazy.is_none() && request.stream.is_none();
+    request.live || (request.after == After::Run && alone)
 }
 
 /// Waits until the pages that stayed with the tree have been fetched. If they are not, the images are worth nothing, and no
@@ -203,13 +218,14 @@ fn trace<'a>(
     request: &'a Request<'_>,
     images: &'a ImageDir,
     (page_ids, ids): (&'a PageIds, Ids),
+    resident: u64,
     tracking: &mut Tracking,
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
     let wiped = if request.live { live::wiped(request.pid) } else { HashSet::new() };
     // A tree that is to end, or goes on before its flags are read, gains nothing.
     let stands = request.after != After::Kill && !request.live;
-    let teller = stands.then(|| FlagTeller::for_tree(request.pid)).flatten().map(Arc::new);
+    let teller = stands.then(|| FlagTeller::for_tree(resident)).flatten().map(Arc::new);
     let recorder = Recorder::new(images, &request.options, page_ids, request.live, ids)?;
     thread::scope(|scope| {
         let (steps, recording) = recorder.start(scope)?;

@@ -69,6 +69,8 @@ pub struct Request<'a> {
     /// Where the checkpoint goes as a stream. The images directory then only keeps what is not pages until the end, and should be
     /// in memory.
     pub stream: Option<Output<'a>>,
+    /// `hooks` do something: somebody counts on the tree to stand still at "post-dump".
+    pub attended: bool,
     /// Called at "pre-dump" and "post-dump", and, with `lazy`, at "status-ready" when pages can be fetched; an error ends the
     /// dump.
     pub hooks: Hook<'a>,

@@ -107,7 +107,7 @@ impl Later {
             )));
         }
         let (pages, spans) = dump_pages(&mut self.copy, &mappings, images, ids, &Increment::default())?;
-        spans.erase_droppable(&mappings)?;
+        spans.erase_droppable(&mappings, ids)?;
         report.pages_scanned += pages.scanned;
         report.pages_written += pages.written;
         images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?;

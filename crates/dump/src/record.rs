@@ -143,6 +143,7 @@ pub struct Drafted {
 /// What all processes of a dump are recorded into.
 pub struct Recorder<'a> {
     images: &'a ImageDir,
+    page_ids: &'a PageIds,
     /// File descriptions.
     pub files: FileTable<'a>,
     /// Shared memory objects.
@@ -178,6 +179,7 @@ impl<'a> Recorder<'a> {
         let own_ids = ids.of(HostPid::current())?;
         Ok(Self {
             images,
+            page_ids,
             files: FileTable::new(images, options).with_ids(own_ids),
             shared: SharedDump::new(images, page_ids),
             cgroups: CgroupDump::new(&options.cgroups)?,
@@ -296,7 +298,7 @@ impl<'a> Recorder<'a> {
         match pages {
             Pages::Later => self.drafted.push(Drafted { pid, mappings, draft }),
             Pages::Written(spans) => {
-                spans.erase_droppable(&mappings)?;
+                spans.erase_droppable(&mappings, self.page_ids)?;
                 self.images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?;
             }
         }

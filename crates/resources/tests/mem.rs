@@ -51,7 +51,7 @@ impl Dumped {
             let mappings = Mappings::read(zoo.pid, parasite.own_range()).expect("mappings");
             let (stats, spans) =
                 mem::dump_pages(&mut parasite, &mappings, &images, &ids, &Increment::default()).expect("pages");
-            spans.erase_droppable(&mappings).expect("droppable memory");
+            spans.erase_droppable(&mappings, &ids).expect("droppable memory");
             let mut draft = mem::MmDraft::take(
                 &mappings,
                 &dormouse_kernel::proc::stat::read(zoo.pid).expect("stat"),

@@ -15,6 +15,7 @@ use dormouse_sys::nr;
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::gather::Gather;
+use super::pages::PageIds;
 use super::route::{Because, Route};
 use crate::{Result, call, unwritten};
 
@@ -57,6 +58,8 @@ pub struct Copier<'a, 'p> {
     /// What is written is given back, and what waits for that: addresses and lengths.
     spent: Option<Vec<(u64, u64)>>,
     direct: Option<Direct>,
+    /// Where pages are held until later, if there is room.
+    staged: Option<&'a PageIds>,
 }
 
 /// What it takes to write past the page cache.
@@ -77,7 +80,20 @@ impl<'a, 'p> Copier<'a, 'p> {
         let chunks = Chunks::new(MAX_IOVECS, MAX_BYTES);
         let (writer, buffer) = (Writer::Undecided, Vec::new());
         let direct = direct.then(|| Direct::new(pid)).transpose()?;
-        Ok(Self { parasite, pid, image, memory, chunks, writer, most, buffer, outside: 0, spent: None, direct })
+        Ok(Self {
+            parasite,
+            pid,
+            image,
+            memory,
+            chunks,
+            writer,
+            most,
+            buffer,
+            outside: 0,
+            spent: None,
+            direct,
+            staged: None,
+        })
     }
 
     /// The parasite's process is a copy that is of no use when its memory is written: that is given back on the way. As long as
@@ -87,6 +103,12 @@ impl<'a, 'p> Copier<'a, 'p> {
         self.chunks = Chunks::new(MAX_IOVECS, COPY_BYTES);
         self.spent = Some(Vec::new());
         self
+    }
+
+    /// Pages are held where `ids` has room for that.
+    #[must_use]
+    pub fn staged(self, ids: &'a PageIds) -> Self {
+        Self { staged: Some(ids), ..self }
     }
 
     /// Decides who writes, and gives the target the image if it is to.
@@ -175,6 +197,9 @@ impl<'a, 'p> Copier<'a, 'p> {
 
     /// Has the target write a chunk; what it cannot write, because it may not read it, is copied.
     fn write(&mut self, chunk: Chunk) -> Result<()> {
+        if self.stage(&chunk)? {
+            return Ok(());
+        }
         if matches!(self.writer, Writer::Undecided) && chunk.len > FEW {
             self.writer = self.decide()?;
         }
@@ -221,6 +246,17 @@ impl<'a, 'p> Copier<'a, 'p> {
                 self.copy_pieces(&chunk)
             }
         }
+    }
+
+    /// Holds a chunk until later; false if that cannot be.
+    fn stage(&mut self, chunk: &Chunk) -> Result<bool> {
+        let Some(mut staging) = self.staged.and_then(PageIds::staging) else { return Ok(false) };
+        cancel::check()?;
+        let pieces = chunk.pieces().map(|(addr, len, _)| (addr, len as usize));
+        let read = |bytes: &mut [u8]| read_pieces(self.pid, pieces, bytes).is_ok();
+        let held = staging.hold(self.pid, (&self.image, chunk.offset), chunk.len, read)?;
+        self.outside += if held { chunk.len } else { 0 };
+        Ok(held)
     }
 
     /// Copies a chunk that fits into the buffer, by two calls; false if that cannot be, because it may not be read like this.

@@ -79,7 +79,7 @@ impl<'a, 'p> Out<'a, 'p> {
         }
         let image = ids.create(images, id)?;
         let copier = Copier::new(parasite, mappings.source(), image, most, ids.are_direct())?;
-        let copier = if mappings.source() == pid { copier } else { copier.giving_back() };
+        let copier = if mappings.source() == pid { copier.staged(ids) } else { copier.giving_back() };
         Ok(Self::Images { copier, records })
     }
 

@@ -24,6 +24,7 @@ use super::behind::Behind;
 use super::increment::{Increment, Registered};
 use super::mappings::{Kind, Mappings, may_have_guards};
 use super::out::{Out, lost};
+use super::staging::Staging;
 use super::vdso;
 use crate::{ResourceError, Result, call, pages_image, unwritten};
 
@@ -41,6 +42,7 @@ pub struct PageIds {
     behind: Option<Mutex<Behind>>,
     packed: bool,
     direct: bool,
+    staging: Option<Mutex<Staging>>,
 }
 
 impl PageIds {
@@ -51,7 +53,7 @@ impl PageIds {
 
     /// The first number is this one.
     pub fn from(first: u32) -> Self {
-        Self { next: AtomicU32::new(first), server: None, behind: None, packed: false, direct: false }
+        Self { next: AtomicU32::new(first), server: None, behind: None, packed: false, direct: false, staging: None }
     }
 
     /// Pages that may come later stay with their processes, to be fetched from there.
@@ -79,6 +81,26 @@ impl PageIds {
     /// Whether pages images are written past the page cache.
     pub fn are_direct(&self) -> bool {
         self.direct
+    }
+
+    /// The same, with pages that are held, as far as there is room, until [`Self::write_staged`].
+    #[must_use]
+    pub fn staged(self, staging: Option<Staging>) -> Self {
+        Self { staging: staging.map(Mutex::new), ..self }
+    }
+
+    /// Where pages are held, if they are.
+    pub(super) fn staging(&self) -> Option<MutexGuard<'_, Staging>> {
+        self.staging.as_ref().map(|s| s.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Writes the pages that are held; how many bytes that was.
+    ///
+    /// # Errors
+    /// An image cannot be written, or somebody asked us to stop.
+    pub fn write_staged(&mut self) -> Result<u64> {
+        let staging = self.staging.take().map(|s| s.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner));
+        staging.map_or(Ok(0), Staging::write)
     }
 
     /// Makes a pages image that is not compressed.
@@ -157,12 +179,15 @@ impl Spans {
     ///
     /// # Errors
     /// The process is gone, or the image cannot be written.
-    pub fn erase_droppable(&self, mappings: &Mappings) -> Result<()> {
+    pub fn erase_droppable(&self, mappings: &Mappings, ids: &PageIds) -> Result<()> {
         let Some(image) = &self.image else { return Ok(()) };
         let droppable = mappings.flagged("dp")?;
         for (start, places) in self.places.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
             tracing::debug!("pid {}: erasing droppable memory at {start:#x}", mappings.pid());
             erase(image, places).map_err(unwritten)?;
+            if let Some(mut staging) = ids.staging() {
+                staging.erase(mappings.pid(), places);
+            }
         }
         Ok(())
     }

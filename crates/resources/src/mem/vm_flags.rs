@@ -14,7 +14,6 @@ use dormouse_infect::host::vma_iter::{self, RawVma, VmaIter};
 use dormouse_kernel::HostPid;
 use dormouse_kernel::btf::Btf;
 use dormouse_kernel::proc::maps::VmFlags;
-use dormouse_kernel::proc::{stat, tree};
 use dormouse_pages::Uffd;
 
 use super::smaps::{self, Codes, Smap};
@@ -30,11 +29,9 @@ pub struct FlagTeller {
 }
 
 impl FlagTeller {
-    /// Learns what the bits mean here, if the tree has so much memory that it is worth it. To be asked for before the tree is
+    /// Learns what the bits mean here, if a tree with so many bytes in memory is worth it. To be asked for before the tree is
     /// stopped: it takes 5 to 20 ms.
-    pub fn for_tree(root: HostPid) -> Option<Self> {
-        let pages = |pid: HostPid| stat::read(pid).map_or(0, |s| s.rss);
-        let bytes = tree::descendants(root).into_iter().map(pages).sum::<u64>().saturating_mul(PAGE);
+    pub fn for_tree(bytes: u64) -> Option<Self> {
         if bytes < WORTH {
             return None;
         }
