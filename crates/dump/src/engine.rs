@@ -33,6 +33,9 @@ use crate::{After, DumpError, Report, Request, inventory, live, preflight};
 /// So many processes are looked at on all processors before the first of them is entered.
 const SEEN_TOGETHER: usize = 64;
 
+/// Bytes of images that are written when the tree runs again: those of some thousand processes.
+const HELD: usize = 8 << 20;
+
 /// See [`crate::run`].
 pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     let mut streaming = None;
@@ -68,6 +71,9 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     if early && !(request.live || request.chain.compress || request.chain.server.is_some()) {
         page_ids = page_ids.staged(Staging::for_tree(resident, request.chain.before.is_some() && request.chain.track));
     }
+    if early {
+        images.hold(HELD);
+    }
     (request.hooks)("pre-dump", Some(request.pid.0)).map_err(DumpError::Hook)?;
     let mut ids = Ids::default();
     let root_ids = ids.of(HostPid::current())?;
@@ -84,7 +90,9 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     if early {
         held.take().map_or(Ok(()), |(tree, connections)| finish(request, tree, connections))?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
-        let staged = page_ids.write_staged()?;
+        process::give_way();
+        images.write_held()?;
+        let staged = page_ids.write_staged(&images)?;
         tracing::debug!("{staged} bytes of pages were held until the tree ran again");
         later.into_iter().try_for_each(|copy| {
             cancel::check()?;

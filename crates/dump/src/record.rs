@@ -15,6 +15,8 @@ use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::FileTable;
 use dormouse_resources::mem::{Mappings, MmDraft, MmTold, PageIds, SharedDump, Spans};
 use dormouse_resources::task::zombie_core;
+use nix::sched::{sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::DumpError;
 use crate::ids::{Holders, Ids};
@@ -66,8 +68,8 @@ pub enum Pages {
 enum Step {
     /// It has ended, but its parent has not waited for it.
     Zombie(Standing),
-    /// The process can be looked at.
-    Look(Standing, Arc<Mappings>),
+    /// The process can be looked at; the tracer is on this processor.
+    Look(Standing, Arc<Mappings>, Option<usize>),
     /// Threads of the process looked at last have been asked.
     Threads(Vec<Told>),
     /// The last of them have, and the process too.
@@ -100,7 +102,7 @@ impl Steps {
     /// # Errors
     /// The recorder has failed.
     pub fn look(&self, process: Standing, mappings: Arc<Mappings>) -> Result<(), Stopped> {
-        self.send(Step::Look(process, mappings))
+        self.send(Step::Look(process, mappings, sched_getcpu().ok()))
     }
 
     /// Records what threads of the process that is looked at have told.
@@ -159,6 +161,8 @@ pub struct Recorder<'a> {
     pstree: Option<ImageWriter>,
     ext: Vec<pb::ThreadExt>,
     looked: Option<Looked>,
+    /// Keeps off the tracer's processor.
+    aside: bool,
     /// Processes are to leave copies.
     live: bool,
 }
@@ -190,6 +194,7 @@ impl<'a> Recorder<'a> {
             pstree: Some(images.writer(ImageKind::Pstree, 0)?),
             ext: Vec::new(),
             looked: None,
+            aside: false,
             live,
         })
     }
@@ -213,7 +218,12 @@ impl<'a> Recorder<'a> {
         for step in steps {
             match step {
                 Step::Zombie(process) => self.zombie(&process)?,
-                Step::Look(process, mappings) => self.look(&process, mappings)?,
+                Step::Look(process, mappings, tracer) => {
+                    if let Some(tracer) = tracer.filter(|_| !std::mem::replace(&mut self.aside, true)) {
+                        keep_off(tracer);
+                    }
+                    self.look(&process, mappings)?;
+                }
                 Step::Threads(told) => self.threads(told)?,
                 Step::Asked(last, told, pages) => {
                     self.threads(last)?;
@@ -314,6 +324,19 @@ impl<'a> Recorder<'a> {
             self.images.write_all(ImageKind::DormouseThreads, 0, &self.ext)?;
         }
         Ok(self.pstree.take().map_or(Ok(()), ImageWriter::finish)?)
+    }
+}
+
+/// Keeps this thread off a processor, if there are others. When it is sent something, it is woken on the tracer's as long as the
+/// target is still busy on another, and would have the tracer wait, while the tree stands still.
+fn keep_off(processor: usize) {
+    let aside = || {
+        let mut others = sched_getaffinity(Pid::from_raw(0))?;
+        others.unset(processor)?;
+        sched_setaffinity(Pid::from_raw(0), &others)
+    };
+    if let Err(e) = aside() {
+        tracing::debug!("the recorder stays on the tracer's processor: {e}");
     }
 }
 

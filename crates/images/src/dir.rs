@@ -4,10 +4,10 @@
 use std::collections::hash_map::RandomState;
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
-use std::io::BufReader;
+use std::io::{BufReader, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat, renameat};
@@ -16,8 +16,9 @@ use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 use prost::{Message, Name};
 
 use crate::ghost::{Ghost, GhostReader};
+use crate::hold::Hold;
 use crate::reader::{ImageReader, Records};
-use crate::writer::ImageWriter;
+use crate::writer::{ImageWriter, Place};
 use crate::{ImageError, ImageKind, pb};
 
 /// Name of the link to the checkpoint that an incremental one builds on.
@@ -26,13 +27,20 @@ const PARENT: &str = "parent";
 /// CRIU's mode of image files, before the umask: the directory is what keeps strangers out.
 const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR).union(Mode::S_IRGRP).union(Mode::S_IROTH);
 
+/// Makes a file in a directory, for reading and writing. Links are not followed.
+pub(crate) fn make(dir: impl AsFd, name: &str, how: OFlag) -> nix::Result<File> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | how;
+    openat(dir, name, flags, FILE_MODE).map(File::from)
+}
+
 /// The directory of a checkpoint.
 #[derive(Debug)]
 pub struct ImageDir {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     path: PathBuf,
     /// The version that the inventory tells, once somebody has asked.
     version: OnceLock<Option<u32>>,
+    hold: Arc<Hold>,
 }
 
 impl ImageDir {
@@ -57,13 +65,13 @@ impl ImageDir {
 
     /// Takes a directory that somebody else opened, e.g. the sender of a service request; `path` is for messages.
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Self {
-        Self { fd, path: path.to_owned(), version: OnceLock::new() }
+        Self { fd: Arc::new(fd), path: path.to_owned(), version: OnceLock::new(), hold: Arc::default() }
     }
 
     fn open_at(dir: impl AsFd, name: &Path, path: PathBuf) -> Result<Self, ImageError> {
         let fd = openat(dir, name, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
         let fd = fd.map_err(|e| ImageError::io(&path, "open", e))?;
-        Ok(Self { fd, path, version: OnceLock::new() })
+        Ok(Self::from_fd(fd, &path))
     }
 
     /// The path it was opened by, for messages: it may lead elsewhere by now.
@@ -79,7 +87,7 @@ impl ImageDir {
         let (name, path) = self.names(kind, id);
         // Non-blocking: a pipe in place of an image must not hang the open.
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-        let file = openat(&self.fd, &*name, flags, Mode::empty()).map_err(|e| ImageError::io(&path, "open", e))?;
+        let file = openat(&*self.fd, &*name, flags, Mode::empty()).map_err(|e| ImageError::io(&path, "open", e))?;
         let file = File::from(file);
         let meta = file.metadata().map_err(|e| ImageError::io(&path, "stat", e))?;
         if meta.is_file() { Ok(file) } else { Err(ImageError::NotAFile { path }) }
@@ -92,12 +100,25 @@ impl ImageDir {
     /// It cannot be made.
     pub fn create_file(&self, kind: ImageKind, id: u64) -> Result<File, ImageError> {
         let (name, path) = self.names(kind, id);
-        self.create_named(&name, OFlag::O_TRUNC).map_err(|e| ImageError::io(&path, "make", e))
+        make(&*self.fd, &name, OFlag::O_TRUNC).map_err(|e| ImageError::io(&path, "make", e))
     }
 
-    fn create_named(&self, name: &str, how: OFlag) -> nix::Result<File> {
-        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | how;
-        openat(&self.fd, name, flags, FILE_MODE).map(File::from)
+    /// From now on images that are complete are held in memory, as far as `bytes` suffice, until [`Self::write_held`]: they are no
+    /// files yet, and cannot be read. Raw images, and those larger than 64 KiB, are written at once.
+    pub fn hold(&self, bytes: usize) {
+        self.hold.make_room(bytes);
+    }
+
+    /// Writes the images that are held; from now on they are written at once.
+    ///
+    /// # Errors
+    /// One of them cannot be made or written.
+    pub fn write_held(&self) -> Result<(), ImageError> {
+        for (kind, id, bytes) in self.hold.take() {
+            let mut file = self.create_file(kind, id)?;
+            file.write_all(&bytes).map_err(|e| ImageError::io(&self.names(kind, id).1, "write", e))?;
+        }
+        Ok(())
     }
 
     /// Is there such an image?
@@ -106,7 +127,7 @@ impl ImageDir {
     /// The directory cannot be searched.
     pub fn exists(&self, kind: ImageKind, id: u64) -> Result<bool, ImageError> {
         let (name, path) = self.names(kind, id);
-        match fstatat(&self.fd, &*name, AtFlags::empty()) {
+        match fstatat(&*self.fd, &*name, AtFlags::empty()) {
             Ok(_) => Ok(true),
             Err(Errno::ENOENT) => Ok(false),
             Err(e) => Err(ImageError::io(&path, "stat", e)),
@@ -119,7 +140,7 @@ impl ImageDir {
     /// It cannot be removed.
     pub fn remove(&self, kind: ImageKind, id: u64) -> Result<(), ImageError> {
         let (name, path) = self.names(kind, id);
-        match unlinkat(&self.fd, &*name, UnlinkatFlags::NoRemoveDir) {
+        match unlinkat(&*self.fd, &*name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
             Err(e) => Err(ImageError::io(&path, "remove", e)),
         }
@@ -130,9 +151,9 @@ impl ImageDir {
     /// # Errors
     /// There is a link to one, but it cannot be opened.
     pub fn parent(&self) -> Result<Option<Self>, ImageError> {
-        match fstatat(&self.fd, PARENT, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        match fstatat(&*self.fd, PARENT, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => Ok(None),
-            _ => Self::open_at(&self.fd, Path::new(PARENT), self.path.join(PARENT)).map(Some),
+            _ => Self::open_at(&*self.fd, Path::new(PARENT), self.path.join(PARENT)).map(Some),
         }
     }
 
@@ -141,7 +162,7 @@ impl ImageDir {
     /// # Errors
     /// The link cannot be made.
     pub fn link_parent(&self, target: &Path) -> Result<(), ImageError> {
-        symlinkat(target, &self.fd, PARENT).map_err(|e| ImageError::io(&self.path.join(PARENT), "make", e))
+        symlinkat(target, &*self.fd, PARENT).map_err(|e| ImageError::io(&self.path.join(PARENT), "make", e))
     }
 
     /// Removes the link to a checkpoint before this one; no error if there is none.
@@ -150,9 +171,9 @@ impl ImageDir {
     /// It cannot be removed, or is no link.
     pub fn unlink_parent(&self) -> Result<(), ImageError> {
         let path = self.path.join(PARENT);
-        match readlinkat(&self.fd, PARENT) {
+        match readlinkat(&*self.fd, PARENT) {
             Ok(_) => {
-                unlinkat(&self.fd, PARENT, UnlinkatFlags::NoRemoveDir).map_err(|e| ImageError::io(&path, "remove", e))
+                unlinkat(&*self.fd, PARENT, UnlinkatFlags::NoRemoveDir).map_err(|e| ImageError::io(&path, "remove", e))
             }
             Err(Errno::ENOENT) => Ok(()),
             Err(e) => Err(ImageError::io(&path, "read the link", e)),
@@ -170,12 +191,17 @@ impl ImageDir {
         Records::new(kind, BufReader::with_capacity(1 << 16, file), len, &path)
     }
 
-    /// Starts writing an image; one that exists is emptied.
+    /// Starts writing an image; one that exists is emptied, but not yet where images are held.
     ///
     /// # Errors
     /// It cannot be made or written.
     pub fn writer(&self, kind: ImageKind, id: u64) -> Result<ImageWriter, ImageError> {
-        ImageWriter::new(kind, self.create_file(kind, id)?, self.names(kind, id).1)
+        let path = self.names(kind, id).1;
+        if self.hold.has_room() {
+            let place = Place { dir: Arc::clone(&self.fd), id, hold: Arc::clone(&self.hold) };
+            return Ok(ImageWriter::later(kind, place, path));
+        }
+        Ok(ImageWriter::new(kind, self.create_file(kind, id)?, path))
     }
 
     /// Writes an image of one record.
@@ -315,15 +341,17 @@ impl ImageDir {
     ) -> Result<(), ImageError> {
         let (name, path) = self.names(kind, id);
         let temporary = format!(".{name}.{unique}");
-        let file = self.create_named(&temporary, OFlag::O_EXCL).map_err(|e| ImageError::io(&path, "make", e))?;
-        let written = ImageWriter::new(kind, file, path.clone()).and_then(|mut writer| {
+        let file = make(&*self.fd, &temporary, OFlag::O_EXCL).map_err(|e| ImageError::io(&path, "make", e))?;
+        let write = || {
+            let mut writer = ImageWriter::new(kind, file, path.clone());
             records.iter().try_for_each(|record| writer.record(record))?;
             writer.finish()?;
-            renameat(&self.fd, &*temporary, &self.fd, &*name).map_err(|e| ImageError::io(&path, "make", e))
-        });
+            renameat(&*self.fd, &*temporary, &*self.fd, &*name).map_err(|e| ImageError::io(&path, "make", e))
+        };
+        let written = write();
         if written.is_err() {
             // Nothing reads it; the first error is the one to report.
-            let _ = unlinkat(&self.fd, &*temporary, UnlinkatFlags::NoRemoveDir);
+            let _ = unlinkat(&*self.fd, &*temporary, UnlinkatFlags::NoRemoveDir);
         }
         written
     }

@@ -9,6 +9,7 @@ pub mod checksums;
 mod dir;
 mod error;
 mod ghost;
+mod hold;
 pub mod json;
 mod kind;
 mod reader;

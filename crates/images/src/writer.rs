@@ -2,10 +2,15 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use nix::fcntl::OFlag;
 use prost::{Message, Name};
 
+use crate::dir::make;
+use crate::hold::Hold;
 use crate::kind::Body;
 use crate::reader::MAX_RECORD;
 use crate::{ImageError, ImageKind, pb};
@@ -19,16 +24,51 @@ const BLOCK: usize = 1 << 16;
 pub struct ImageWriter {
     kind: ImageKind,
     path: PathBuf,
-    file: File,
+    file: Target,
     /// What is not in the file yet: no larger than what comes in, since most images are a few records.
     collected: Vec<u8>,
     record: u64,
 }
 
+/// Where an image goes.
+#[derive(Debug)]
+enum Target {
+    File(File),
+    /// A file that is made when the image has become too large to be held, or is complete and there is no room to hold it.
+    Later(Place),
+}
+
+/// A file that is still to be made.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// The directory.
+    pub dir: Arc<OwnedFd>,
+    /// The image's number.
+    pub id: u64,
+    /// What is held of the directory.
+    pub hold: Arc<Hold>,
+}
+
 impl ImageWriter {
     /// Writes the header to an empty file. `path` is for messages.
-    pub(crate) fn new(kind: ImageKind, file: File, path: PathBuf) -> Result<Self, ImageError> {
-        Ok(Self { kind, path, file, collected: kind.header(), record: 0 })
+    pub(crate) fn new(kind: ImageKind, file: File, path: PathBuf) -> Self {
+        Self { kind, path, file: Target::File(file), collected: kind.header(), record: 0 }
+    }
+
+    /// The same for an image that may be held until [`crate::ImageDir::write_held`].
+    pub(crate) fn later(kind: ImageKind, place: Place, path: PathBuf) -> Self {
+        Self { kind, path, file: Target::Later(place), collected: kind.header(), record: 0 }
+    }
+
+    fn made(&mut self) -> Result<&mut File, ImageError> {
+        if let Target::Later(place) = &self.file {
+            let file = make(&*place.dir, &self.kind.file_name(place.id), OFlag::O_TRUNC);
+            self.file = Target::File(file.map_err(|e| ImageError::io(&self.path, "make", e))?);
+        }
+        match &mut self.file {
+            Target::File(file) => Ok(file),
+            Target::Later(_) => unreachable!("it has just been made"),
+        }
     }
 
     /// Appends a record.
@@ -85,7 +125,7 @@ impl ImageWriter {
     /// The file cannot be written.
     pub fn file(&mut self) -> Result<&File, ImageError> {
         self.flush()?;
-        Ok(&self.file)
+        Ok(self.made()?)
     }
 
     /// How many records were appended.
@@ -98,16 +138,25 @@ impl ImageWriter {
         &self.path
     }
 
-    /// Writes what is left. Not synced to the disk: a checkpoint survives the end of this process, not of the machine.
+    /// Writes what is left, or holds all of it. Not synced to the disk: a checkpoint survives the end of this process, not of the
+    /// machine.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn finish(mut self) -> Result<(), ImageError> {
+        if let Target::Later(Place { id, hold, .. }) = &self.file {
+            match hold.keep(self.kind, *id, std::mem::take(&mut self.collected)) {
+                Ok(()) => return Ok(()),
+                Err(bytes) => self.collected = bytes,
+            }
+        }
         self.flush()
     }
 
     fn flush(&mut self) -> Result<(), ImageError> {
-        let written = self.file.write_all(&self.collected).map_err(|e| ImageError::io(&self.path, "write", e));
+        let collected = std::mem::take(&mut self.collected);
+        let written = self.made()?.write_all(&collected).map_err(|e| ImageError::io(&self.path, "write", e));
+        self.collected = collected;
         self.collected.clear();
         written
     }
@@ -123,7 +172,7 @@ impl ImageWriter {
         }
         // As large a payload is written from where it is.
         self.flush()?;
-        self.file.write_all(bytes).map_err(|e| ImageError::io(&self.path, "write", e))
+        self.made()?.write_all(bytes).map_err(|e| ImageError::io(&self.path, "write", e))
     }
 }
 
@@ -134,7 +183,7 @@ mod tests {
     #[test]
     fn a_full_disk_is_told_with_the_path() {
         let Ok(full) = File::options().write(true).open("/dev/full") else { return };
-        let mut writer = ImageWriter::new(ImageKind::Fs, full, PathBuf::from("dir/fs-1.img")).expect("buffered");
+        let mut writer = ImageWriter::new(ImageKind::Fs, full, PathBuf::from("dir/fs-1.img"));
         writer.record(&pb::FsEntry::default()).expect("buffered");
         let error = writer.finish().expect_err("the disk is full").to_string();
         assert!(error.starts_with("cannot write dir/fs-1.img: ") && error.contains("free some space"), "{error}");

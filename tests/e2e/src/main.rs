@@ -12,6 +12,7 @@ mod concurrent;
 mod cpu;
 mod damage;
 mod direct;
+mod early;
 mod exchange;
 mod frozen;
 mod gifts;
@@ -111,7 +112,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(lazy_dump::tests())
                     .chain(stream::tests())
                     .chain(packed::tests())
-                    .chain(direct::tests()),
+                    .chain(direct::tests())
+                    .chain(early::tests()),
             ),
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

@@ -40,6 +40,17 @@ fn set_signal_mask(mask: u64) -> io::Result<u64> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(old) }
 }
 
+/// Has this thread give way, from now on, to what it has just let go on: without that it would go on itself, on the processor on
+/// which it woke the other.
+pub fn give_way() {
+    // SAFETY: changes how this thread is scheduled; that it may be lower is always allowed.
+    unsafe { libc::nice(GIVES_WAY) };
+    std::thread::yield_now();
+}
+
+/// By how much the nice value is higher then.
+const GIVES_WAY: i32 = 5;
+
 /// clone3(2) of a process that starts in the shared mapping, at `entry` with the address of its arguments, and never
 /// touches anything of ours. `args` is the address of a [`dormouse_blob_abi::restorer::TaskArgs`] in `arena`, which is
 /// mapped at the same address here.

@@ -1,10 +1,13 @@
 //! Page bytes on their way into a pages image: by the target itself, or by this program where [`Route`] says so.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use dormouse_blob_abi::{OpKind, Policy};
+use dormouse_images::ImageDir;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::host::process::read_pieces;
 use dormouse_infect::parasite::Parasite;
@@ -15,7 +18,7 @@ use dormouse_sys::nr;
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::gather::Gather;
-use super::pages::PageIds;
+use super::pages::{PageIds, PagesImage};
 use super::route::{Because, Route};
 use crate::{Result, call, unwritten};
 
@@ -44,7 +47,9 @@ enum Writer {
 pub struct Copier<'a, 'p> {
     parasite: &'a mut Parasite<'p>,
     pid: HostPid,
-    image: File,
+    image: Arc<PagesImage>,
+    images: &'a ImageDir,
+    ids: &'a PageIds,
     /// The target's memory, readable whatever its protection (Linux: FOLL_FORCE).
     memory: File,
     chunks: Chunks,
@@ -58,8 +63,8 @@ pub struct Copier<'a, 'p> {
     /// What is written is given back, and what waits for that: addresses and lengths.
     spent: Option<Vec<(u64, u64)>>,
     direct: Option<Direct>,
-    /// Where pages are held until later, if there is room.
-    staged: Option<&'a PageIds>,
+    /// What can be held until the tree runs again is, and the image is made when something cannot.
+    staged: bool,
 }
 
 /// What it takes to write past the page cache.
@@ -70,30 +75,38 @@ struct Direct {
 }
 
 impl<'a, 'p> Copier<'a, 'p> {
-    /// Begins with an empty image, which will have `most` bytes at most; `direct` if it takes whole pages from page-aligned
-    /// memory only.
+    /// Begins with an empty image in `images`, the next of `ids`, which will have `most` bytes at most.
     ///
     /// # Errors
-    /// The target's memory cannot be opened.
-    pub fn new(parasite: &'a mut Parasite<'p>, pid: HostPid, image: File, most: u64, direct: bool) -> Result<Self> {
+    /// The image cannot be made, or the target's memory not be opened.
+    pub fn new(
+        parasite: &'a mut Parasite<'p>,
+        pid: HostPid,
+        (images, ids, id): (&'a ImageDir, &'a PageIds, u32),
+        most: u64,
+    ) -> Result<Self> {
         let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
-        let chunks = Chunks::new(MAX_IOVECS, MAX_BYTES);
-        let (writer, buffer) = (Writer::Undecided, Vec::new());
-        let direct = direct.then(|| Direct::new(pid)).transpose()?;
-        Ok(Self {
+        let direct = ids.are_direct().then(|| Direct::new(pid)).transpose()?;
+        let copier = Self {
             parasite,
             pid,
-            image,
+            image: Arc::new(PagesImage::new(id)),
+            images,
+            ids,
             memory,
-            chunks,
-            writer,
+            chunks: Chunks::new(MAX_IOVECS, MAX_BYTES),
+            writer: Writer::Undecided,
             most,
-            buffer,
+            buffer: Vec::new(),
             outside: 0,
             spent: None,
             direct,
-            staged: None,
-        })
+            staged: ids.staging().is_some(),
+        };
+        if !copier.staged {
+            copier.image.file(images, ids)?;
+        }
+        Ok(copier)
     }
 
     /// The parasite's process is a copy that is of no use when its memory is written: that is given back on the way. As long as
@@ -105,17 +118,11 @@ impl<'a, 'p> Copier<'a, 'p> {
         self
     }
 
-    /// Pages are held where `ids` has room for that.
-    #[must_use]
-    pub fn staged(self, ids: &'a PageIds) -> Self {
-        Self { staged: Some(ids), ..self }
-    }
-
     /// Decides who writes, and gives the target the image if it is to.
     fn decide(&mut self) -> Result<Writer> {
         let because = match Route::choose(self.pid, self.most)? {
             Route::Outside(because) => because,
-            Route::Inside => match give(self.parasite, &self.image)? {
+            Route::Inside => match give(self.parasite, self.image.file(self.images, self.ids)?)? {
                 Some(fd) => return Ok(Writer::Inside(fd)),
                 None => Because::Descriptor,
             },
@@ -137,7 +144,11 @@ impl<'a, 'p> Copier<'a, 'p> {
         let len = range.end - range.start;
         if (matches!(self.writer, Writer::Outside) && self.direct.is_none()) || !readable {
             self.flush()?;
-            self.copy(range.start, len, self.chunks.end())?;
+            let end = self.chunks.end();
+            let (memory, start) = (&self.memory, range.start);
+            if !self.held(end, len, |bytes| memory.read_exact_at(bytes, start).is_ok())? {
+                self.copy(start, len, end)?;
+            }
             self.chunks.skip(len);
             return Ok(());
         }
@@ -157,16 +168,23 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// The image cannot be written.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.flush()?;
-        let end = self.chunks.end();
+        let (end, len) = (self.chunks.end(), bytes.len() as u64);
+        self.chunks.skip(len);
+        let put = |to: &mut [u8]| {
+            to.copy_from_slice(bytes);
+            true
+        };
+        if self.held(end, len, put)? {
+            return Ok(());
+        }
+        let image = self.image.file(self.images, self.ids)?;
         match &mut self.direct {
-            None => self.image.write_all_at(bytes, end).map_err(unwritten)?,
-            Some(direct) => direct.copy(&self.image, end, [(0, bytes.len() as u64)], |at, to| {
+            None => image.write_all_at(bytes, end).map_err(unwritten),
+            Some(direct) => direct.copy(image, end, [(0, len)], |at, to| {
                 to.copy_from_slice(&bytes[at as usize..][..to.len()]);
                 Ok(())
-            })?,
+            }),
         }
-        self.chunks.skip(bytes.len() as u64);
-        Ok(())
     }
 
     /// Memory of the target.
@@ -183,8 +201,11 @@ impl<'a, 'p> Copier<'a, 'p> {
     ///
     /// # Errors
     /// As of [`Copier::add`].
-    pub fn finish(mut self) -> Result<(u64, File)> {
+    pub fn finish(mut self) -> Result<(u64, Arc<PagesImage>)> {
         self.flush()?;
+        if !self.ids.staging().is_some_and(|staging| staging.holds(&self.image)) {
+            self.image.file(self.images, self.ids)?;
+        }
         if matches!(self.writer, Writer::Inside(_)) {
             self.parasite.drop_fd()?;
         }
@@ -209,10 +230,7 @@ impl<'a, 'p> Copier<'a, 'p> {
             return self.copy_pieces(&chunk);
         }
         let Writer::Inside(fd) = self.writer else {
-            if chunk.len <= BUFFER as u64 && self.copy_at_once(&chunk)? {
-                return Ok(());
-            }
-            return self.copy_pieces(&chunk);
+            return if chunk.len <= BUFFER as u64 { self.copy_at_once(&chunk) } else { self.copy_pieces(&chunk) };
         };
         let mark = self.parasite.arena.mark();
         // The parasite consumes its iovecs; `chunk` keeps ours.
@@ -250,27 +268,50 @@ impl<'a, 'p> Copier<'a, 'p> {
 
     /// Holds a chunk until later; false if that cannot be.
     fn stage(&mut self, chunk: &Chunk) -> Result<bool> {
-        let Some(mut staging) = self.staged.and_then(PageIds::staging) else { return Ok(false) };
-        cancel::check()?;
-        let pieces = chunk.pieces().map(|(addr, len, _)| (addr, len as usize));
-        let read = |bytes: &mut [u8]| read_pieces(self.pid, pieces, bytes).is_ok();
-        let held = staging.hold(self.pid, (&self.image, chunk.offset), chunk.len, read)?;
+        if !self.staged {
+            return Ok(false);
+        }
+        let held = self.held(chunk.offset, chunk.len, |bytes| self.fetch(chunk, bytes).is_ok())?;
         self.outside += if held { chunk.len } else { 0 };
         Ok(held)
     }
 
-    /// Copies a chunk that fits into the buffer, by two calls; false if that cannot be, because it may not be read like this.
-    fn copy_at_once(&mut self, chunk: &Chunk) -> Result<bool> {
+    /// Reads a chunk. No page of it becomes one of the target's own that was shared with others: process_vm_readv(2), which is
+    /// faster, pins pages, and so would make copies of those (`FOLL_PIN`, Linux 5.19).
+    fn fetch(&self, chunk: &Chunk, into: &mut [u8]) -> io::Result<()> {
+        if chunk.len > FEW && self.is_unshared(chunk)? {
+            return read_pieces(self.pid, chunk.pieces().map(|(addr, len, _)| (addr, len as usize)), into);
+        }
+        chunk.pieces().try_for_each(|(addr, len, offset)| {
+            let at = (offset - chunk.offset) as usize;
+            self.memory.read_exact_at(&mut into[at..at + len as usize], addr)
+        })
+    }
+
+    fn is_unshared(&self, chunk: &Chunk) -> io::Result<bool> {
+        let pagemap = File::open(self.pid.proc_path("pagemap"))?;
+        all_unshared(&pagemap, chunk)
+    }
+
+    /// Holds what `read` puts in until later; false if that cannot be.
+    fn held(&self, offset: u64, len: u64, read: impl FnOnce(&mut [u8]) -> bool) -> Result<bool> {
+        let Some(mut staging) = self.ids.staging().filter(|_| self.staged) else { return Ok(false) };
+        cancel::check()?;
+        Ok(staging.hold(self.pid, (&self.image, offset), len, read))
+    }
+
+    /// Copies a chunk that fits into the buffer, and writes it by one call.
+    fn copy_at_once(&mut self, chunk: &Chunk) -> Result<()> {
         cancel::check()?;
         self.make_room(chunk.len);
-        let bytes = &mut self.buffer[..chunk.len as usize];
-        let pieces = chunk.pieces().map(|(addr, len, _)| (addr, len as usize));
-        if read_pieces(self.pid, pieces, bytes).is_err() {
-            return Ok(false);
-        }
-        self.image.write_all_at(bytes, chunk.offset).map_err(unwritten)?;
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let bytes = &mut buffer[..chunk.len as usize];
+        let what = || format!("cannot read the memory of pid {} from {:#x} on", self.pid, chunk.iovecs[0]);
+        self.fetch(chunk, bytes).map_err(|e| call(what())(e))?;
+        self.image.file(self.images, self.ids)?.write_all_at(bytes, chunk.offset).map_err(unwritten)?;
+        self.buffer = buffer;
         self.outside += chunk.len;
-        Ok(true)
+        Ok(())
     }
 
     fn make_room(&mut self, len: u64) {
@@ -286,7 +327,8 @@ impl<'a, 'p> Copier<'a, 'p> {
             return chunk.pieces().try_for_each(|(addr, len, offset)| self.copy(addr, len, offset));
         };
         let (memory, pid) = (&self.memory, self.pid);
-        direct.copy(&self.image, chunk.offset, chunk.pieces().map(|(addr, len, _)| (addr, len)), |addr, bytes| {
+        let image = self.image.file(self.images, self.ids)?;
+        direct.copy(image, chunk.offset, chunk.pieces().map(|(addr, len, _)| (addr, len)), |addr, bytes| {
             cancel::check()?;
             let what = || format!("cannot read the memory of pid {pid} at {addr:#x}");
             memory.read_exact_at(bytes, addr).map_err(call(what()))
@@ -301,13 +343,14 @@ impl<'a, 'p> Copier<'a, 'p> {
         }
         let mut done = 0;
         self.make_room(len);
+        let image = self.image.file(self.images, self.ids)?;
         while done < len {
             cancel::check()?;
             let now = (len - done).min(BUFFER as u64) as usize;
             let what = || format!("cannot read the memory of pid {} at {:#x}", self.pid, addr + done);
             let bytes = &mut self.buffer[..now];
             self.memory.read_exact_at(bytes, addr + done).map_err(call(what()))?;
-            self.image.write_all_at(bytes, offset + done).map_err(unwritten)?;
+            image.write_all_at(bytes, offset + done).map_err(unwritten)?;
             done += now as u64;
         }
         self.outside += len;
@@ -323,13 +366,7 @@ impl Direct {
 
     /// Whether the target can write a chunk without a page of it becoming one of its own that was shared with others.
     fn may_be_pinned(&self, chunk: &Chunk) -> Result<bool> {
-        for (addr, len, _) in chunk.pieces() {
-            let unshared = is_unshared(&self.pagemap, addr, len);
-            if !unshared.map_err(call("cannot find out which pages are shared"))? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        all_unshared(&self.pagemap, chunk).map_err(call("cannot find out which pages are shared"))
     }
 
     /// Copies pieces, from place and of length, to where they follow each other in the image.
@@ -347,6 +384,16 @@ impl Direct {
         }
         gather.flush(image).map(drop)
     }
+}
+
+/// Whether all pages of a chunk are the process's own.
+fn all_unshared(pagemap: &File, chunk: &Chunk) -> io::Result<bool> {
+    for (addr, len, _) in chunk.pieces() {
+        if !is_unshared(pagemap, addr, len)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Gives the target the image, if it takes it.

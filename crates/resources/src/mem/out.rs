@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::{ImageDir, ImageKind};
@@ -16,7 +16,7 @@ use dormouse_pages::server::MapId;
 use super::copier::Copier;
 use super::mappings::Mappings;
 use super::pack::{Haste, Packer};
-use super::pages::PageIds;
+use super::pages::{PageIds, PagesImage};
 use super::records::Records;
 use crate::{ResourceError, Result, call};
 
@@ -77,9 +77,8 @@ impl<'a, 'p> Out<'a, 'p> {
             let packer = Packer::new(images, id, memory, format!("the memory of pid {source}"), haste)?;
             return Ok(Self::Packed { packer, records, images });
         }
-        let image = ids.create(images, id)?;
-        let copier = Copier::new(parasite, mappings.source(), image, most, ids.are_direct())?;
-        let copier = if mappings.source() == pid { copier.staged(ids) } else { copier.giving_back() };
+        let copier = Copier::new(parasite, mappings.source(), (images, ids, id), most)?;
+        let copier = if mappings.source() == pid { copier } else { copier.giving_back() };
         Ok(Self::Images { copier, records })
     }
 
@@ -148,7 +147,7 @@ impl<'a, 'p> Out<'a, 'p> {
     ///
     /// # Errors
     /// As [`Self::pages`].
-    pub fn finish(self) -> Result<(u64, Option<File>)> {
+    pub fn finish(self) -> Result<(u64, Option<Arc<PagesImage>>)> {
         match self {
             Self::Images { copier, records } => {
                 let (outside, image) = copier.finish()?;

@@ -8,7 +8,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use dormouse_blob_abi::PAGE;
 use dormouse_images::ImageDir;
@@ -98,9 +98,9 @@ impl PageIds {
     ///
     /// # Errors
     /// An image cannot be written, or somebody asked us to stop.
-    pub fn write_staged(&mut self) -> Result<u64> {
+    pub fn write_staged(&mut self, images: &ImageDir) -> Result<u64> {
         let staging = self.staging.take().map(|s| s.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner));
-        staging.map_or(Ok(0), Staging::write)
+        staging.map_or(Ok(0), |staging| staging.write(images, self))
     }
 
     /// Makes a pages image that is not compressed.
@@ -143,6 +143,37 @@ impl PageIds {
     }
 }
 
+/// A pages image of a process, which is not compressed; it is made when something is to be written to it.
+#[derive(Debug)]
+pub(super) struct PagesImage {
+    id: u32,
+    file: OnceLock<File>,
+}
+
+impl PagesImage {
+    /// Of this number.
+    pub fn new(id: u32) -> Self {
+        Self { id, file: OnceLock::new() }
+    }
+
+    /// The file, made if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn file(&self, images: &ImageDir, ids: &PageIds) -> Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let made = ids.create(images, self.id)?;
+        Ok(self.file.get_or_init(|| made))
+    }
+
+    /// The file, if it is there.
+    fn made(&self) -> Option<&File> {
+        self.file.get()
+    }
+}
+
 impl Default for PageIds {
     fn default() -> Self {
         Self::new()
@@ -169,7 +200,7 @@ pub struct PageStats {
 /// Where the pages of mappings lie in a pages image.
 #[derive(Debug, Default)]
 pub struct Spans {
-    image: Option<File>,
+    image: Option<Arc<PagesImage>>,
     /// The first address of a mapping, and the bytes.
     places: Vec<(u64, Range<u64>)>,
 }
@@ -184,7 +215,7 @@ impl Spans {
         let droppable = mappings.flagged("dp")?;
         for (start, places) in self.places.iter().filter(|(start, _)| droppable.iter().any(|d| d.contains(start))) {
             tracing::debug!("pid {}: erasing droppable memory at {start:#x}", mappings.pid());
-            erase(image, places).map_err(unwritten)?;
+            image.made().map_or(Ok(()), |image| erase(image, places)).map_err(unwritten)?;
             if let Some(mut staging) = ids.staging() {
                 staging.erase(mappings.pid(), places);
             }

@@ -4,22 +4,22 @@
 //! To write a page to the page cache takes several times as long as to copy it, and much longer still on a virtual machine whose host
 //! has to find memory first. So this memory is touched before the tree is stopped.
 
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use dormouse_blob_abi::PAGE;
+use dormouse_images::ImageDir;
 use dormouse_infect::cancel;
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::{stat, tree};
 use dormouse_pages::direct::Buffer;
 
-use crate::{Result, call, unwritten};
+use super::pages::{PageIds, PagesImage};
+use crate::{Result, unwritten};
 
 /// Most bytes that are held.
 const MOST: u64 = 16 << 20;
-/// Most pieces that are held: each has a descriptor of its image.
-const MOST_PIECES: usize = 64;
 
 /// Bytes that the processes of a tree have in memory, as far as they can be asked. What they share counts for each.
 pub fn resident(root: HostPid) -> u64 {
@@ -32,6 +32,8 @@ pub fn resident(root: HostPid) -> u64 {
 pub struct Staging {
     memory: Buffer,
     used: usize,
+    /// Something did not fit in, so that its image was made: nothing is held any more, or there might be very many open files.
+    closed: bool,
     pieces: Vec<Piece>,
 }
 
@@ -39,7 +41,7 @@ pub struct Staging {
 #[derive(Debug)]
 struct Piece {
     pid: HostPid,
-    image: File,
+    image: Arc<PagesImage>,
     /// Where they go.
     offset: u64,
     /// Where they are.
@@ -56,37 +58,36 @@ impl Staging {
     fn new(len: usize) -> Self {
         let mut memory = Buffer::new(len);
         memory.chunks_mut(PAGE as usize).for_each(|page| page[0] = 1);
-        Self { memory, used: 0, pieces: Vec::new() }
+        Self { memory, used: 0, closed: false, pieces: Vec::new() }
     }
 
     /// Holds `len` bytes, which go to byte `offset` of a process's pages image, if there is room for them. `read` puts them in;
-    /// false if it cannot.
-    ///
-    /// # Errors
-    /// There are no descriptors left.
-    pub fn hold(
+    /// false if it cannot. Once something was not held, nothing is any more.
+    pub(super) fn hold(
         &mut self,
         pid: HostPid,
-        (image, offset): (&File, u64),
+        (image, offset): (&Arc<PagesImage>, u64),
         len: u64,
         read: impl FnOnce(&mut [u8]) -> bool,
-    ) -> Result<bool> {
+    ) -> bool {
         let bytes = self.used..self.used.saturating_add(len as usize);
-        let Some(room) = self.memory.get_mut(bytes.clone()) else { return Ok(false) };
-        let follows = |last: &Piece| last.pid == pid && last.offset + last.bytes.len() as u64 == offset;
-        let joins = self.pieces.last().is_some_and(follows);
-        if !(joins || self.pieces.len() < MOST_PIECES) || !read(room) {
-            return Ok(false);
+        self.closed = self.closed || !self.memory.get_mut(bytes.clone()).is_some_and(read);
+        if self.closed {
+            return false;
         }
         self.used = bytes.end;
-        match self.pieces.last_mut().filter(|_| joins) {
+        let follows =
+            |last: &&mut Piece| Arc::ptr_eq(&last.image, image) && last.offset + last.bytes.len() as u64 == offset;
+        match self.pieces.last_mut().filter(follows) {
             Some(last) => last.bytes.end = bytes.end,
-            None => {
-                let image = image.try_clone().map_err(call("cannot keep a pages image open"))?;
-                self.pieces.push(Piece { pid, image, offset, bytes });
-            }
+            None => self.pieces.push(Piece { pid, image: Arc::clone(image), offset, bytes }),
         }
-        Ok(true)
+        true
+    }
+
+    /// Is anything held of an image whose process is the last of which something is?
+    pub(super) fn holds(&self, image: &Arc<PagesImage>) -> bool {
+        self.pieces.last().is_some_and(|last| Arc::ptr_eq(&last.image, image))
     }
 
     /// Makes zeros of what is held of some bytes of a process's pages image.
@@ -104,11 +105,11 @@ impl Staging {
     /// Writes what is held; how many bytes that was.
     ///
     /// # Errors
-    /// An image cannot be written, or somebody asked us to stop.
-    pub fn write(self) -> Result<u64> {
-        for piece in &self.pieces {
+    /// An image cannot be made or written, or somebody asked us to stop.
+    pub fn write(self, images: &ImageDir, ids: &PageIds) -> Result<u64> {
+        for Piece { image, offset, bytes, .. } in self.pieces {
             cancel::check()?;
-            piece.image.write_all_at(&self.memory[piece.bytes.clone()], piece.offset).map_err(unwritten)?;
+            image.file(images, ids)?.write_all_at(&self.memory[bytes], offset).map_err(unwritten)?;
         }
         Ok(self.used as u64)
     }
@@ -120,10 +121,11 @@ mod tests {
 
     const P: u64 = PAGE;
 
-    fn image(name: &str) -> (std::path::PathBuf, File) {
+    fn dir(name: &str) -> (std::path::PathBuf, ImageDir) {
         let path = std::env::temp_dir().join(format!("dormouse-staging-{}-{name}", std::process::id()));
-        let options = File::options().read(true).write(true).create(true).truncate(true).open(&path);
-        (path, options.expect("open"))
+        let _ = std::fs::remove_dir_all(&path);
+        let images = ImageDir::create(&path).expect("directory");
+        (path, images)
     }
 
     fn pages(value: u8) -> impl FnOnce(&mut [u8]) -> bool {
@@ -135,38 +137,41 @@ mod tests {
 
     #[test]
     fn what_is_held_is_written_where_it_belongs_and_what_was_erased_is_zero() {
-        let (one, two) = (image("one"), image("two"));
+        let ((path, images), ids) = (dir("all"), PageIds::new());
+        let (one, two) = (Arc::new(PagesImage::new(1)), Arc::new(PagesImage::new(2)));
         let mut staging = Staging::for_tree(6 * P, false).expect("it fits");
-        let mut hold = |pid, image: &File, page: u64, pages_: u64, value| {
-            staging.hold(HostPid(pid), (image, page * P), pages_ * P, pages(value)).expect("descriptors")
+        let mut hold = |pid, image, page: u64, count: u64, value| {
+            staging.hold(HostPid(pid), (image, page * P), count * P, pages(value))
         };
-        assert!(hold(1, &one.1, 0, 2, 1));
-        assert!(hold(1, &one.1, 2, 1, 2));
-        assert!(hold(2, &two.1, 3, 1, 3));
-        assert!(hold(1, &one.1, 5, 1, 4));
-        assert!(!hold(1, &one.1, 6, 2, 5), "there is room for one page more");
-        assert!(hold(1, &one.1, 8, 1, 6));
+        assert!(hold(1, &one, 0, 2, 1));
+        assert!(hold(1, &one, 2, 1, 2));
+        assert!(hold(2, &two, 3, 1, 3));
+        assert!(hold(1, &one, 5, 1, 4));
+        assert!(hold(1, &one, 8, 1, 6));
         assert_eq!(staging.pieces.len(), 4);
+        assert!(staging.holds(&one) && !staging.holds(&two));
         staging.erase(HostPid(1), &(P..3 * P));
         staging.erase(HostPid(3), &(0..9 * P));
-        assert_eq!(staging.write().expect("write"), 6 * P);
-        let first = |path: &std::path::Path| -> Vec<u8> {
-            std::fs::read(path).expect("read").chunks(P as usize).map(|page| page[0]).collect()
+        assert_eq!(std::fs::read_dir(&path).expect("list").count(), 0, "images are made when they are written");
+        assert_eq!(staging.write(&images, &ids).expect("write"), 6 * P);
+        let first = |name: &str| -> Vec<u8> {
+            std::fs::read(path.join(name)).expect("read").chunks(P as usize).map(|page| page[0]).collect()
         };
-        assert_eq!(first(&one.0), [1, 0, 0, 0, 0, 4, 0, 0, 6]);
-        assert_eq!(first(&two.0), [0, 0, 0, 3]);
-        std::fs::remove_file(one.0).expect("clean up");
-        std::fs::remove_file(two.0).expect("clean up");
+        assert_eq!(first("pages-1.img"), [1, 0, 0, 0, 0, 4, 0, 0, 6]);
+        assert_eq!(first("pages-2.img"), [0, 0, 0, 3]);
+        std::fs::remove_dir_all(path).expect("clean up");
     }
 
     #[test]
-    fn what_cannot_be_read_takes_no_room() {
-        let (path, file) = image("unread");
-        let mut staging = Staging::for_tree(P, false).expect("it fits");
-        assert!(!staging.hold(HostPid(1), (&file, 0), P, |_| false).expect("descriptors"));
-        assert!(staging.hold(HostPid(1), (&file, 0), P, pages(7)).expect("descriptors"));
-        assert_eq!(staging.write().expect("write"), P);
-        std::fs::remove_file(path).expect("clean up");
+    fn nothing_is_held_once_something_was_not() {
+        let image = Arc::new(PagesImage::new(1));
+        let mut full = Staging::for_tree(2 * P, false).expect("it fits");
+        assert!(full.hold(HostPid(1), (&image, 0), P, pages(7)));
+        assert!(!full.hold(HostPid(1), (&image, P), 2 * P, pages(7)), "there is room for one");
+        assert!(!full.hold(HostPid(1), (&image, P), P, pages(7)));
+        let mut unread = Staging::for_tree(2 * P, false).expect("it fits");
+        assert!(!unread.hold(HostPid(1), (&image, 0), P, |_| false));
+        assert!(!unread.hold(HostPid(1), (&image, 0), P, pages(7)));
     }
 
     #[test]
@@ -174,11 +179,5 @@ mod tests {
         assert!(Staging::for_tree(MOST + P, false).is_none());
         let grown = Staging::for_tree(MOST + P, true).expect("one");
         assert_eq!(grown.memory.len() as u64, MOST);
-        // Never more descriptors than a process usually may have.
-        let (path, file) = image("many");
-        let mut many = Staging::for_tree(MOST, false).expect("it fits");
-        let held = (0..100).filter(|n| many.hold(HostPid(1), (&file, n * 2 * P), P, pages(1)).expect("descriptors"));
-        assert_eq!(held.count(), MOST_PIECES);
-        std::fs::remove_file(path).expect("clean up");
     }
 }
