@@ -50,7 +50,7 @@ impl Members {
 
     /// As [`Members::of`], of a tree whose processes are known: `root` and all below it, parents first.
     pub fn among(root: HostPid, processes: Vec<HostPid>) -> Self {
-        let mut found = Self { root: Some(root), seen: Seen::among_running(), ..Self::default() };
+        let mut found = Self { root: Some(root), ..Self::default() };
         for (&pid, links) in processes.iter().zip(side_by_side(&processes, |pid| links_of(*pid))) {
             for (fd, link) in &links {
                 found.sockets.extend(socket(link));

@@ -6,7 +6,9 @@
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use dormouse_infect::host::fd::{self as host, Identity};
 use dormouse_kernel::proc;
@@ -49,24 +51,39 @@ pub struct Seen {
     /// By number, link and mount namespace: a process that has the description.
     fds: Mutex<HashMap<FdKey, HostPid>>,
     places: Mutex<HashSet<PlaceKey>>,
-    /// Processes that hold locks, which are no part of a description; `None` if that is not known.
-    lockers: Option<HashSet<HostPid>>,
+    /// Processes that hold locks, which are no part of a description; `None` if that is not known. Asked for when it is worth it.
+    lockers: OnceLock<Option<HashSet<HostPid>>>,
+    /// How many descriptors might not have had to be looked at, had it been known.
+    missed: AtomicUsize,
 }
 
+/// So many descriptors are looked at rather than asking who holds locks: that waits for a grace period of RCU, some 10 ms, since the
+/// kernel keeps all processors from taking locks meanwhile.
+const WORTH: usize = 1000;
+
 impl Seen {
-    /// Nothing yet, of processes that may be running.
-    pub fn among_running() -> Self {
-        Self { lockers: lockers(), ..Self::default() }
+    /// What makes it known at once who holds locks.
+    #[cfg(test)]
+    fn eager() -> Self {
+        Self { missed: AtomicUsize::new(WORTH), ..Self::default() }
     }
 
     /// Has a process inherited this descriptor, or its child from it, and nothing was found against it there?
     pub fn has_fd(&self, pid: HostPid, fd: TargetFd, link: &[u8], mnt_ns: u64) -> bool {
-        if !is_the_same_for_all(link) || self.lockers.as_ref().is_none_or(|l| l.contains(&pid)) {
+        if !is_the_same_for_all(link) {
             return false;
         }
         let key = (fd, link.to_vec(), mnt_ns);
         let holder = self.fds.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
-        holder.is_some_and(|holder| host::kcmp_file((holder, fd), (pid, fd)).is_ok_and(|o| o == Ordering::Equal))
+        let Some(holder) = holder else { return false };
+        if self.missed.fetch_add(1, Relaxed) < WORTH || self.lockers().is_none_or(|l| l.contains(&pid)) {
+            return false;
+        }
+        host::kcmp_file((holder, fd), (pid, fd)).is_ok_and(|o| o == Ordering::Equal)
+    }
+
+    fn lockers(&self) -> Option<&HashSet<HostPid>> {
+        self.lockers.get_or_init(lockers).as_ref()
     }
 
     /// Nothing stands against this descriptor.
@@ -120,7 +137,7 @@ mod tests {
 
     #[test]
     fn a_descriptor_is_known_by_its_description() {
-        let seen = Seen::among_running();
+        let seen = Seen::eager();
         let (file, other) = (std::fs::File::open("/dev/null").unwrap(), std::fs::File::open("/dev/null").unwrap());
         let fd = |file: &std::fs::File| TargetFd(std::os::fd::AsRawFd::as_raw_fd(file));
         let me = HostPid::current();
@@ -132,5 +149,18 @@ mod tests {
         assert!(!seen.has_fd(me, fd(&other), b"/dev/null", 1), "another description");
         seen.add_fd(me, fd(&other), b"/proc/1/stat".to_vec(), 1);
         assert!(!seen.has_fd(me, fd(&other), b"/proc/1/stat", 1), "it is judged by who has it");
+        assert!(seen.lockers.get().is_some());
+    }
+
+    #[test]
+    fn who_holds_locks_is_asked_for_when_it_is_worth_it() {
+        let (seen, file) = (Seen::default(), std::fs::File::open("/dev/null").unwrap());
+        let (me, fd) = (HostPid::current(), TargetFd(std::os::fd::AsRawFd::as_raw_fd(&file)));
+        seen.add_fd(me, fd, b"/dev/null".to_vec(), 1);
+        for _ in 0..WORTH {
+            assert!(!seen.has_fd(me, fd, b"/dev/null", 1), "it is looked at");
+        }
+        assert!(seen.lockers.get().is_none());
+        assert_eq!(seen.has_fd(me, fd, b"/dev/null", 1), lockers().is_some_and(|l| !l.contains(&me)));
     }
 }
