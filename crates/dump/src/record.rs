@@ -15,7 +15,7 @@ use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::FileTable;
 use dormouse_resources::mem::{Mappings, MmDraft, MmTold, PageIds, SharedDump, Spans};
 use dormouse_resources::task::zombie_core;
-use nix::sched::{sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::DumpError;
@@ -161,8 +161,7 @@ pub struct Recorder<'a> {
     pstree: Option<ImageWriter>,
     ext: Vec<pb::ThreadExt>,
     looked: Option<Looked>,
-    /// Keeps off the tracer's processor.
-    aside: bool,
+    aside: Aside,
     /// Processes are to leave copies.
     live: bool,
 }
@@ -194,7 +193,7 @@ impl<'a> Recorder<'a> {
             pstree: Some(images.writer(ImageKind::Pstree, 0)?),
             ext: Vec::new(),
             looked: None,
-            aside: false,
+            aside: Aside::NotYet,
             live,
         })
     }
@@ -219,9 +218,11 @@ impl<'a> Recorder<'a> {
             match step {
                 Step::Zombie(process) => self.zombie(&process)?,
                 Step::Look(process, mappings, tracer) => {
-                    if let Some(tracer) = tracer.filter(|_| !std::mem::replace(&mut self.aside, true)) {
-                        keep_off(tracer);
-                    }
+                    self.aside = match (std::mem::replace(&mut self.aside, Aside::Done), tracer) {
+                        (Aside::NotYet, Some(tracer)) => keep_off(tracer),
+                        (Aside::From(all), _) => come_back(&all),
+                        (aside, _) => aside,
+                    };
                     self.look(&process, mappings)?;
                 }
                 Step::Threads(told) => self.threads(told)?,
@@ -327,17 +328,41 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// Keeps this thread off a processor, if there are others. When it is sent something, it is woken on the tracer's as long as the
-/// target is still busy on another, and would have the tracer wait, while the tree stands still.
-fn keep_off(processor: usize) {
+/// Whether the recorder keeps off the tracer's processor.
+enum Aside {
+    NotYet,
+    /// It does; where it may be otherwise.
+    From(CpuSet),
+    /// It did while the first process was saved.
+    Done,
+}
+
+/// Keeps this thread off a processor, if there are others. When it is sent the first process, it is woken on the tracer's as long as
+/// the target is still busy on another, and would have the tracer wait. With many processes the scheduler knows better.
+fn keep_off(processor: usize) -> Aside {
+    let this = Pid::from_raw(0);
     let aside = || {
-        let mut others = sched_getaffinity(Pid::from_raw(0))?;
+        let all = sched_getaffinity(this)?;
+        let mut others = all;
         others.unset(processor)?;
-        sched_setaffinity(Pid::from_raw(0), &others)
+        sched_setaffinity(this, &others)?;
+        Ok::<_, nix::Error>(all)
     };
-    if let Err(e) = aside() {
-        tracing::debug!("the recorder stays on the tracer's processor: {e}");
+    aside().map_or_else(
+        |e| {
+            tracing::debug!("the recorder stays on the tracer's processor: {e}");
+            Aside::Done
+        },
+        Aside::From,
+    )
+}
+
+/// Ends [`keep_off`].
+fn come_back(all: &CpuSet) -> Aside {
+    if let Err(e) = sched_setaffinity(Pid::from_raw(0), all) {
+        tracing::debug!("the recorder cannot come back to the tracer's processor: {e}");
     }
+    Aside::Done
 }
 
 /// A recorder at work.
