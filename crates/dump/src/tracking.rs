@@ -37,6 +37,8 @@ pub struct Tracking {
     /// Watch from now on.
     go_on: bool,
     before: Option<Before>,
+    /// The keepers that there were before the tree was stopped.
+    keepers: Vec<HostPid>,
     /// Userfaultfds that go to the next keeper, with the signature of the address space.
     next: Vec<(HostPid, u64, Uffd)>,
     /// Processes that soft-dirty bits are watched of.
@@ -98,13 +100,10 @@ impl Tracking {
             let dir = images.parent()?.ok_or_else(|| DumpError::Impossible("the link \"parent\" vanished".into()))?;
             before = Some(Before::open(dir, chain.track)?);
         }
-        Ok(Self {
-            method,
-            go_on: chain.track && goes_on && method != Method::None,
-            before,
-            next: Vec::new(),
-            soft_dirty: false,
-        })
+        let go_on = chain.track && goes_on && method != Method::None;
+        // Looked for now, while nothing waits. One that begins later is that of a dump beside this one, and all is saved then.
+        let keepers = if go_on && method == Method::Protection { Keeper::all() } else { Vec::new() };
+        Ok(Self { method, go_on, before, keepers, next: Vec::new(), soft_dirty: false })
     }
 
     /// The version of the format of this dump: checkpoints before it may have compressed pages, too.
@@ -130,7 +129,8 @@ impl Tracking {
         let known = self.before.as_mut().and_then(|b| b.keeper.take());
         let known = known.into_iter().collect::<Vec<_>>();
         let is_known = |keeper: &Keeper| known.iter().any(|k| k.pid() == keeper.pid());
-        let strays: Vec<Keeper> = Keeper::all_of(&pids).into_iter().filter(|keeper| !is_known(keeper)).collect();
+        let strays: Vec<Keeper> =
+            Keeper::all_of(&self.keepers, &pids).into_iter().filter(|keeper| !is_known(keeper)).collect();
         for keeper in known.into_iter().chain(strays) {
             let what = format!("cannot end pid {}, which watches writes for the dump before", keeper.pid());
             keeper.end().map_err(|cause| DumpError::Call { what, cause })?;

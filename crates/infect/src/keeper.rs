@@ -170,8 +170,8 @@ impl Keeper {
         found.filter(|_| stat::read(pid).is_ok_and(|s| s.starttime == start)).map(|(keeper, _)| keeper)
     }
 
-    /// Every keeper of this user that has to do with one of these processes.
-    pub fn all_of(pids: &[HostPid]) -> Vec<Self> {
+    /// The pids of all keepers of this user. Every process of the machine is looked at.
+    pub fn all() -> Vec<HostPid> {
         let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
         let all = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
         let is_one = |pid: &i32| {
@@ -180,11 +180,14 @@ impl Keeper {
         };
         let uid = nix::unistd::geteuid().as_raw();
         let ours = |pid: &i32| std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == uid);
+        all.filter(|pid| is_one(pid) && ours(pid)).map(HostPid).collect()
+    }
+
+    /// Those of `keepers` that have to do with one of these processes.
+    pub fn all_of(keepers: &[HostPid], pids: &[HostPid]) -> Vec<Self> {
         let concerns = |r: &Row| pids.contains(&r.pid) && stat::read(r.pid).is_ok_and(|s| s.starttime == r.start);
-        all.filter(|pid| is_one(pid) && ours(pid))
-            .filter_map(|pid| Some(Self::look(HostPid(pid))?.0))
-            .filter(|keeper| keeper.rows.iter().any(concerns))
-            .collect()
+        let looked = keepers.iter().filter_map(|pid| Some(Self::look(*pid)?.0));
+        looked.filter(|keeper| keeper.rows.iter().any(concerns)).collect()
     }
 
     /// A keeper and its name.
@@ -271,7 +274,7 @@ mod tests {
         let begin = stat::read(keeper).expect("it lives").starttime;
         assert!(Keeper::find("dormouse-other", keeper, begin).is_none(), "another name");
         assert!(Keeper::find(&name, keeper, begin + 1).is_none(), "another process");
-        assert!(Keeper::all_of(&[pid]).iter().any(|k| k.pid() == keeper));
+        assert!(Keeper::all_of(&Keeper::all(), &[pid]).iter().any(|k| k.pid() == keeper));
         let found = Keeper::find(&name, keeper, begin).expect("found");
         let items = found.items();
         assert_eq!((items.len(), items[0].pid, items[0].note), (1, pid, 7));

@@ -1,4 +1,4 @@
-//! A small tree that goes on after its dump runs again before its images are written.
+//! Trees that go on after the dump: a small one runs again before its images are written, of a large one less is asked.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -21,6 +21,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("early/forks_go_on_sharing", sharing),
         Test::new("early/a_script_finds_it_standing_still", script),
         Test::new("early/full_disk", full),
+        Test::new("early/flags_of_a_large_tree", flags),
     ]
 }
 
@@ -96,4 +97,36 @@ fn full(case: &Case<'_>) -> Result<Outcome> {
         target.ask()?;
     }
     Ok(Outcome::PASSED)
+}
+
+/// What is advised of mappings is restored, too, if smaps has not been asked, which takes long where there is much memory.
+fn flags(case: &Case<'_>) -> Result<Outcome> {
+    fs::write(case.path("large"), "")?;
+    let mut target = ready!(Target::start(case, "mem_advice", Session::Own, &[]));
+    let images = case.path("img");
+    let ran = case.dump(&case.args.bin, target.pid, &images, &words(&["-R"]))?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    let told = |smaps: &str| fs::read_to_string(smaps).map(|text| flags_of(&text));
+    let before = told(&format!("/proc/{}/smaps", target.pid))?;
+    ensure!(before.iter().any(|flags| flags.contains(" wf ")), "nothing is advised: {before:?}");
+    target.unharmed()?;
+    target.end();
+    if let Err(pid) = proc::wait_free(target.ids(), TOOL_LIMIT) {
+        bail!("pid {pid} does not end");
+    }
+    case.wake_up(&case.args.bin, &images, &[], &target.tree)?;
+    let after = told(&format!("/proc/{}/smaps", target.pid))?;
+    ensure!(before == after, "flags were {before:?} and are {after:?}");
+    target.look();
+    target.ask()?;
+    let by = if ran.said.contains("from smaps") { "by smaps" } else { "without smaps" };
+    Ok(Outcome::Passed(format!("told {by}")))
+}
+
+/// The flags of each mapping but those that come and go by themselves: huge pages that were, and accounting.
+fn flags_of(smaps: &str) -> Vec<String> {
+    let lines = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    let kept =
+        |line: &str| line.split_whitespace().filter(|flag| !["ac", "sd"].contains(flag)).collect::<Vec<_>>().join(" ");
+    lines.map(|line| format!(" {} ", kept(line))).collect()
 }

@@ -146,7 +146,9 @@ impl<'a, 'p> Copier<'a, 'p> {
             self.flush()?;
             let end = self.chunks.end();
             let (memory, start) = (&self.memory, range.start);
-            if !self.held(end, len, |bytes| memory.read_exact_at(bytes, start).is_ok())? {
+            if self.held(end, len, |bytes| memory.read_exact_at(bytes, start).is_ok())? {
+                self.outside += len;
+            } else {
                 self.copy(start, len, end)?;
             }
             self.chunks.skip(len);
