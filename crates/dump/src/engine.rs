@@ -59,18 +59,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     // What a tree that is to end has in memory makes no difference.
     let resident = if request.after == After::Kill { 0 } else { mem::resident(request.pid) };
     let early = goes_on_early(request);
-    let mut page_ids = match (&fetcher, request.stream) {
-        (Some(_), _) => PageIds::leaving_behind().packed(request.chain.compress),
-        (None, Some(out)) => {
-            let (begun, page_ids) = Streaming::begin(&request.images_dir, out)?;
-            *streaming = Some(begun);
-            page_ids
-        }
-        (None, None) => request.chain.page_ids()?,
-    };
-    if early && !(request.live || request.chain.compress || request.chain.server.is_some()) {
-        page_ids = page_ids.staged(Staging::for_tree(resident, request.chain.before.is_some() && request.chain.track));
-    }
+    let mut page_ids = page_ids(request, fetcher.as_ref(), streaming, resident)?;
     if early {
         images.hold(HELD);
     }
@@ -90,14 +79,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     if early {
         held.take().map_or(Ok(()), |(tree, connections)| finish(request, tree, connections))?;
         report.frozen_us = frozen.elapsed().as_micros() as u64;
-        process::give_way();
-        images.write_held()?;
-        let staged = page_ids.write_staged(&images)?;
-        tracing::debug!("{staged} bytes of pages were held until the tree ran again");
-        later.into_iter().try_for_each(|copy| {
-            cancel::check()?;
-            copy.save(&images, &page_ids, &mut report)
-        })?;
+        write_later(&images, &mut page_ids, later, &mut report)?;
     }
     let hook = |action: &str| {
         let run = || (request.hooks)(action, Some(request.pid.0));
@@ -133,6 +115,45 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     }
     report.total_us = start.elapsed().as_micros() as u64;
     Ok(report)
+}
+
+/// Where pages go. Those of a tree that goes on early, and has so many bytes in memory, may be held first.
+fn page_ids(
+    request: &Request<'_>,
+    fetcher: Option<&Fetcher>,
+    streaming: &mut Option<Streaming>,
+    resident: u64,
+) -> Result<PageIds, DumpError> {
+    let chain = &request.chain;
+    let ids = match (fetcher, request.stream) {
+        (Some(_), _) => PageIds::leaving_behind().packed(chain.compress),
+        (None, Some(out)) => {
+            let (begun, ids) = Streaming::begin(&request.images_dir, out)?;
+            *streaming = Some(begun);
+            ids
+        }
+        (None, None) => chain.page_ids()?,
+    };
+    let holds = goes_on_early(request) && !(request.live || chain.compress || chain.server.is_some());
+    let staging = holds.then(|| Staging::for_tree(resident, chain.before.is_some() && chain.track)).flatten();
+    Ok(ids.staged(staging))
+}
+
+/// Writes what could wait until the tree runs again.
+fn write_later(
+    images: &ImageDir,
+    page_ids: &mut PageIds,
+    later: Vec<Later>,
+    report: &mut Report,
+) -> Result<(), DumpError> {
+    process::give_way();
+    images.write_held()?;
+    let staged = page_ids.write_staged(images)?;
+    tracing::debug!("{staged} bytes of pages were held until the tree ran again");
+    later.into_iter().try_for_each(|copy| {
+        cancel::check()?;
+        copy.save(images, page_ids, report)
+    })
 }
 
 /// Does the tree go on as soon as its state is known? Whoever runs scripts, or is told of the stages, counts on a tree that
