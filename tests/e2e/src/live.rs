@@ -107,11 +107,11 @@ fn gives_way(case: &Case<'_>) -> Result<Outcome> {
         target.unharmed()?;
         let own = nice_of(&format!("/proc/{}/stat", target.pid).into()).context("the program is gone")?;
         ensure!(own == NICE, "the program itself has nice value {own} now");
-        if seen.contains(&(NICE + 5)) {
+        if seen.contains(&(NICE + 10)) {
             return Ok(Outcome::PASSED);
         }
     }
-    bail!("copies with the nice values {seen:?} were seen, none with {}", NICE + 5)
+    bail!("copies with the nice values {seen:?} were seen, none with {}", NICE + 10)
 }
 
 /// Waits until no process of the test is there but those of the tree: copies have their memory, and so the marker in it.

@@ -48,8 +48,8 @@ pub fn give_way() {
     std::thread::yield_now();
 }
 
-/// By how much the nice value is higher then.
-const GIVES_WAY: i32 = 5;
+/// By how much the nice value is higher then: what nice(1) adds.
+const GIVES_WAY: i32 = 10;
 
 /// clone3(2) of a process that starts in the shared mapping, at `entry` with the address of its arguments, and never
 /// touches anything of ours. `args` is the address of a [`dormouse_blob_abi::restorer::TaskArgs`] in `arena`, which is

@@ -40,8 +40,8 @@ pub fn to_image(a: &SchedAttr, into: &mut pb::ThreadCoreEntry) {
     into.sched_prio = matches!(a.policy, SCHED_FIFO | SCHED_RR).then_some(a.priority);
 }
 
-/// By how much the nice value of a copy is above that of the process that it was made of.
-const GIVES_WAY: i32 = 5;
+/// By how much the nice value of a copy is above that of the process that it was made of: what nice(1) adds.
+const GIVES_WAY: i32 = 10;
 
 /// Has a process that works beside the one it is a copy of give way to it: it would else have as good a claim on a processor,
 /// or a better one than anything else if that one is scheduled in real time.
