@@ -27,7 +27,7 @@ use crate::plan::Plan;
 /// Threads that copy at most: memory is not faster for more.
 const MOST: usize = 4;
 /// Bytes that one thread copies before it looks for the next piece. No block of compressed pages lies in two pieces.
-const PIECE: u64 = 4 << 20;
+const PIECE: u64 = 3 << 20;
 const PAGE: usize = 4096;
 
 /// Fills that are yet to be asked for, and the threads that serve them.
