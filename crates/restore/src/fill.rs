@@ -340,7 +340,8 @@ mod tests {
 
     #[test]
     fn pieces_are_cut_without_loss() {
-        let runs = [(1 << 30, 3 << 20, 4096), (2 << 30, 9 << 20, (3 << 20) + 4096)];
+        let first = PIECE - (1 << 20);
+        let runs = [(1 << 30, first, 4096), (2 << 30, 3 * PIECE - first, first + 4096)];
         let pieces = runs.map(|(start, len, offset)| Run { start, len, offset, file: 0 }).to_vec();
         let cut = jobs(&fill(pieces, None));
         assert_eq!(cut.iter().map(|j| j.iter().map(|p| p.len).sum::<u64>()).collect::<Vec<_>>(), [PIECE; 3]);
