@@ -352,6 +352,6 @@ mod tests {
             assert_eq!(p.addr, start + (at - offset));
             at += p.len;
         }
-        assert_eq!(at, (12 << 20) + 4096);
+        assert_eq!(at, 3 * PIECE + 4096);
     }
 }
