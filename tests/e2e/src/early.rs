@@ -38,7 +38,8 @@ fn one_instant(case: &Case<'_>) -> Result<Outcome> {
         let images = case.path("img");
         fs::remove_dir_all(&images).ok();
         let ran = case.dump(&case.args.bin, target.pid, &images, &words(&["-R"]))?;
-        ensure!(ran.ok() && held(&ran).is_some_and(|bytes| bytes > 0), "dump {round}: {}", ran.said);
+        // How much depends on what else the processes have mapped: where it is too much, pages are written at once.
+        ensure!(ran.ok() && held(&ran).is_some(), "dump {round}: {}", ran.said);
         target.unharmed().with_context(|| format!("after dump {round}"))?;
         target.end();
         if let Err(pid) = proc::wait_free(target.ids(), TOOL_LIMIT) {

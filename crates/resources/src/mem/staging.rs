@@ -19,7 +19,7 @@ use super::pages::{PageIds, PagesImage};
 use crate::{Result, unwritten};
 
 /// Most bytes that are held.
-const MOST: u64 = 16 << 20;
+const MOST: u64 = 32 << 20;
 
 /// Bytes that the processes of a tree have in memory, as far as they can be asked. What they share counts for each.
 pub fn resident(root: HostPid) -> u64 {
