@@ -13,7 +13,7 @@ use crate::args::{Args, Part};
 use crate::proc::{self, Tree};
 
 /// Longest a dump or a restore may take.
-pub const TOOL_LIMIT: Duration = Duration::from_secs(120);
+pub const TOOL_LIMIT: Duration = Duration::from_secs(300);
 
 /// The name of the variable that marks every process of a test.
 pub const MARKER: &str = "DORMOUSE_E2E";

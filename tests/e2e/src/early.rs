@@ -12,7 +12,7 @@ use crate::target::{Session, Target, ready};
 use crate::tmpfs::Tmpfs;
 
 /// Images that are restored.
-const INSTANTS: usize = 10;
+const INSTANTS: usize = 3;
 
 /// The tests, which belong to the programs.
 pub fn tests() -> Vec<Test> {
