@@ -12,6 +12,7 @@ pub mod runs;
 pub mod scan;
 pub mod server;
 pub mod uffd;
+mod watched;
 
 pub use lazy::LazyUffd;
 pub use packed::PagesFile;

@@ -92,10 +92,11 @@ impl Mapping {
         self.base.as_ptr() as u64
     }
 
-    /// Faults the first page in for reading.
-    pub(crate) fn read_first_byte(&self) -> u8 {
-        // SAFETY: the mapping is readable, at least a byte long, and lives as long as `self`.
-        unsafe { self.base.cast::<u8>().as_ptr().read_volatile() }
+    /// Faults a page in for reading, at `offset`, which must lie inside.
+    pub(crate) fn read(&self, offset: usize) -> u8 {
+        assert!(offset < self.len, "read outside of the mapping");
+        // SAFETY: just checked to be inside of a readable mapping, which lives as long as `self`.
+        unsafe { self.base.cast::<u8>().as_ptr().add(offset).read_volatile() }
     }
 
     /// Writes a byte at `offset`, which must lie inside.

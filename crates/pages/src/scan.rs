@@ -57,7 +57,7 @@ pub struct PageScanner {
     pagemap: File,
     page: u64,
     method: Method,
-    report: u64,
+    pub(crate) report: u64,
     zero_page: Option<u64>,
     /// Ranges without a page, from smaps; read once, only by the fallback on large ranges.
     empty: OnceLock<Vec<(u64, u64)>>,
@@ -97,10 +97,8 @@ const PAGEMAP_SCAN: libc::Ioctl = nix::request_code_readwrite!(b'f', 16, size_of
 
 /// Runs fetched per call.
 const BATCH: usize = 4096;
-/// Runs fetched per call that protects: what the kernel collects before it gives them out, so that `walk_end` is exact.
-const PROTECT_BATCH: usize = 512;
 /// `PM_SCAN_WP_MATCHING`: write-protect what is reported.
-const PM_SCAN_WP_MATCHING: u64 = 1;
+pub(crate) const PM_SCAN_WP_MATCHING: u64 = 1;
 /// Entries read per call: 256 KiB of pagemap, 128 MiB of memory.
 const ENTRIES: u64 = 32 * 1024;
 /// From this size on the fallback looks for empty mappings first.
@@ -117,10 +115,23 @@ pub(crate) const ENTRY_PRESENT: u64 = 1 << 63;
 
 /// What a scan selects, in the ioctl's terms: after flipping `inverted`, all of `all` and one of `any` must be set.
 #[derive(Clone, Copy)]
-struct Filter {
-    inverted: u64,
-    all: u64,
-    any: u64,
+pub(crate) struct Filter {
+    pub inverted: u64,
+    pub all: u64,
+    pub any: u64,
+}
+
+/// What a scan by the ioctl asks for.
+#[derive(Clone, Copy)]
+pub(crate) struct Scan {
+    /// Which pages.
+    pub filter: Filter,
+    /// The categories that are reported.
+    pub report: u64,
+    /// `PM_SCAN_*`.
+    pub flags: u64,
+    /// Runs fetched per call.
+    pub batch: usize,
 }
 
 impl Filter {
@@ -183,24 +194,6 @@ impl PageScanner {
         self
     }
 
-    /// As [`PageScanner::scan_each`] with [`Want::Anonymous`], but protects, with one and the same look, each page that was
-    /// written to, and tells no guard pages. Every mapping in the range is registered with an asynchronous userfaultfd
-    /// ([`crate::Uffd`]); others are passed over. `ErrorKind::Unsupported` without the ioctl.
-    pub fn scan_protect<E: From<io::Error>>(
-        &self,
-        start: u64,
-        end: u64,
-        mut each: impl FnMut(PageRun) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let (start, end) = self.outwards(start, end)?;
-        let Method::Ioctl { guard } = self.method else {
-            return Err(io::Error::from(io::ErrorKind::Unsupported).into());
-        };
-        let without = PFNZERO | if guard { GUARD } else { 0 };
-        let filter = Filter { inverted: without, all: without, any: PRESENT | SWAPPED };
-        self.scan_ioctl(start, end, filter, self.report | WRITTEN, PM_SCAN_WP_MATCHING, &mut each)
-    }
-
     /// The process whose pages are looked at.
     pub fn pid(&self) -> HostPid {
         self.pid
@@ -219,7 +212,7 @@ impl PageScanner {
     }
 
     /// Is there a page like this? `ErrorKind::Unsupported` without the ioctl.
-    fn any(&self, start: u64, end: u64, filter: Filter) -> io::Result<bool> {
+    pub(crate) fn any(&self, start: u64, end: u64, filter: Filter) -> io::Result<bool> {
         if !self.uses_ioctl() {
             return Err(io::ErrorKind::Unsupported.into());
         }
@@ -267,7 +260,8 @@ impl PageScanner {
         let report = |guard| self.report | if guard && tells_guards { GUARD } else { 0 };
         match self.method {
             Method::Ioctl { guard } => {
-                self.scan_ioctl(start, end, Filter::of(want, guard), report(guard), 0, &mut each)
+                let scan = Scan { filter: Filter::of(want, guard), report: report(guard), flags: 0, batch: BATCH };
+                self.scan_ioctl(start, end, scan, &mut each)
             }
             Method::Entries => {
                 let filter = Filter::of(want, true);
@@ -297,29 +291,30 @@ impl PageScanner {
             Ok::<(), io::Error>(())
         };
         match self.method {
-            Method::Ioctl { guard: true } => self.scan_ioctl(start, end, filter, GUARD, 0, &mut each),
+            Method::Ioctl { guard: true } => {
+                self.scan_ioctl(start, end, Scan { filter, report: GUARD, flags: 0, batch: BATCH }, &mut each)
+            }
             Method::Ioctl { guard: false } => Err(io::ErrorKind::Unsupported.into()),
             Method::Entries => self.scan_entries(start, end, filter, GUARD, &mut each),
         }
     }
 
-    fn outwards(&self, start: u64, end: u64) -> io::Result<(u64, u64)> {
+    pub(crate) fn outwards(&self, start: u64, end: u64) -> io::Result<(u64, u64)> {
         let mask = self.page - 1;
         let end = end.checked_add(mask).ok_or(io::ErrorKind::InvalidInput)? & !mask;
         let start = start & !mask;
         if start > end { Err(io::ErrorKind::InvalidInput.into()) } else { Ok((start, end)) }
     }
 
-    fn scan_ioctl<E: From<io::Error>>(
+    pub(crate) fn scan_ioctl<E: From<io::Error>>(
         &self,
         start: u64,
         end: u64,
-        filter: Filter,
-        report: u64,
-        flags: u64,
+        scan: Scan,
         each: &mut impl FnMut(PageRun) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut runs = vec![PageRun::default(); if flags == 0 { BATCH } else { PROTECT_BATCH }];
+        let Scan { filter, report, flags, batch } = scan;
+        let mut runs = vec![PageRun::default(); batch];
         let mut at = start;
         while at < end {
             let mut arg = PmScanArg {
@@ -496,7 +491,7 @@ fn zero_page_frame() -> Option<u64> {
     const KPF_ZERO_PAGE: u64 = 1 << 24;
     let page = page_size();
     let mapping = crate::probe::Mapping::anonymous(page as usize).ok()?;
-    mapping.read_first_byte();
+    mapping.read(0);
     let read_u64 = |path: &str, index: u64| {
         let mut bytes = [0; 8];
         let offset = index.checked_mul(8)?;

@@ -321,7 +321,7 @@ fn a_mapping_that_grows_together_with_a_moved_page_falls_out_of_its_watch() {
         scanner.scan_each(start, end, Want::PrivateAnon, &mut count).expect("scan");
         pages
     };
-    let protect = || scanner.scan_protect(start, end, |_| Ok::<_, std::io::Error>(())).expect("protect");
+    let protect = || scanner.scan_watched(start, end, true, |_| Ok::<_, std::io::Error>(())).expect("protect");
     let go = |from: *mut u8, to: *mut u8| {
         // SAFETY: both pages are in mappings of the test's own, into which no reference exists.
         let at = unsafe { libc::mremap(from.cast(), PAGE, PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
@@ -352,4 +352,78 @@ fn a_mapping_that_grows_together_with_a_moved_page_falls_out_of_its_watch() {
     assert_eq!(written(), 0);
     map.write(4);
     assert_eq!(written(), 1);
+}
+
+/// Each page of a mapping: what `Want::Anonymous` says of it, and whether it was written to.
+fn each_page(map: &Map, scan: impl FnOnce(&mut dyn FnMut(PageRun))) -> Vec<Option<u64>> {
+    let mut pages = vec![None; map.len / PAGE];
+    scan(&mut |run: PageRun| {
+        for (page, count) in map.pages(&[run]) {
+            let said = run.categories & (category::WRITTEN | category::GUARD);
+            // What is said of a guard page beside that it is one is of no interest.
+            let said = if said & category::GUARD != 0 { category::GUARD } else { said };
+            pages[page as usize..(page + count) as usize].fill(Some(said));
+        }
+    });
+    pages
+}
+
+/// Watched memory is looked at another way, which must come to the same.
+#[test]
+fn watched_memory_is_told_as_by_a_look_at_every_page() {
+    const TABLE: usize = 512;
+    const PAGES: usize = 70 * TABLE;
+    const MADV_GUARD_INSTALL: i32 = 102;
+    if Features::probe().userfaultfd_wp_async != Support::Yes {
+        return;
+    }
+    let watch = Uffd::own().expect("asynchronous protection");
+    let map = Map::anonymous(PAGES);
+    let scanner = PageScanner::open(HostPid::current()).expect("open").reporting_written();
+    let look = |protect| {
+        each_page(&map, |each| {
+            let each = |run| {
+                each(run);
+                Ok::<_, std::io::Error>(())
+            };
+            scanner.scan_watched(map.start(), map.end(), protect, each).expect("scan");
+        })
+    };
+    let expected = || {
+        each_page(&map, |each| {
+            let each = |run| {
+                each(run);
+                Ok::<_, std::io::Error>(())
+            };
+            scanner.scan_each(map.start(), map.end(), Want::Anonymous, each).expect("scan");
+        })
+    };
+    let write = |pages: &mut dyn Iterator<Item = usize>| pages.for_each(|page| map.write(page));
+    // Tables 20 to 24 and the last are never there.
+    write(&mut (0..20 * TABLE).chain(25 * TABLE..69 * TABLE));
+    watch.register(map.start(), map.end()).expect("register");
+    assert_eq!(look(true), expected().iter().map(|p| p.map(|_| category::WRITTEN)).collect::<Vec<_>>());
+    assert_eq!(look(false), expected(), "nothing was written to");
+    assert_eq!(expected().iter().flatten().sum::<u64>(), 0);
+    // One page, pages near to each other and far, a whole table, half of a window.
+    write(&mut [3, 700, 720, 900, 1500].into_iter().chain((3 * TABLE..8 * TABLE).step_by(2)));
+    write(&mut (10 * TABLE..11 * TABLE).chain(33 * TABLE..50 * TABLE));
+    // Gone: single pages, a whole table; one that came back; the zero page; a page in a table that was not there.
+    map.advise(5, 2, libc::MADV_DONTNEED);
+    map.advise(12 * TABLE, TABLE, libc::MADV_DONTNEED);
+    map.advise(60 * TABLE - 3, 2 * TABLE, libc::MADV_DONTNEED);
+    map.advise(40, 1, libc::MADV_DONTNEED);
+    map.write(40);
+    map.advise(50, 1, libc::MADV_DONTNEED);
+    map.read(50);
+    map.write(22 * TABLE + 9);
+    let guards = scanner.knows_guards() && map.advise(14 * TABLE + 3, 5, MADV_GUARD_INSTALL);
+    let all = expected();
+    assert!(all[3] == Some(category::WRITTEN) && all[4] == Some(0) && all[5].is_none() && all[50].is_none());
+    assert_eq!(all[14 * TABLE + 4], guards.then_some(category::GUARD).or(Some(0)));
+    assert_eq!(look(false), all);
+    assert_eq!(look(true), all, "the look that protects");
+    let clean: Vec<_> = all.iter().map(|page| page.map(|said| said & category::GUARD)).collect();
+    assert_eq!(expected(), clean, "what was told is protected again");
+    assert_eq!(look(true), clean);
 }

@@ -1,7 +1,7 @@
 //! Making the first process of a restored tree, and looking after processes that are ours to end.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use dormouse_kernel::HostPid;
@@ -86,6 +86,19 @@ pub fn kill_held(process: impl AsFd) -> io::Result<()> {
 pub fn kill(pid: HostPid) -> io::Result<()> {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.0), nix::sys::signal::Signal::SIGKILL)?;
     Ok(())
+}
+
+/// Helps a process that was killed to free its memory: this processor does part of what its own would do alone
+/// (process_mrelease(2), Linux 5.15). Where it cannot be, the process takes longer.
+pub fn help_free(pid: HostPid) {
+    // SAFETY: both take numbers.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0);
+        if fd >= 0 {
+            let fd = OwnedFd::from_raw_fd(fd as i32);
+            libc::syscall(libc::SYS_process_mrelease, fd.as_raw_fd(), 0);
+        }
+    }
 }
 
 /// Sends a signal by number.

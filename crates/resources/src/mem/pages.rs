@@ -264,10 +264,9 @@ pub fn dump_pages(
                 let walk = scanner.scan_each(range.start, range.end, want, |run| Ok::<_, Stopped>(dump.run(&run)?));
                 walk.map_err(why)?;
             }
-            Group::Protect(range) => {
-                let walk = scanner.scan_protect(range.start, range.end, |run| Ok::<_, Stopped>(dump.run(&run)?));
-                walk.map_err(why)?;
-                dump.guards(&scanner, range).map_err(scan_failed())?;
+            Group::Watched(range) => {
+                let each = |run: PageRun| Ok::<_, Stopped>(dump.run(&run)?);
+                scanner.scan_watched(range.start, range.end, increment.go_on, each).map_err(why)?;
             }
             Group::Guards(range) => dump.guards(&scanner, range).map_err(scan_failed())?,
         }
@@ -303,8 +302,8 @@ enum Group<'a> {
     AioRing(&'a Vma),
     /// A walk finds pages to save and guard pages. [`Want::Anonymous`] if all of it is anonymous memory.
     Walk(Range<u64>, Want),
-    /// As a walk, over one mapping, whose pages are then protected to tell later writes.
-    Protect(Range<u64>),
+    /// As a walk, over one mapping whose writes are told; if they are to be from now on, its pages are protected.
+    Watched(Range<u64>),
     /// A walk finds guard pages only.
     Guards(Range<u64>),
 }
@@ -329,8 +328,8 @@ fn groups<'a>(
             groups.push(Group::Vdso(v));
         } else if *kind == Kind::AioRing {
             groups.push(Group::AioRing(v));
-        } else if is_saved(v, *kind) && registered(v, *kind)? && increment.go_on {
-            groups.push(Group::Protect(v.start..v.end));
+        } else if is_saved(v, *kind) && registered(v, *kind)? && (increment.go_on || v.len() >= LARGE) {
+            groups.push(Group::Watched(v.start..v.end));
         } else if !is_saved(v, *kind) && may_have_guards(*kind) && v.len() >= LARGE {
             groups.push(Group::Guards(v.start..v.end));
         } else if is_saved(v, *kind) || may_have_guards(*kind) {

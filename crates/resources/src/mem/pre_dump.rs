@@ -12,7 +12,7 @@ use dormouse_images::{ImageDir, ImageKind};
 use dormouse_infect::cancel;
 use dormouse_kernel::HostPid;
 use dormouse_pages::runs::{PE_PARENT, PE_PRESENT};
-use dormouse_pages::{PageRun, Want};
+use dormouse_pages::{PageRun, Want, category};
 
 use super::gather::Gather;
 use super::increment::{Increment, Registered, Watch};
@@ -58,7 +58,9 @@ impl Snapshot {
             };
             match &increment.watch {
                 Some(Watch::Protection(_)) if increment.register(&scanner, v, *kind)? == Registered::Yes => {
-                    scanner.scan_protect(v.start, v.end, &mut each).map_err(failed())?;
+                    // Guard pages are left to the dump, as all that is no page to save.
+                    let each = |run: PageRun| if run.categories & category::GUARD == 0 { each(run) } else { Ok(()) };
+                    scanner.scan_watched(v.start, v.end, true, each).map_err(failed())?;
                 }
                 Some(Watch::SoftDirty) => {
                     let want =
