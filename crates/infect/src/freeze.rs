@@ -186,16 +186,16 @@ impl Tree {
         if let Some(freezer) = self.freezer.take() {
             freezer.leave();
         }
-        for task in &self.tasks {
-            if !task.zombie {
-                // SAFETY: sends a signal.
-                unsafe { libc::kill(task.pid.0, libc::SIGKILL) };
-            }
-        }
-        // A gigabyte takes one processor 80 ms to free. Those that are many do so side by side anyway.
+        // A gigabyte takes one processor 80 ms to free. Processes that are many do so side by side anyway.
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        if self.tasks.len() < processors {
-            self.tasks.iter().filter(|task| !task.zombie).for_each(|task| process::help_free(task.pid));
+        let alive = self.tasks.iter().filter(|task| !task.zombie).map(|task| task.pid);
+        let size = |pid: &HostPid| stat::read(*pid).map_or(0, |s| s.rss);
+        let helped = if self.tasks.len() < processors { alive.clone().max_by_key(size) } else { None };
+        for pid in alive.filter(|pid| Some(*pid) != helped) {
+            let _ = process::kill(pid);
+        }
+        if let Some(pid) = helped {
+            let _ = process::kill_and_help(pid);
         }
         for task in self.tasks.drain(..) {
             for t in task.threads.into_iter().rev() {

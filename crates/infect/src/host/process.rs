@@ -88,17 +88,23 @@ pub fn kill(pid: HostPid) -> io::Result<()> {
     Ok(())
 }
 
-/// Helps a process that was killed to free its memory: this processor does part of what its own would do alone
-/// (process_mrelease(2), Linux 5.15). Where it cannot be, the process takes longer.
-pub fn help_free(pid: HostPid) {
-    // SAFETY: both take numbers.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0);
-        if fd >= 0 {
-            let fd = OwnedFd::from_raw_fd(fd as i32);
-            libc::syscall(libc::SYS_process_mrelease, fd.as_raw_fd(), 0);
-        }
+/// Sends SIGKILL, and helps the process to free its memory: this processor does part of what its own would do alone
+/// (process_mrelease(2), Linux 5.15). Where it cannot be helped, or is quicker, it ends all the same.
+///
+/// # Errors
+/// As of [`kill`].
+pub fn kill_and_help(pid: HostPid) -> io::Result<()> {
+    // SAFETY: it takes numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) };
+    // SAFETY: the descriptor is new.
+    let process = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) });
+    kill(pid)?;
+    if let Some(process) = process {
+        // At once: a process that has let go of its memory cannot be helped any more.
+        // SAFETY: it takes numbers.
+        unsafe { libc::syscall(libc::SYS_process_mrelease, process.as_raw_fd(), 0) };
     }
+    Ok(())
 }
 
 /// Sends a signal by number.
