@@ -3,7 +3,7 @@
 use dormouse_infect::freeze;
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::{stat, tree};
-use dormouse_kernel::{HostPid, side_by_side};
+use dormouse_kernel::{HostPid, both, side_by_side};
 use dormouse_resources::ns::{self, Visit};
 use dormouse_resources::{Blocker, DumpOptions, ResourceError, fd, mem, task};
 
@@ -11,6 +11,9 @@ use crate::{DumpError, describe};
 
 /// In `flags` of `/proc/PID/stat` (include/linux/sched.h).
 const PF_EXITING: u64 = 0x4;
+
+/// From so many threads on, they and the memory of a process are looked at side by side.
+const MANY: u32 = 256;
 
 /// See [`crate::blockers`].
 pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, DumpError> {
@@ -87,8 +90,10 @@ fn of_one(
     if leader.state == b'Z' {
         return Ok(Vec::new());
     }
-    let mut found = task::blockers_of(pid, leader, options)?;
-    let (blockers, mappings) = mem::blockers_and_mappings(pid)?;
+    let (task, memory) = (|| task::blockers_of(pid, leader, options), || mem::blockers_and_mappings(pid));
+    // Each thread has a stack, so that there are as many mappings.
+    let (task, memory) = if leader.threads >= MANY { both(task, memory) } else { (task(), memory()) };
+    let (mut found, (blockers, mappings)) = (task?, memory?);
     found.extend(blockers);
     found.extend(fd::blockers_among(pid, &mappings, options, members)?);
     Ok(found)

@@ -38,6 +38,18 @@ pub fn side_by_side<T: Sync, R: Send>(items: &[T], ask: impl Fn(&T) -> R + Sync)
     all.into_iter().flat_map(|(_, answers)| answers).collect()
 }
 
+/// What two questions answer, of which each takes long.
+pub fn both<A: Send, B>(first: impl FnOnce() -> A + Send, second: impl FnOnce() -> B) -> (A, B) {
+    if processors() == 1 {
+        return (first(), second());
+    }
+    thread::scope(|scope| {
+        let first = scope.spawn(first);
+        let second = second();
+        (first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), second)
+    })
+}
+
 /// How many threads are worth having. The standard library reads the limits of control groups for each answer.
 fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
@@ -47,6 +59,12 @@ fn processors() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_of_two_questions_is_answered() {
+        let words = ["one".to_owned(), "two".to_owned()];
+        assert_eq!(both(|| words[0].len() + 4, || words.concat()), (7, "onetwo".to_owned()));
+    }
 
     #[test]
     fn answers_come_in_the_order_of_the_questions() {
