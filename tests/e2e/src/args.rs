@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 const USAGE: &str =
-    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|real|servers|refuse|kill|damage|exchange|service|concurrent|live]...
+    "usage: dormouse-e2e [--bin PATH] [--programs DIR] [--group programs|pages|real|servers|refuse|kill|damage|exchange|service|concurrent|live]...
     [--filter SUBSTR]... [--list] [--jobs N] [--iters N] [--expect-skips FILE] [--peer PATH] [--kill N] [--damage N]
     [--seed N] [--work DIR] [--keep] [--cc COMPILER] [--as-criu] [--part sleep|wake]
   --bin      the binary under test (default: $DORMOUSE_BIN, or dormouse beside this program)
@@ -18,8 +18,10 @@ const USAGE: &str =
 /// A family of tests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Group {
-    /// The C programs, one behaviour each.
+    /// The C programs, one behaviour each, and what depends on the kernel and the processor like they do.
     Programs,
+    /// Other ways of writing pages and of bringing them back: the same on every kernel and processor.
+    Pages,
     /// Programs of the machine, dumped in the middle of their work.
     Real,
     /// Servers of the machine with clients at work.
@@ -41,8 +43,9 @@ pub enum Group {
 }
 
 impl Group {
-    const ALL: [(&'static str, Self); 10] = [
+    const ALL: [(&'static str, Self); 11] = [
         ("programs", Self::Programs),
+        ("pages", Self::Pages),
         ("real", Self::Real),
         ("servers", Self::Servers),
         ("refuse", Self::Refuse),

@@ -107,14 +107,14 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(rootless::tests())
                     .chain(stopped::tests())
                     .chain(lazy::tests())
-                    .chain(working_set::tests())
                     .chain(networks::tests())
                     .chain(lazy_dump::tests())
-                    .chain(stream::tests())
-                    .chain(packed::tests())
-                    .chain(direct::tests())
-                    .chain(early::tests()),
+                    .chain(stream::tests()),
             ),
+            Group::Pages => {
+                let ways = packed::tests().into_iter().chain(direct::tests());
+                tests.extend(ways.chain(early::tests()).chain(working_set::tests()));
+            }
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
             Group::Refuse => tests.extend(refuse::tests().into_iter().chain(cpu::tests())),
