@@ -6,13 +6,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use dormouse_blob_abi::{OpKind, Policy};
+use dormouse_blob_abi::{OpKind, PAGE, Policy};
 use dormouse_images::ImageDir;
 use dormouse_infect::arena::Batch;
 use dormouse_infect::host::process::read_pieces;
 use dormouse_infect::parasite::Parasite;
 use dormouse_infect::{InfectError, cancel};
-use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_kernel::{HostPid, TargetFd, both};
 use dormouse_pages::direct::is_unshared;
 use dormouse_sys::nr;
 
@@ -24,6 +24,8 @@ use crate::{Result, call, unwritten};
 
 /// Bytes that are copied at once where the target does not do it.
 const BUFFER: usize = 256 << 10;
+/// From this many bytes on, a second thread is worth the time that it takes to start.
+const LARGE: u64 = 2 << 20;
 /// Up to this many bytes are copied by this program in any case: asking the target takes longer.
 const FEW: u64 = 256 << 10;
 
@@ -282,12 +284,34 @@ impl<'a, 'p> Copier<'a, 'p> {
     /// faster, pins pages, and so would make copies of those (`FOLL_PIN`, Linux 5.19).
     fn fetch(&self, chunk: &Chunk, into: &mut [u8]) -> io::Result<()> {
         if chunk.len > FEW && self.is_unshared(chunk)? {
-            return read_pieces(self.pid, chunk.pieces().map(|(addr, len, _)| (addr, len as usize)), into);
+            return self.fetch_unshared(chunk, into);
         }
         chunk.pieces().try_for_each(|(addr, len, offset)| {
             let at = (offset - chunk.offset) as usize;
             self.memory.read_exact_at(&mut into[at..at + len as usize], addr)
         })
+    }
+
+    /// Reads a chunk of pages that are the process's own: a large one on two processors, since the process waits for it.
+    fn fetch_unshared(&self, chunk: &Chunk, into: &mut [u8]) -> io::Result<()> {
+        let middle = if chunk.len >= LARGE { chunk.len / 2 & !(PAGE - 1) } else { chunk.len };
+        let (first, second) = into.split_at_mut(middle as usize);
+        let middle = chunk.offset + middle;
+        let before = |(addr, len, offset): (u64, u64, u64)| (addr, len.min(middle.saturating_sub(offset)) as usize);
+        let behind = |(addr, len, offset): (u64, u64, u64)| {
+            let skipped = len.min(middle.saturating_sub(offset));
+            (addr + skipped, (len - skipped) as usize)
+        };
+        let pid = self.pid;
+        let read = |pieces: &mut dyn Iterator<Item = (u64, usize)>, into: &mut [u8]| {
+            read_pieces(pid, pieces.filter(|(_, len)| *len > 0), into)
+        };
+        if second.is_empty() {
+            return read(&mut chunk.pieces().map(before), first);
+        }
+        let halves =
+            both(|| read(&mut chunk.pieces().map(before), first), || read(&mut chunk.pieces().map(behind), second));
+        halves.0.and(halves.1)
     }
 
     fn is_unshared(&self, chunk: &Chunk) -> io::Result<bool> {
