@@ -294,7 +294,7 @@ impl<'a, 'p> Copier<'a, 'p> {
 
     /// Reads a chunk of pages that are the process's own: a large one on two processors, since the process waits for it.
     fn fetch_unshared(&self, chunk: &Chunk, into: &mut [u8]) -> io::Result<()> {
-        let middle = if chunk.len >= LARGE { chunk.len / 2 & !(PAGE - 1) } else { chunk.len };
+        let middle = if chunk.len >= LARGE { (chunk.len / 2) & !(PAGE - 1) } else { chunk.len };
         let (first, second) = into.split_at_mut(middle as usize);
         let middle = chunk.offset + middle;
         let before = |(addr, len, offset): (u64, u64, u64)| (addr, len.min(middle.saturating_sub(offset)) as usize);
