@@ -8,7 +8,7 @@ use std::time::Duration;
 use dormouse_kernel::ids::HostPid;
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::{misc, stat, tree};
-use dormouse_kernel::side_by_side;
+use dormouse_kernel::{processors, side_by_side};
 
 use crate::freezer::Freezer;
 use crate::host::process;
@@ -187,10 +187,9 @@ impl Tree {
             freezer.leave();
         }
         // A gigabyte takes one processor 80 ms to free. Processes that are many do so side by side anyway.
-        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let alive = self.tasks.iter().filter(|task| !task.zombie).map(|task| task.pid);
         let size = |pid: &HostPid| stat::read(*pid).map_or(0, |s| s.rss);
-        let helped = if self.tasks.len() < processors { alive.clone().max_by_key(size) } else { None };
+        let helped = if self.tasks.len() < processors() { alive.clone().max_by_key(size) } else { None };
         for pid in alive.filter(|pid| Some(*pid) != helped) {
             let _ = process::kill(pid);
         }

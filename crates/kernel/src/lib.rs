@@ -16,4 +16,4 @@ pub use features::{CapSet, Features, Support};
 pub use ids::{HostPid, NsPid, TargetAddr, TargetFd};
 pub use proc::ProcError;
 pub use session::Session;
-pub use side_by_side::{both, side_by_side};
+pub use side_by_side::{both, processors, side_by_side};

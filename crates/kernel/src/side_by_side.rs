@@ -1,7 +1,7 @@
 //! Looking at many things on all processors: the order of the answers is that of the questions.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
 /// Fewer things than this are not worth a thread.
@@ -43,15 +43,25 @@ pub fn both<A: Send, B>(first: impl FnOnce() -> A + Send, second: impl FnOnce() 
     if processors() == 1 {
         return (first(), second());
     }
+    // Where there can be no thread, it is asked here.
+    let first = Mutex::new(Some(first));
+    let ask = || {
+        let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        first.map(|ask| ask())
+    };
     thread::scope(|scope| {
-        let first = scope.spawn(first);
+        let thread = thread::Builder::new().spawn_scoped(scope, ask).ok();
         let second = second();
-        (first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), second)
+        let first = match thread {
+            Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            None => ask(),
+        };
+        (first.expect("it is asked once"), second)
     })
 }
 
 /// How many threads are worth having. The standard library reads the limits of control groups for each answer.
-fn processors() -> usize {
+pub fn processors() -> usize {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     *PROCESSORS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from).min(MOST))
 }
