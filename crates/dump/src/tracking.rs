@@ -13,7 +13,7 @@ use dormouse_infect::keeper::{self, Item, Keeper};
 use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::stat;
 use dormouse_kernel::{Features, HostPid, Session, Support};
-use dormouse_pages::{ProbeFeatures as _, Uffd};
+use dormouse_pages::{PageScanner, ProbeFeatures as _, Uffd};
 use dormouse_resources::checkpoint::optional;
 use dormouse_resources::mem::{self, Increment, PageIds, Watch};
 use dormouse_resources::pages_image;
@@ -93,6 +93,7 @@ impl Tracking {
         }
         if method == Method::Protection {
             raise_limit();
+            PageScanner::try_out();
         }
         let mut before = None;
         if let Some(path) = &chain.before {
@@ -127,13 +128,22 @@ impl Tracking {
         }
         let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
         let known = self.before.as_mut().and_then(|b| b.keeper.take());
-        let known = known.into_iter().collect::<Vec<_>>();
-        let is_known = |keeper: &Keeper| known.iter().any(|k| k.pid() == keeper.pid());
-        let strays: Vec<Keeper> =
-            Keeper::all_of(&self.keepers, &pids).into_iter().filter(|keeper| !is_known(keeper)).collect();
-        for keeper in known.into_iter().chain(strays) {
+        let is_known = |keeper: &Keeper| known.as_ref().is_some_and(|k| k.pid() == keeper.pid());
+        let strays = Keeper::all_of(&self.keepers, &pids).into_iter().filter(|keeper| !is_known(keeper));
+        let what = |keeper: &Keeper| {
             let what = format!("cannot end pid {}, which watches writes for the dump before", keeper.pid());
-            keeper.end().map_err(|cause| DumpError::Call { what, cause })?;
+            |cause| DumpError::Call { what, cause }
+        };
+        for keeper in strays {
+            let failed = what(&keeper);
+            keeper.end().map_err(failed)?;
+        }
+        if let Some(keeper) = known {
+            let failed = what(&keeper);
+            // Where we hold all that it does, to use it further, nobody has to wait until it is gone.
+            let all = self.before.as_ref().is_some_and(|b| b.kept.len() == keeper.count());
+            let ended = if all { keeper.kill() } else { keeper.end() };
+            ended.map_err(failed)?;
         }
         Ok(())
     }

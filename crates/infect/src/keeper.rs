@@ -15,6 +15,7 @@ use dormouse_kernel::{HostPid, TargetFd};
 
 use crate::host::fd::{pidfd_getfd, pidfd_open};
 use crate::host::mem::new_memfd;
+use crate::host::process::kill_held;
 
 /// Name of the process.
 const COMM: &CStr = c"dormouse-keep";
@@ -228,24 +229,29 @@ impl Keeper {
         rows.filter_map(item).collect()
     }
 
+    /// How many processes it watches, or did while they ran.
+    pub fn count(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Has it end, without waiting for that.
+    ///
+    /// # Errors
+    /// It may not be signalled.
+    pub fn kill(&self) -> io::Result<()> {
+        match kill_held(&self.handle) {
+            // It has ended already.
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            killed => killed,
+        }
+    }
+
     /// Ends it and waits until its descriptors are closed.
     ///
     /// # Errors
     /// It may not be signalled.
     pub fn end(self) -> io::Result<()> {
-        // SAFETY: signals the process behind a handle, which cannot be another one by now.
-        let r = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.handle.as_raw_fd(),
-                libc::SIGKILL,
-                std::ptr::null::<u8>(),
-                0,
-            )
-        };
-        if r < 0 && io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH) {
-            return Err(io::Error::last_os_error());
-        }
+        self.kill()?;
         let mut wait = libc::pollfd { fd: self.handle.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: polls one descriptor of ours, for two seconds at most.
         unsafe { libc::poll(&mut wait, 1, 2000) };

@@ -28,6 +28,11 @@ const UNMARKED: Scan =
     Scan { filter: Filter { inverted: 0, all: WRITTEN, any: 0 }, report: WRITTEN, flags: 0, batch: 512 };
 
 impl PageScanner {
+    /// Tries now what [`PageScanner::scan_watched`] tries at its first call in a run, where a process may be waiting for it.
+    pub fn try_out() {
+        tells_unmarked();
+    }
+
     /// The pages of one mapping that an asynchronous userfaultfd watches ([`crate::Uffd`]): those that
     /// [`crate::Want::Anonymous`] asks for, with [`crate::category::WRITTEN`] if they were written to, and guard pages. With
     /// `protect` each page that was written to is protected again, with one and the same look. Runs of pages ascend, and so do
