@@ -129,21 +129,15 @@ impl Tracking {
         let pids: Vec<HostPid> = tree.tasks.iter().filter(|t| !t.zombie).map(|t| t.pid).collect();
         let known = self.before.as_mut().and_then(|b| b.keeper.take());
         let is_known = |keeper: &Keeper| known.as_ref().is_some_and(|k| k.pid() == keeper.pid());
-        let strays = Keeper::all_of(&self.keepers, &pids).into_iter().filter(|keeper| !is_known(keeper));
-        let what = |keeper: &Keeper| {
+        let strays: Vec<Keeper> =
+            Keeper::all_of(&self.keepers, &pids).into_iter().filter(|keeper| !is_known(keeper)).collect();
+        // Where we hold all that one does, to use it further, nobody has to wait until it is gone.
+        let holds_all = |keeper: &Keeper| self.before.as_ref().is_some_and(|b| b.kept.len() == keeper.count());
+        let known = known.into_iter().map(|keeper| (!holds_all(&keeper), keeper));
+        for (wait, keeper) in known.chain(strays.into_iter().map(|keeper| (true, keeper))) {
             let what = format!("cannot end pid {}, which watches writes for the dump before", keeper.pid());
-            |cause| DumpError::Call { what, cause }
-        };
-        for keeper in strays {
-            let failed = what(&keeper);
-            keeper.end().map_err(failed)?;
-        }
-        if let Some(keeper) = known {
-            let failed = what(&keeper);
-            // Where we hold all that it does, to use it further, nobody has to wait until it is gone.
-            let all = self.before.as_ref().is_some_and(|b| b.kept.len() == keeper.count());
-            let ended = if all { keeper.kill() } else { keeper.end() };
-            ended.map_err(failed)?;
+            let ended = if wait { keeper.end() } else { keeper.kill() };
+            ended.map_err(|cause| DumpError::Call { what, cause })?;
         }
         Ok(())
     }

@@ -135,7 +135,10 @@ pub(crate) struct Scan {
 }
 
 impl Filter {
-    fn of(want: Want, guard: bool) -> Filter {
+    /// Guard pages.
+    pub(crate) const GUARDS: Filter = Filter { inverted: 0, all: GUARD, any: GUARD };
+
+    pub(crate) fn of(want: Want, guard: bool) -> Filter {
         // Guard markers count as swapped, so they have to be left out by name.
         let guard = if guard { GUARD } else { 0 };
         let without = match want {
@@ -285,7 +288,7 @@ impl PageScanner {
     /// cannot tell them (6.7 to 6.14); before 6.7 there are none. Without the ioctl it relies on bit 58 of the entries.
     pub fn scan_guard(&self, start: u64, end: u64, out: &mut Vec<PageRun>) -> io::Result<()> {
         let (start, end) = self.outwards(start, end)?;
-        let filter = Filter { inverted: 0, all: GUARD, any: GUARD };
+        let filter = Filter::GUARDS;
         let mut each = |run| {
             push_merged(out, run);
             Ok::<(), io::Error>(())

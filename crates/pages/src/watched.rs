@@ -13,8 +13,8 @@ use dormouse_kernel::HostPid;
 
 use crate::probe::Mapping;
 use crate::runs::PageRun;
-use crate::scan::category::{GUARD, PFNZERO, PRESENT, SWAPPED, WRITTEN};
-use crate::scan::{Filter, PM_SCAN_WP_MATCHING, PageScanner, Scan, page_size};
+use crate::scan::category::{GUARD, PRESENT, SWAPPED, WRITTEN};
+use crate::scan::{Filter, PM_SCAN_WP_MATCHING, PageScanner, Scan, Want, page_size};
 use crate::uffd::Uffd;
 
 /// Bytes that are looked at together.
@@ -23,9 +23,11 @@ const WINDOW: u64 = 64 << 20;
 const TABLE: u64 = 2 << 20;
 /// Fewer pages than this between two others that are looked at closely are so, too: cheaper than a call for each.
 const NEAR: u64 = 64;
+/// Runs fetched per call: what the kernel collects before it gives them out, so that `walk_end` is exact where it protects.
+const BATCH: usize = 512;
 /// Pages that carry no mark. The short way is taken for exactly this question and this report.
 const UNMARKED: Scan =
-    Scan { filter: Filter { inverted: 0, all: WRITTEN, any: 0 }, report: WRITTEN, flags: 0, batch: 512 };
+    Scan { filter: Filter { inverted: 0, all: WRITTEN, any: 0 }, report: WRITTEN, flags: 0, batch: BATCH };
 
 impl PageScanner {
     /// Tries now what [`PageScanner::scan_watched`] tries at its first call in a run, where a process may be waiting for it.
@@ -128,25 +130,20 @@ impl PageScanner {
         protect: bool,
         each: &mut impl FnMut(PageRun) -> Result<(), E>,
     ) -> Result<(), E> {
-        let guard = if self.knows_guards() { GUARD } else { 0 };
-        let any = PRESENT | SWAPPED;
+        let (start, end, guards) = (range.start, range.end, self.knows_guards());
+        let guard = if guards { GUARD } else { 0 };
         let report = self.report | WRITTEN;
         if !protect {
-            let filter = Filter { inverted: PFNZERO, all: PFNZERO, any };
-            let scan = Scan { filter, report: report | guard, flags: 0, batch: 512 };
-            return self.scan_ioctl(range.start, range.end, scan, each);
+            let filter = Filter::of(Want::Anonymous, guards);
+            return self.scan_ioctl(start, end, Scan { filter, report: report | guard, flags: 0, batch: BATCH }, each);
         }
         // The marks of guard pages are not to be touched.
-        if guard != 0 {
-            let filter = Filter { inverted: 0, all: GUARD, any: GUARD };
-            let scan = Scan { filter, report: GUARD, flags: 0, batch: 512 };
-            self.scan_ioctl(range.start, range.end, scan, each)?;
+        if guards {
+            let scan = Scan { filter: Filter::GUARDS, report: GUARD, flags: 0, batch: BATCH };
+            self.scan_ioctl(start, end, scan, each)?;
         }
-        let without = PFNZERO | guard;
-        let filter = Filter { inverted: without, all: without, any };
-        // The kernel collects so many runs before it gives them out, so that `walk_end` is exact.
-        let scan = Scan { filter, report, flags: PM_SCAN_WP_MATCHING, batch: 512 };
-        self.scan_ioctl(range.start, range.end, scan, each)
+        let filter = Filter::of(Want::PrivateAnon, guards);
+        self.scan_ioctl(start, end, Scan { filter, report, flags: PM_SCAN_WP_MATCHING, batch: BATCH }, each)
     }
 }
 

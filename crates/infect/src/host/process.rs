@@ -1,13 +1,14 @@
 //! Making the first process of a restored tree, and looking after processes that are ours to end.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::time::{Duration, Instant};
 
 use dormouse_kernel::HostPid;
 use dormouse_kernel::proc::stat;
 use dormouse_sys::arch;
 
+use super::fd::pidfd_open;
 use crate::arena::Arena;
 
 /// All signals blocked in this thread until dropped: a child made meanwhile starts with all of them blocked. Those that the
@@ -94,12 +95,9 @@ pub fn kill(pid: HostPid) -> io::Result<()> {
 /// # Errors
 /// As of [`kill`].
 pub fn kill_and_help(pid: HostPid) -> io::Result<()> {
-    // SAFETY: it takes numbers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, 0) };
-    // SAFETY: the descriptor is new.
-    let process = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) });
+    let process = pidfd_open(pid);
     kill(pid)?;
-    if let Some(process) = process {
+    if let Ok(process) = process {
         // At once: a process that has let go of its memory cannot be helped any more.
         // SAFETY: it takes numbers.
         unsafe { libc::syscall(libc::SYS_process_mrelease, process.as_raw_fd(), 0) };

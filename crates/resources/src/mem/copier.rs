@@ -294,23 +294,20 @@ impl<'a, 'p> Copier<'a, 'p> {
 
     /// Reads a chunk of pages that are the process's own: a large one on two processors, since the process waits for it.
     fn fetch_unshared(&self, chunk: &Chunk, into: &mut [u8]) -> io::Result<()> {
-        let middle = if chunk.len >= LARGE { (chunk.len / 2) & !(PAGE - 1) } else { chunk.len };
-        let (first, second) = into.split_at_mut(middle as usize);
-        let middle = chunk.offset + middle;
-        let before = |(addr, len, offset): (u64, u64, u64)| (addr, len.min(middle.saturating_sub(offset)) as usize);
-        let behind = |(addr, len, offset): (u64, u64, u64)| {
-            let skipped = len.min(middle.saturating_sub(offset));
-            (addr + skipped, (len - skipped) as usize)
-        };
         let pid = self.pid;
-        let read = |pieces: &mut dyn Iterator<Item = (u64, usize)>, into: &mut [u8]| {
-            read_pieces(pid, pieces.filter(|(_, len)| *len > 0), into)
-        };
-        if second.is_empty() {
-            return read(&mut chunk.pieces().map(before), first);
+        if chunk.len < LARGE {
+            return read_pieces(pid, chunk.pieces().map(|(addr, len, _)| (addr, len as usize)), into);
         }
+        let half = (chunk.len / 2) & !(PAGE - 1);
+        let (first, second) = into.split_at_mut(half as usize);
+        // How much of each piece belongs to the first half.
+        let cut =
+            |(addr, len, offset): (u64, u64, u64)| (addr, len, len.min((chunk.offset + half).saturating_sub(offset)));
+        let before = chunk.pieces().map(cut).map(|(addr, _, part)| (addr, part as usize));
+        let behind = chunk.pieces().map(cut).map(|(addr, len, part)| (addr + part, (len - part) as usize));
+        let there = |piece: &(u64, usize)| piece.1 > 0;
         let halves =
-            both(|| read(&mut chunk.pieces().map(before), first), || read(&mut chunk.pieces().map(behind), second));
+            both(|| read_pieces(pid, before.filter(there), first), || read_pieces(pid, behind.filter(there), second));
         halves.0.and(halves.1)
     }
 
