@@ -1,4 +1,4 @@
-//! The cases, and one round of one: dump and leave running, dump and end, restore.
+//! The cases, and one round of one: dump and leave running, dump and end, restore; of a server, dump it under load.
 
 use std::fs;
 use std::io::Write as _;
@@ -11,8 +11,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::hog::Hog;
+use super::redis::{self, Redis};
+use crate::cmd;
 
-/// One program to measure, as `tests/bench/hog.c` takes it.
+/// One program to measure, most of them as `tests/bench/hog.c` takes it.
 #[derive(Debug)]
 pub struct Case {
     /// Its name in results.
@@ -21,6 +23,8 @@ pub struct Case {
     pub title: &'static str,
     /// Megabytes of data.
     pub mb: u64,
+    /// A redis-server with so much data, under load.
+    pub server: bool,
     /// Untouched megabytes behind each megabyte of data.
     pub gap: u64,
     /// Threads.
@@ -32,7 +36,7 @@ pub struct Case {
 }
 
 const fn case(name: &'static str, title: &'static str, mb: u64) -> Case {
-    Case { name, title, mb, gap: 0, threads: 1, processes: 1, slow: false }
+    Case { name, title, mb, server: false, gap: 0, threads: 1, processes: 1, slow: false }
 }
 
 /// All of them.
@@ -41,12 +45,22 @@ pub const CASES: &[Case] = &[
     case("100mb", "100 MB", 100),
     Case { gap: 10_000, ..case("sparse", "100 MB in a mapping of 1 TB", 100) },
     case("1gb", "1 GB", 1024),
+    Case { slow: true, ..case("4gb", "4 GB", 4096) },
     Case { slow: true, ..case("8gb", "8 GB", 8192) },
     Case { threads: 1000, ..case("1000-threads", "1,000 threads", 4) },
     Case { threads: 10_000, slow: true, ..case("10000-threads", "10,000 threads", 4) },
     Case { processes: 100, ..case("100-processes", "100 processes", 4) },
     Case { processes: 1000, slow: true, ..case("1000-processes", "1,000 processes", 4) },
+    Case { server: true, ..case("redis", "redis-server with 1 GB under load", 1024) },
 ];
+
+impl Case {
+    /// What it needs and is not installed.
+    pub fn missing(&self) -> Option<&'static str> {
+        let needed = if self.server { redis::PROGRAMS } else { &[] };
+        needed.iter().copied().find(|program| !cmd::have(program))
+    }
+}
 
 /// A binary that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,6 +103,9 @@ pub enum Measure {
     DumpMemory,
     /// Peak memory of a restore.
     RestoreMemory,
+    /// How much less a server does than undisturbed, from the start of a dump that leaves it running until its end: a live dump,
+    /// where the tool has one.
+    Lost,
 }
 
 impl Measure {
@@ -103,6 +120,7 @@ impl Measure {
             Self::Restore => "restore",
             Self::DumpMemory => "dump-memory",
             Self::RestoreMemory => "restore-memory",
+            Self::Lost => "throughput-lost",
         }
     }
 
@@ -112,6 +130,7 @@ impl Measure {
             Self::Frozen | Self::FrozenLive | Self::FrozenIncremental => "ms",
             Self::Dump | Self::Restore | Self::FirstStep => "ms",
             Self::DumpMemory | Self::RestoreMemory => "MB",
+            Self::Lost => "%",
         }
     }
 }
@@ -148,13 +167,15 @@ impl Bench<'_> {
     /// # Errors
     /// A dump or a restore fails, or the program does not go on.
     pub fn round(&self, case: &Case, verify: bool) -> Result<Vec<(Measure, f64)>> {
+        if case.server {
+            return self.served(case);
+        }
         let images = self.dir.join(IMAGES);
         fresh(&images)?;
         let mut hog = Hog::start(self.hog, self.dir, case)?;
         let pid = hog.pid().to_string();
         let mut figures = Vec::new();
-        let live: &[&str] = if self.own { &["--live"] } else { &[] };
-        for (measure, more) in [(Measure::Frozen, &[][..]), (Measure::FrozenLive, live)] {
+        for (measure, more) in [(Measure::Frozen, &[][..]), (Measure::FrozenLive, self.live())] {
             let dump = [&["dump", "-t", &pid, "--leave-running"], more].concat();
             figures.push((measure, self.frozen_ms(&hog, case, &images, &dump)?));
             fresh(&images)?;
@@ -199,6 +220,27 @@ impl Bench<'_> {
             (Measure::RestoreMemory, restore.mb),
         ]);
         Ok(figures)
+    }
+
+    fn live(&self) -> &'static [&'static str] {
+        if self.own { &["--live"] } else { &[] }
+    }
+
+    /// One round of a server under load.
+    fn served(&self, case: &Case) -> Result<Vec<(Measure, f64)>> {
+        let images = self.dir.join(IMAGES);
+        fresh(&images)?;
+        let mut redis = Redis::start(self.dir, case.mb)?;
+        let pid = redis.pid().to_string();
+        let undisturbed = redis.undisturbed()?;
+        // What the dump writes, and what the server copies of the memory that it shares with the copy of itself.
+        warm_cache(self.dir, case.mb)?;
+        warm_memory(case.mb);
+        let dump = [&["dump", "-t", &pid, "--leave-running", "--tcp-established"], self.live()].concat();
+        let dumped = redis.throughput(|| self.timed(&images, &dump).map(drop))?;
+        drop(redis);
+        fresh(&images)?;
+        Ok(vec![(Measure::Lost, 100.0 * (1.0 - dumped / undisturbed))])
     }
 
     /// How long the program stands still during this dump, as it sees it itself.

@@ -1,0 +1,147 @@
+//! A server under load: how much of its throughput it loses while it is dumped and goes on running.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cmd;
+
+/// What has to be installed.
+pub const PROGRAMS: &[&str] = &["redis-server", "redis-benchmark", "setsid"];
+
+/// How long its throughput is measured when nothing disturbs it.
+const UNDISTURBED: Duration = Duration::from_secs(3);
+
+/// How long anything is waited for; a server may stand still for a whole dump.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Bytes of a value: with what the server adds, a key takes about one kilobyte.
+const VALUE: &str = "900";
+
+/// Connections of each of the two clients.
+const CONNECTIONS: &str = "25";
+
+/// A server with a dataset in memory, and two clients, one of which reads while the other writes, each as fast as it can.
+pub struct Redis {
+    port: String,
+    server: Ended,
+    clients: Vec<Ended>,
+    ask: TcpStream,
+}
+
+impl Redis {
+    /// Starts it, fills it with about `mb` megabytes, and lets the clients loose.
+    ///
+    /// # Errors
+    /// It does not start, or cannot be filled.
+    pub fn start(dir: &Path, mb: u64) -> Result<Self> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
+        let mut command = cmd::program("setsid");
+        command.args(["redis-server", "--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
+        let server = Ended(quiet(command.arg("--dir").arg(dir)).spawn().context("cannot run redis-server")?);
+        let ask = connect(&port)?;
+        let mut redis = Self { port, server, clients: Vec::new(), ask };
+        let keys = (mb * 1000).to_string();
+        let fill = ["-t", "set", "-r", &keys, "-n", &(mb * 2000).to_string(), "-P", "64"];
+        if !redis.benchmark(&fill).status()?.success() {
+            bail!("redis-benchmark cannot fill the server");
+        }
+        for kind in ["get", "set"] {
+            let load = ["-t", kind, "-r", &keys, "-n", "2000000000"];
+            let client = redis.benchmark(&load).spawn().context("cannot run redis-benchmark")?;
+            redis.clients.push(Ended(client));
+        }
+        sleep(Duration::from_secs(1));
+        Ok(redis)
+    }
+
+    /// The server's process id.
+    pub fn pid(&self) -> u32 {
+        self.server.0.id()
+    }
+
+    /// Commands per second when nothing disturbs it.
+    ///
+    /// # Errors
+    /// The server does not answer.
+    pub fn undisturbed(&mut self) -> Result<f64> {
+        self.throughput(|| {
+            sleep(UNDISTURBED);
+            Ok(())
+        })
+    }
+
+    /// Commands per second while `what` is done, and until the server answers again.
+    ///
+    /// # Errors
+    /// It fails, or the server does not answer.
+    pub fn throughput(&mut self, what: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let (before, start) = (self.commands()?, Instant::now());
+        what()?;
+        let after = self.commands()?;
+        Ok((after - before) as f64 / start.elapsed().as_secs_f64())
+    }
+
+    /// How many commands it has processed.
+    fn commands(&mut self) -> Result<u64> {
+        self.ask.write_all(b"INFO stats\r\n")?;
+        let mut text = Vec::new();
+        // A bulk string: `$LENGTH`, its bytes, each followed by a line end.
+        loop {
+            let mut piece = [0; 4096];
+            let count = self.ask.read(&mut piece).context("the server does not answer")?;
+            if count == 0 {
+                bail!("the server has closed the connection");
+            }
+            text.extend_from_slice(&piece[..count]);
+            let Some(at) = text.iter().position(|b| *b == b'\n') else { continue };
+            let length = std::str::from_utf8(&text[1..at])?.trim().parse::<usize>();
+            if text.len() >= at + 1 + length.context("the server's answer is no bulk string")? + 2 {
+                break;
+            }
+        }
+        let text = String::from_utf8_lossy(&text);
+        let count = text.lines().find_map(|l| l.strip_prefix("total_commands_processed:"));
+        count.and_then(|c| c.trim().parse().ok()).context("the server does not count commands")
+    }
+
+    fn benchmark(&self, words: &[&str]) -> Command {
+        let mut command = cmd::program("redis-benchmark");
+        command.args(["-p", &self.port, "-c", CONNECTIONS, "-d", VALUE]).args(words);
+        quiet(&mut command);
+        command
+    }
+}
+
+/// A child that is ended when this is dropped.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn quiet(command: &mut Command) -> &mut Command {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())
+}
+
+fn connect(port: &str) -> Result<TcpStream> {
+    let start = Instant::now();
+    loop {
+        match TcpStream::connect(format!("127.0.0.1:{port}")) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(PATIENCE))?;
+                return Ok(stream);
+            }
+            Err(e) if start.elapsed() > PATIENCE => return Err(e).context("redis-server does not listen"),
+            Err(_) => sleep(Duration::from_millis(20)),
+        }
+    }
+}
