@@ -27,10 +27,17 @@ const PARENT: &str = "parent";
 /// CRIU's mode of image files, before the umask: the directory is what keeps strangers out.
 const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR).union(Mode::S_IRGRP).union(Mode::S_IROTH);
 
-/// Makes a file in a directory, for reading and writing. Links are not followed.
-pub(crate) fn make(dir: impl AsFd, name: &str, how: OFlag) -> nix::Result<File> {
-    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | how;
-    openat(dir, name, flags, FILE_MODE).map(File::from)
+/// Makes a file in a directory, for reading and writing. Links are not followed, and a pipe or a device of this name would
+/// swallow the image. `path` is for messages.
+pub(crate) fn make(dir: impl AsFd, name: &str, how: OFlag, path: &Path) -> Result<File, ImageError> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NOCTTY | how;
+    let file = openat(dir, name, flags, FILE_MODE).map_err(|e| ImageError::io(path, "make", e))?;
+    regular(file.into(), path)
+}
+
+fn regular(file: File, path: &Path) -> Result<File, ImageError> {
+    let meta = file.metadata().map_err(|e| ImageError::io(path, "stat", e))?;
+    if meta.is_file() { Ok(file) } else { Err(ImageError::NotAFile { path: path.to_owned() }) }
 }
 
 /// The directory of a checkpoint.
@@ -88,19 +95,17 @@ impl ImageDir {
         // Non-blocking: a pipe in place of an image must not hang the open.
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         let file = openat(&*self.fd, &*name, flags, Mode::empty()).map_err(|e| ImageError::io(&path, "open", e))?;
-        let file = File::from(file);
-        let meta = file.metadata().map_err(|e| ImageError::io(&path, "stat", e))?;
-        if meta.is_file() { Ok(file) } else { Err(ImageError::NotAFile { path }) }
+        regular(file.into(), &path)
     }
 
     /// Makes a file, or empties one that exists, for reading and writing; the way to raw images. Links are not
     /// followed.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// It cannot be made, or is there and no regular file.
     pub fn create_file(&self, kind: ImageKind, id: u64) -> Result<File, ImageError> {
         let (name, path) = self.names(kind, id);
-        make(&*self.fd, &name, OFlag::O_TRUNC).map_err(|e| ImageError::io(&path, "make", e))
+        make(&*self.fd, &name, OFlag::O_TRUNC, &path)
     }
 
     /// From now on images that are complete are held in memory, as far as `bytes` suffice, until [`Self::write_held`]: they are no
@@ -188,7 +193,7 @@ impl ImageDir {
         let path = self.names(kind, id).1;
         let file = self.open_file(kind, id)?;
         let len = file.metadata().map_err(|e| ImageError::io(&path, "stat", e))?.len();
-        Records::new(kind, BufReader::with_capacity(1 << 16, file), len, &path)
+        Records::new(kind, BufReader::with_capacity(len.min(1 << 16) as usize, file), len, &path)
     }
 
     /// Starts writing an image; one that exists is emptied, but not yet where images are held.
@@ -341,7 +346,7 @@ impl ImageDir {
     ) -> Result<(), ImageError> {
         let (name, path) = self.names(kind, id);
         let temporary = format!(".{name}.{unique}");
-        let file = make(&*self.fd, &temporary, OFlag::O_EXCL).map_err(|e| ImageError::io(&path, "make", e))?;
+        let file = make(&*self.fd, &temporary, OFlag::O_EXCL, &path)?;
         let write = || {
             let mut writer = ImageWriter::new(kind, file, path.clone());
             records.iter().try_for_each(|record| writer.record(record))?;

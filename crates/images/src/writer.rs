@@ -62,8 +62,8 @@ impl ImageWriter {
 
     fn made(&mut self) -> Result<&mut File, ImageError> {
         if let Target::Later(place) = &self.file {
-            let file = make(&*place.dir, &self.kind.file_name(place.id), OFlag::O_TRUNC);
-            self.file = Target::File(file.map_err(|e| ImageError::io(&self.path, "make", e))?);
+            let file = make(&*place.dir, &self.kind.file_name(place.id), OFlag::O_TRUNC, &self.path)?;
+            self.file = Target::File(file);
         }
         match &mut self.file {
             Target::File(file) => Ok(file),

@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::Path;
 
 use dormouse_images::{GhostChunk, ImageDir, ImageError, ImageKind, pb};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
 fn pipe(id: u32, bytes: u32) -> pb::PipeDataEntry {
     pb::PipeDataEntry { pipe_id: id, bytes, size: Some(65536) }
@@ -191,4 +193,7 @@ fn mistakes_are_told_apart() {
     symlink(scratch.join("elsewhere"), scratch.join("core-1.img")).expect("linked");
     assert!(matches!(dir.writer(ImageKind::Core, 1), Err(ImageError::Io { .. })));
     assert!(!scratch.join("elsewhere").exists());
+    mkfifo(&scratch.join("core-2.img"), Mode::S_IRWXU).expect("made");
+    assert!(matches!(dir.reader(ImageKind::Core, 2), Err(ImageError::NotAFile { .. })));
+    assert!(matches!(dir.writer(ImageKind::Core, 2), Err(ImageError::NotAFile { .. })));
 }
