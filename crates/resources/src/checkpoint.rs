@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use dormouse_images::{ImageDir, ImageKind, VERSION, VERSION_PACKED, checksums, pb};
+use dormouse_kernel::side_by_side;
 
 use crate::pages_image::PagesImage;
 use crate::{ResourceError, invalid};
@@ -190,10 +191,8 @@ pub fn load(path: &Path) -> Result<TreeImage, ResourceError> {
     let cgroups = optional(dir.read_all::<pb::CgroupEntry>(ImageKind::Cgroup, 0))?.pop();
     let tree: Vec<pb::PstreeEntry> = dir.read_all(ImageKind::Pstree, 0)?;
     check_tree(&tree)?;
-    let mut tasks = Vec::with_capacity(tree.len());
-    for entry in tree {
-        tasks.push(load_task(&dir, &path, entry)?);
-    }
+    let tasks =
+        side_by_side(&tree, |entry| load_task(&dir, &path, entry)).into_iter().collect::<Result<Vec<_>, _>>()?;
     check_shared(&tasks)?;
     let (root_cg_set, root_ids) = (inventory.root_cg_set, inventory.root_ids);
     Ok(TreeImage { dir, path, tasks, files, remaps, ext, root_cg_set, root_ids, cgroups })
@@ -256,8 +255,8 @@ fn check_tree(tree: &[pb::PstreeEntry]) -> Result<(), ResourceError> {
     Ok(())
 }
 
-fn load_task(dir: &ImageDir, path: &Path, tree: pb::PstreeEntry) -> Result<TaskImage, ResourceError> {
-    let pid = tree.pid;
+fn load_task(dir: &ImageDir, path: &Path, tree: &pb::PstreeEntry) -> Result<TaskImage, ResourceError> {
+    let (pid, tree) = (tree.pid, tree.clone());
     let core: pb::CoreEntry = dir.read_one(ImageKind::Core, pid.into())?;
     let tc = core.tc.as_ref().ok_or_else(|| invalid!("core-{pid}.img: the task part (tc) is missing"))?;
     match tc.task_state {
@@ -280,12 +279,13 @@ fn load_task(dir: &ImageDir, path: &Path, tree: pb::PstreeEntry) -> Result<TaskI
     if !tc.sigactions.is_empty() && tc.sigactions.len() != 62 {
         return Err(invalid!("core-{pid}.img: {} signal actions instead of 62", tc.sigactions.len()));
     }
-    let mut threads = Vec::new();
-    for tid in tree.threads.iter().skip(1) {
-        let c: pb::CoreEntry = dir.read_one(ImageKind::Core, (*tid).into())?;
-        check_core(&c, *tid)?;
-        threads.push((*tid as i32, c));
-    }
+    let thread = |tid: &u32| {
+        let core: pb::CoreEntry = dir.read_one(ImageKind::Core, (*tid).into())?;
+        check_core(&core, *tid)?;
+        Ok((*tid as i32, core))
+    };
+    let threads = side_by_side(tree.threads.get(1..).unwrap_or_default(), thread);
+    let threads = threads.into_iter().collect::<Result<Vec<_>, ResourceError>>()?;
     let ids: pb::TaskKobjIdsEntry = match core.ids {
         Some(ids) => ids,
         None => dir.read_one(ImageKind::Ids, pid.into())?,
