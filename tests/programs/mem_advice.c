@@ -11,17 +11,11 @@ enum { ADVICES = sizeof advices / sizeof *advices, PAGES = 4 };
 static char *areas[ADVICES];
 static size_t page;
 
-// With a file "large" in its directory, a process of a size for which a dump is told the flags of mappings in another way.
-enum { LARGE = 300 << 20 };
-
 static void setup(void)
 {
 	page = sysconf(_SC_PAGESIZE);
-	if (!access(test_path("large"), F_OK)) {
-		char *large = mmap(NULL, LARGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		MUST(large != MAP_FAILED);
-		memset(large, 1, LARGE);
-	}
+	// For processes of this size a dump is told the flags of mappings in another way.
+	test_large(300 << 20);
 	for (int i = 0; i < ADVICES; i++) {
 		areas[i] = mmap(NULL, (PAGES + 1) * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		MUST(areas[i] != MAP_FAILED && !mprotect(areas[i], PAGES * page, PROT_READ | PROT_WRITE));

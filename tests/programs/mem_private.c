@@ -49,6 +49,7 @@ static void setup(void)
 {
 	page = sysconf(_SC_PAGESIZE);
 	MUST(!pipe(pipes));
+	test_large(128 << 20);
 	for (int i = 0; i < PROTS; i++) {
 		// An untouched page between the areas keeps them apart.
 		areas[i] = mmap(NULL, (PAGES + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

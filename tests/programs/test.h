@@ -201,6 +201,16 @@ __attribute__((unused)) static size_t test_filled(const void *at, size_t size, u
 			test_fail("%s: byte %zu of %zu is not what it was", what, good_, size_); \
 	} while (0)
 
+// With a file "large" in its directory, the program has so many bytes more, none of them in a page of zeros.
+__attribute__((unused)) static void test_large(size_t bytes)
+{
+	if (access(test_path("large"), F_OK))
+		return;
+	char *large = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	MUST(large != MAP_FAILED);
+	memset(large, 1, bytes);
+}
+
 #include "baseline.h"
 
 // ---- children -------------------------------------------------------------------------------------------------------

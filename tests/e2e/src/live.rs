@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         Test::new(format!("live/{INSTANTS}_images_of_one_instant"), one_instant),
         Test::new("live/the_tree_goes_on", goes_on),
         Test::new("live/copies_give_way_to_the_tree", gives_way),
+        Test::new("live/copies_give_memory_back", gives_back),
         Test::new("live/locked_memory_is_copied_at_once", locked),
         Test::new("live/a_tree_that_is_to_end", needs_leave_running),
         Test::new("live/a_dump_that_others_build_on", needs_no_chain),
@@ -79,9 +80,16 @@ fn copies() -> Result<HashSet<PathBuf>> {
     Ok(stats.filter(is_copy).collect())
 }
 
-/// The nice value in a stat file: the 19th field; the name is the second.
+/// Numbers in a stat file, by their places there (proc_pid_stat(5)), as they are at one moment. The name is the second field.
+fn fields<const N: usize>(stat: &PathBuf, places: [usize; N]) -> Option<[i64; N]> {
+    let text = fs::read_to_string(stat).ok()?;
+    let words: Vec<&str> = text.rsplit_once(") ")?.1.split_ascii_whitespace().collect();
+    let numbers: Option<Vec<i64>> = places.iter().map(|place| words.get(place - 3)?.parse().ok()).collect();
+    numbers?.try_into().ok()
+}
+
 fn nice_of(stat: &PathBuf) -> Option<i64> {
-    fs::read_to_string(stat).ok()?.rsplit_once(") ")?.1.split(' ').nth(16)?.parse().ok()
+    fields(stat, [19]).map(|[nice]| nice)
 }
 
 /// A copy has a higher nice value than the process that it was made of, which keeps its own.
@@ -112,6 +120,36 @@ fn gives_way(case: &Case<'_>) -> Result<Outcome> {
         }
     }
     bail!("copies with the nice values {seen:?} were seen, none with {}", NICE + 10)
+}
+
+/// What has been written of a copy is no longer in it, long before it ends: as long as it is, the first write of the process to
+/// such a page has to copy it.
+fn gives_back(case: &Case<'_>) -> Result<Outcome> {
+    /// Pages that `mem_private` has more with such a file, and those that its copy has at most when half of them are given back.
+    const LARGE: i64 = 128 << 8;
+    fs::write(case.path("large"), "")?;
+    let mut target = ready!(Target::start(case, "mem_private", Session::Own, &[]));
+    let mut least = i64::MAX;
+    for _ in 0..20 {
+        let command = case.dump_command(&case.args.bin, target.pid, &case.path("img"), &options())?;
+        let mut child = case.start_tool(command, "dump")?;
+        while child.try_wait()?.is_none() {
+            // Copies of other tests are smaller; the memory of one that ends has no size.
+            for [bytes, resident] in copies()?.iter().filter_map(|stat| fields(stat, [23, 24])) {
+                if bytes / 4096 > LARGE {
+                    least = least.min(resident);
+                }
+            }
+        }
+        let ran = case.wait_tool(child, "dump", &case.path("img/dump.log"), TOOL_LIMIT)?;
+        ensure!(ran.ok(), "dump: {}", ran.errors());
+        target.unharmed()?;
+        if least < LARGE / 2 {
+            target.ask()?;
+            return Ok(Outcome::PASSED);
+        }
+    }
+    bail!("no copy had less than {least} pages, and it begins with {LARGE} or more")
 }
 
 /// Waits until no process of the test is there but those of the tree: copies have their memory, and so the marker in it.
