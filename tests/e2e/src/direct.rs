@@ -38,7 +38,7 @@ const PROGRAMS: &[&str] = &[
     "vdso",
 ];
 
-/// The tests, which belong to the programs.
+/// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     let programs = programs::chosen("direct", PROGRAMS, round);
     let others = vec![

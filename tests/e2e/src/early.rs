@@ -14,7 +14,7 @@ use crate::tmpfs::Tmpfs;
 /// Images that are restored.
 const INSTANTS: usize = 3;
 
-/// The tests, which belong to the programs.
+/// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     vec![
         Test::new(format!("early/{INSTANTS}_images_of_one_instant"), one_instant),

@@ -25,7 +25,7 @@ use crate::target::{Session, Target, ready, refused, word};
 /// A program with much private memory that stays where it is.
 const STILL: &str = "mem_private";
 
-/// The tests, which belong to the programs.
+/// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     vec![
         Test::new("lazy_dump/moved", |case| moved(case, [&case.args.bin; 3], "mem_churn", &[])),
@@ -118,8 +118,8 @@ fn restore_elsewhere(case: &Case<'_>, bins: [&Path; 2], images: &Path, port: u16
         wait $server
         put $? served
         n=0
-        until grep -qs '^State:.[ZX]' /proc/$6/status || ! [ -d /proc/$6 ] || [ $n = 200 ]; do n=$((n+1)); sleep 0.01; done
-        if [ $n = 200 ]; then put there root; else put gone root; fi
+        until grep -qs '^State:.[ZX]' /proc/$6/status || ! [ -d /proc/$6 ] || [ $n = 20 ]; do n=$((n+1)); sleep 0.1; done
+        if [ $n = 20 ]; then put there root; else put gone root; fi
         exec sleep 120"#;
     let mut command = case.command("/bin/sh");
     // The first child after it has left is process 1.

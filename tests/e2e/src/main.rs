@@ -107,13 +107,12 @@ fn collect(args: &Args) -> Vec<report::Test> {
                     .chain(rootless::tests())
                     .chain(stopped::tests())
                     .chain(lazy::tests())
-                    .chain(networks::tests())
-                    .chain(lazy_dump::tests())
-                    .chain(stream::tests()),
+                    .chain(networks::tests()),
             ),
             Group::Pages => {
                 let ways = packed::tests().into_iter().chain(direct::tests());
-                tests.extend(ways.chain(early::tests()).chain(working_set::tests()));
+                let ways = ways.chain(early::tests()).chain(working_set::tests());
+                tests.extend(ways.chain(lazy_dump::tests()).chain(stream::tests()));
             }
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),

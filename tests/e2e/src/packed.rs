@@ -32,7 +32,7 @@ const PROGRAMS: &[&str] = &[
     "vdso",
 ];
 
-/// The tests, which belong to the programs.
+/// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     let programs = programs::chosen("packed", PROGRAMS, round);
     let others = vec![

@@ -17,7 +17,7 @@ use crate::report::{Outcome, Test};
 use crate::streamer;
 use crate::target::{Session, Target, nothing_left, ready, refused};
 
-/// The tests, which belong to the programs.
+/// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     vec![
         Test::new("stream/through_cat", |case| through(case, "mem_private", "cat", "cat")),

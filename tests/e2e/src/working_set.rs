@@ -21,7 +21,7 @@ const PROGRAM: &str = "mem_backwards";
 const TOUCHED: u64 = 128;
 const RECORD: &str = "dormouse-working-set.img";
 
-/// The tests, which belong to the programs.
+/// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     vec![
         Test::new("lazy/working_set", |case| comes_first(case, &[])),
