@@ -9,7 +9,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 
 use dormouse_images::{ImageDir, ImageKind, ImageWriter, pb};
 use dormouse_kernel::proc::stat::Stat;
-use dormouse_kernel::{HostPid, TargetFd};
+use dormouse_kernel::{HostPid, TargetFd, side_by_side};
 use dormouse_resources::DumpOptions;
 use dormouse_resources::cgroup::CgroupDump;
 use dormouse_resources::fd::FileTable;
@@ -292,15 +292,17 @@ impl<'a> Recorder<'a> {
 
     fn threads(&mut self, told: Vec<Told>) -> Result<(), DumpError> {
         let pid = self.looked.as_ref().expect(LOOKED).pid;
+        let mut cores = Vec::with_capacity(told.len());
         for Told { tid, mut core, ext } in told {
             let set = self.cgroups.set_of(pid, tid)?;
             if let Some(thread) = &mut core.thread_core {
                 thread.cg_set = Some(set);
             }
-            self.images.write_one(ImageKind::Core, tid.0 as u64, &core)?;
+            cores.push((tid, core));
             self.ext.extend(ext);
         }
-        Ok(())
+        let write = |(tid, core): &(HostPid, pb::CoreEntry)| self.images.write_one(ImageKind::Core, tid.0 as u64, core);
+        Ok(side_by_side(&cores, write).into_iter().collect::<Result<(), _>>()?)
     }
 
     fn asked(&mut self, told: MmTold, pages: Pages) -> Result<(), DumpError> {
