@@ -13,6 +13,7 @@ use dormouse_infect::supervise;
 use dormouse_pages::PageClient;
 use dormouse_resources::mem::lazy;
 use dormouse_resources::mem::lazy::Source;
+use dormouse_tls::Tls;
 use nix::sys::socket::{getsockopt, sockopt};
 
 use crate::args::{LazyPagesArgs, LazyWorkerArgs};
@@ -28,6 +29,7 @@ pub fn serve(args: &LazyPagesArgs, notes: &[String]) -> Result<ExitCode> {
 }
 
 fn run(args: &LazyPagesArgs, place: &Place) -> Result<()> {
+    let tls = args.tls.options().as_ref().map(Tls::new).transpose()?;
     let _ = std::fs::remove_file(lazy::SOCKET);
     let listener = UnixListener::bind(lazy::SOCKET)
         .with_context(|| format!("cannot listen at {} in the work directory", lazy::SOCKET))?;
@@ -56,10 +58,11 @@ fn run(args: &LazyPagesArgs, place: &Place) -> Result<()> {
     let source = match args.ps_socket {
         Some(fd) => {
             let socket = copy_number(fd).with_context(|| format!("cannot use descriptor {fd} (--ps-socket)"))?;
-            Source::Server(PageClient::from_socket(socket))
+            let client = PageClient::from_socket(socket, tls.as_ref().map(|tls| (tls, args.address.as_str())));
+            Source::Server(client.context("cannot begin to talk to the page server of --ps-socket")?)
         }
         None if args.page_server => Source::Server(
-            PageClient::connect(&args.address, args.port)
+            PageClient::connect(&args.address, args.port, tls.as_ref())
                 .with_context(|| format!("cannot connect to the page server at {}:{}", args.address, args.port))?,
         ),
         None => Source::Images,

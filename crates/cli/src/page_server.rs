@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use dormouse_images::ImageDir;
 use dormouse_infect::host::fd::copy_number;
 use dormouse_resources::mem;
+use dormouse_tls::Tls;
 
 use crate::args::PageServerArgs;
 use crate::run::{Place, told, write_pid};
@@ -40,6 +41,7 @@ fn run(args: &PageServerArgs, place: &Place) -> Result<()> {
 pub struct Server {
     images: ImageDir,
     source: Source,
+    tls: Option<Tls>,
 }
 
 impl Server {
@@ -48,12 +50,13 @@ impl Server {
     /// # Errors
     /// The images cannot be written, or the address or the socket that was named cannot be used.
     pub fn new(args: &PageServerArgs, place: &Place) -> Result<Self> {
+        let tls = args.tls.options().as_ref().map(Tls::new).transpose()?;
         let images = ImageDir::open(&place.path)?;
         if let Some(before) = &args.prev_images_dir {
             images.unlink_parent()?;
             images.link_parent(before)?;
         }
-        Ok(Self { images, source: source(args)? })
+        Ok(Self { images, source: source(args)?, tls })
     }
 
     /// The port at which it listens.
@@ -79,7 +82,7 @@ impl Server {
             status.write_all(&[0]).with_context(|| format!("cannot write to descriptor {fd} (--status-fd)"))?;
             let _ = nix::unistd::close(fd);
         }
-        let mut stream = match self.source {
+        let stream = match self.source {
             Source::Listener(listener) => {
                 let (stream, peer) = listener.accept().context("cannot accept a connection")?;
                 tracing::info!("Accepted connection from {peer}");
@@ -89,7 +92,13 @@ impl Server {
         };
         // Not every socket that a user gives us is one of TCP.
         let _ = stream.set_nodelay(true);
-        let served = mem::serve(&self.images, args.lazy_pages, &mut stream)?;
+        let mut line = match self.tls {
+            Some(tls) => tls.accept(stream).context("cannot begin to talk to the client")?,
+            None => stream.into(),
+        };
+        let served = mem::serve(&self.images, args.lazy_pages, &mut line)?;
+        // Everything is written and said: that the client does not hear of our end changes nothing.
+        let _ = line.close();
         tracing::info!("Session over: {} pages in {} page maps", served.pages, served.maps);
         if args.auto_dedup && self.images.parent()?.is_some() {
             let bytes = mem::dedup(&self.images)?;

@@ -7,9 +7,9 @@ use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use dormouse_infect::cancel;
-use dormouse_infect::host::fd::copy_number;
 use dormouse_infect::host::sock::{self, Opt};
 use dormouse_resources::mem::Behind;
+use dormouse_tls::{Line, Tls};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{DumpError, Server};
@@ -21,10 +21,17 @@ const ASK_AFTER: i32 = 10;
 /// Questions without an answer after which it is gone.
 const ASK_TIMES: i32 = 3;
 
-/// Who fetches pages, once it has come.
+/// Who fetches pages.
 #[derive(Debug)]
-pub enum Fetcher {
-    /// It connects.
+pub struct Fetcher {
+    from: Origin,
+    tls: Option<Tls>,
+}
+
+/// Where it comes from.
+#[derive(Debug)]
+enum Origin {
+    /// It connects, there.
     Expected(TcpListener, String),
     /// It is connected.
     There(TcpStream),
@@ -36,28 +43,20 @@ impl Fetcher {
     /// # Errors
     /// The address or the descriptor cannot be used.
     pub fn expect(server: &Server) -> Result<Self, DumpError> {
-        match server {
-            Server::At(address, port) => {
-                let failed = |cause| DumpError::Call {
-                    what: format!(
-                        "cannot listen at {address}:{port} for the one who fetches pages; name another --port"
-                    ),
-                    cause,
-                };
-                let listener = TcpListener::bind((address.as_str(), *port)).map_err(failed)?;
-                listener.set_nonblocking(true).map_err(failed)?;
-                let at = listener.local_addr().map_err(failed)?.to_string();
-                tracing::info!("Listening at {at}");
-                Ok(Self::Expected(listener, at))
-            }
-            Server::Socket(fd) => {
-                let socket = copy_number(*fd).map_err(|cause| DumpError::Call {
-                    what: format!("cannot use descriptor {fd} (--ps-socket)"),
-                    cause,
-                })?;
-                Ok(Self::There(socket.into()))
-            }
+        let tls = server.tls()?;
+        if let Some(socket) = server.socket()? {
+            return Ok(Self { from: Origin::There(socket.into()), tls });
         }
+        let Server { address, port, .. } = server;
+        let failed = |cause| DumpError::Call {
+            what: format!("cannot listen at {address}:{port} for the one who fetches pages; name another --port"),
+            cause,
+        };
+        let listener = TcpListener::bind((address.as_str(), *port)).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let at = listener.local_addr().map_err(failed)?.to_string();
+        tracing::info!("Listening at {at}");
+        Ok(Self { from: Origin::Expected(listener, at), tls })
     }
 
     /// Gives pages until all that are wanted have been fetched.
@@ -65,9 +64,9 @@ impl Fetcher {
     /// # Errors
     /// The one who fetches is gone before it has said that it is done, or somebody asked us to stop.
     pub fn serve(self, behind: &Behind) -> Result<(), DumpError> {
-        let stream = match self {
-            Self::There(stream) => stream,
-            Self::Expected(listener, at) => {
+        let stream = match self.from {
+            Origin::There(stream) => stream,
+            Origin::Expected(listener, at) => {
                 tracing::info!("{} pages stay with the tree until lazy-pages fetches them at {at}", behind.pages());
                 accept(&listener)?
             }
@@ -79,7 +78,13 @@ impl Fetcher {
         // Not every socket that a user gives us is one of TCP.
         let _ = stream.set_nodelay(true);
         notice_silence(&stream);
-        let given = behind.serve(&mut Patient(&stream))?;
+        let mut line = Patient(match self.tls {
+            Some(tls) => tls.accept(stream).map_err(failed)?,
+            None => stream.into(),
+        });
+        let given = behind.serve(&mut line)?;
+        // It has all that it asked for, and has said so: that it does not hear of the end changes nothing.
+        let _ = Patient::again(|| line.0.close());
         tracing::info!("{given} of {} pages have been fetched", behind.pages());
         Ok(())
     }
@@ -126,9 +131,9 @@ fn accept(listener: &TcpListener) -> Result<TcpStream, DumpError> {
 }
 
 /// A connection whose waits end when somebody asks us to stop.
-struct Patient<'a>(&'a TcpStream);
+struct Patient(Line);
 
-impl Patient<'_> {
+impl Patient {
     fn again<T>(mut once: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         loop {
             match once() {
@@ -141,18 +146,18 @@ impl Patient<'_> {
     }
 }
 
-impl Read for Patient<'_> {
+impl Read for Patient {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         Self::again(|| self.0.read(to))
     }
 }
 
-impl Write for Patient<'_> {
+impl Write for Patient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Self::again(|| self.0.write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        Self::again(|| self.0.flush())
     }
 }

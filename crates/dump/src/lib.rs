@@ -17,6 +17,8 @@ mod stream;
 mod task;
 mod tracking;
 
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,6 +30,7 @@ use dormouse_kernel::{HostPid, ProcError, Session};
 use dormouse_pages::PageClient;
 use dormouse_resources::mem::{PageIds, check_direct};
 pub use dormouse_resources::{Blocker, DumpOptions, ResourceError};
+use dormouse_tls::{Tls, TlsError};
 
 /// Called at the stages of a dump: the action's name, and the root task's pid.
 pub type Hook<'a> = &'a dyn Fn(&str, Option<i32>) -> anyhow::Result<()>;
@@ -143,31 +146,54 @@ impl Chain {
 
 /// The other side of pages that go elsewhere, or where this side waits for it.
 #[derive(Clone, Debug)]
-pub enum Server {
-    /// Who listens, or where to listen: address and port.
-    At(String, u16),
-    /// Who is behind a connected socket of this process, by its number.
-    Socket(i32),
+pub struct Server {
+    /// Who listens, or where to listen. With TLS, the certificate of who listens must be for it.
+    pub address: String,
+    /// The port.
+    pub port: u16,
+    /// Who is behind a connected socket of this process, by its number, and not there.
+    pub socket: Option<i32>,
+    /// Whether the connection is encrypted, and by what.
+    pub tls: Option<dormouse_tls::Options>,
 }
 
 impl Server {
     /// Where pages go.
     fn page_ids(server: Option<&Self>) -> Result<PageIds, DumpError> {
-        let client = match server {
-            None => return Ok(PageIds::new()),
-            Some(Self::At(address, port)) => PageClient::connect(address, *port).map_err(|cause| DumpError::Call {
-                what: format!("cannot connect to the page server at {address}:{port}; start it first"),
-                cause,
-            })?,
-            Some(Self::Socket(fd)) => {
-                let socket = copy_number(*fd).map_err(|cause| DumpError::Call {
-                    what: format!("cannot use descriptor {fd} (--ps-socket)"),
-                    cause,
-                })?;
-                PageClient::from_socket(socket)
-            }
+        let Some(server) = server else { return Ok(PageIds::new()) };
+        let Self { address, port, .. } = server;
+        let tls = server.tls()?;
+        let client = match server.socket()? {
+            None => PageClient::connect(address, *port, tls.as_ref()),
+            Some(socket) => PageClient::from_socket(socket, tls.as_ref().map(|tls| (tls, address.as_str()))),
         };
+        // Before anything is touched.
+        let client = client.and_then(|mut client| client.is_welcome().map(|()| client)).map_err(|cause| {
+            let place = server.socket.map_or_else(|| format!("{address}:{port}"), |fd| format!("descriptor {fd}"));
+            let hung_up = matches!(cause.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset);
+            let next = if server.tls.is_some() && hung_up {
+                "look at the certificates of both sides (--tls-cacert, --tls-cert); that of the server must be for the host of --address, \
+                 unless --tls-no-cn-verify is given"
+            } else {
+                "start it first"
+            };
+            DumpError::Call { what: format!("cannot use the page server at {place}; {next}"), cause }
+        })?;
         Ok(PageIds::at_server(client))
+    }
+
+    /// What encrypts the connection, read from its files.
+    fn tls(&self) -> Result<Option<Tls>, DumpError> {
+        Ok(self.tls.as_ref().map(Tls::new).transpose()?)
+    }
+
+    /// The connected socket, if one was named.
+    fn socket(&self) -> Result<Option<OwnedFd>, DumpError> {
+        let copy = |fd| {
+            let what = format!("cannot use descriptor {fd} (--ps-socket)");
+            copy_number(fd).map_err(|cause| DumpError::Call { what, cause })
+        };
+        self.socket.map(copy).transpose()
     }
 }
 
@@ -232,6 +258,9 @@ pub enum DumpError {
         /// The kernel's answer.
         cause: std::io::Error,
     },
+    /// Nothing can be encrypted.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A hook failed.
     #[error("{0:#}")]
     Hook(anyhow::Error),
@@ -249,6 +278,7 @@ impl DumpError {
             | Self::Proc(_)
             | Self::Image(_)
             | Self::Impossible(_)
+            | Self::Tls(_)
             | Self::Hook(_) => None,
         }
     }

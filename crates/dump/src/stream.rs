@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -59,13 +59,14 @@ impl Streaming {
         };
         let mut writer = writer(out).map_err(unwritable)?;
         let (ours, mut theirs) = UnixStream::pair().map_err(failed("cannot make a socket pair"))?;
+        let client = PageClient::from_socket(ours.into(), None).map_err(failed("cannot use a socket pair"))?;
         let images = ImageDir::open(dir)?;
         let thread = thread::Builder::new().name("stream".into()).spawn(move || {
             let collected = mem::collect(&images, &mut theirs, &mut *writer)?;
             Ok(collected.map(|()| writer))
         });
         let thread = thread.map_err(failed("cannot start a thread"))?;
-        Ok((Self(thread), PageIds::at_server(PageClient::from_socket(OwnedFd::from(ours)))))
+        Ok((Self(thread), PageIds::at_server(client)))
     }
 
     fn join(self) -> Collected {

@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 
+use dormouse_tls::{Line, Tls};
+
 /// Bytes that are sent at once.
 const BUFFER: usize = 256 << 10;
 const PAGE: u64 = 4096;
@@ -118,7 +120,7 @@ impl Header {
 /// A dump's end of a connection to a page server.
 #[derive(Debug)]
 pub struct PageClient {
-    stream: TcpStream,
+    stream: Line,
     /// Whom to blame in messages.
     name: String,
     buffer: Vec<u8>,
@@ -126,28 +128,47 @@ pub struct PageClient {
 }
 
 impl PageClient {
-    /// Connects.
+    /// Connects; with `tls`, the server's certificate must be for this address.
     ///
     /// # Errors
-    /// Nobody listens there.
-    pub fn connect(address: &str, port: u16) -> io::Result<Self> {
-        Ok(Self::over(TcpStream::connect((address, port))?, format!("{address}:{port}")))
+    /// Nobody listens there, or with `tls` one of the two does not trust the other.
+    pub fn connect(address: &str, port: u16, tls: Option<&Tls>) -> io::Result<Self> {
+        let socket = TcpStream::connect((address, port))?;
+        Self::over(socket, format!("{address}:{port}"), tls.map(|tls| (tls, address)))
     }
 
-    /// Uses a connected socket.
-    pub fn from_socket(socket: OwnedFd) -> Self {
-        Self::over(TcpStream::from(socket), "the socket of --ps-socket".into())
+    /// Uses a connected socket; with TLS, the certificate must be for this name of a host.
+    ///
+    /// # Errors
+    /// With TLS, one of the two does not trust the other.
+    pub fn from_socket(socket: OwnedFd, tls: Option<(&Tls, &str)>) -> io::Result<Self> {
+        Self::over(TcpStream::from(socket), "the socket of --ps-socket".into(), tls)
     }
 
-    fn over(stream: TcpStream, name: String) -> Self {
+    fn over(socket: TcpStream, name: String, tls: Option<(&Tls, &str)>) -> io::Result<Self> {
         // Not every socket that a user gives us is one of TCP.
-        let _ = stream.set_nodelay(true);
-        Self { stream, name, buffer: Vec::with_capacity(BUFFER + Header::LEN), of: 0 }
+        let _ = socket.set_nodelay(true);
+        let stream = match tls {
+            Some((tls, host)) => tls.connect(socket, host)?,
+            None => socket.into(),
+        };
+        Ok(Self { stream, name, buffer: Vec::with_capacity(BUFFER + Header::LEN), of: 0 })
     }
 
     /// Where the server is.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the server takes us: with TLS, a client hears that it is not trusted only when it waits for an answer.
+    ///
+    /// # Errors
+    /// It does not, or is gone.
+    pub fn is_welcome(&mut self) -> io::Result<()> {
+        match self.stream {
+            Line::Plain(_) => Ok(()),
+            Line::Encrypted(_) => self.has_before(MapId::Task(0)).map(drop),
+        }
     }
 
     /// Whether the checkpoint before has a page map for this.
@@ -245,7 +266,8 @@ impl PageClient {
         let mut answer = [0; 4];
         self.stream.read_exact(&mut answer)?;
         match i32::from_le_bytes(answer) {
-            0 => Ok(()),
+            // Everything is written there: that it does not hear of our end changes nothing.
+            0 => Ok(self.stream.close().unwrap_or_default()),
             status => Err(io::Error::other(format!("it failed with status {status}"))),
         }
     }

@@ -106,6 +106,8 @@ pub enum Measure {
     /// How much less a server does than undisturbed, from the start of a dump that leaves it running until its end: a live dump,
     /// where the tool has one.
     Lost,
+    /// The same while it saves its data itself, which takes a copy of its process, too.
+    LostSaving,
 }
 
 impl Measure {
@@ -121,6 +123,7 @@ impl Measure {
             Self::DumpMemory => "dump-memory",
             Self::RestoreMemory => "restore-memory",
             Self::Lost => "throughput-lost",
+            Self::LostSaving => "lost-by-bgsave",
         }
     }
 
@@ -130,7 +133,7 @@ impl Measure {
             Self::Frozen | Self::FrozenLive | Self::FrozenIncremental => "ms",
             Self::Dump | Self::Restore | Self::FirstStep => "ms",
             Self::DumpMemory | Self::RestoreMemory => "MB",
-            Self::Lost => "%",
+            Self::Lost | Self::LostSaving => "%",
         }
     }
 }
@@ -232,15 +235,20 @@ impl Bench<'_> {
         fresh(&images)?;
         let mut redis = Redis::start(self.dir, case.mb)?;
         let pid = redis.pid().to_string();
-        let undisturbed = redis.undisturbed()?;
-        // What the dump writes, and what the server copies of the memory that it shares with the copy of itself.
-        warm_cache(self.dir, case.mb)?;
-        warm_memory(case.mb);
         let dump = [&["dump", "-t", &pid, "--leave-running", "--tcp-established"], self.live()].concat();
-        let dumped = redis.throughput(|| self.timed(&images, &dump).map(drop))?;
-        drop(redis);
+        let mut lost = |what: &dyn Fn(&mut Redis) -> Result<()>| -> Result<f64> {
+            let undisturbed = redis.undisturbed()?;
+            // What is written, and what the server copies of the memory that it shares with the copy of itself.
+            warm_cache(self.dir, case.mb)?;
+            warm_memory(case.mb);
+            Ok(100.0 * (1.0 - redis.throughput(what)? / undisturbed))
+        };
+        let mut figures = vec![(Measure::Lost, lost(&|_| self.timed(&images, &dump).map(drop))?)];
         fresh(&images)?;
-        Ok(vec![(Measure::Lost, 100.0 * (1.0 - dumped / undisturbed))])
+        if self.own {
+            figures.push((Measure::LostSaving, lost(&Redis::save)?));
+        }
+        Ok(figures)
     }
 
     /// How long the program stands still during this dump, as it sees it itself.

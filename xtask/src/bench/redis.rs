@@ -1,8 +1,9 @@
 //! A server under load: how much of its throughput it loses while it is dumped and goes on running.
 
+use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -23,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of a value: with what the server adds, a key takes about one kilobyte.
 const VALUE: &str = "900";
 
+/// The file that it saves its data to.
+const SAVED: &str = "redis.rdb";
+
 /// Connections of each of the two clients.
 const CONNECTIONS: &str = "25";
 
@@ -32,6 +36,8 @@ pub struct Redis {
     server: Ended,
     clients: Vec<Ended>,
     ask: TcpStream,
+    /// Where it saves its data.
+    saved: PathBuf,
 }
 
 impl Redis {
@@ -43,9 +49,11 @@ impl Redis {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
         let mut command = cmd::program("setsid");
         command.args(["redis-server", "--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
+        command.args(["--dbfilename", SAVED]);
         let server = Ended(quiet(command.arg("--dir").arg(dir)).spawn().context("cannot run redis-server")?);
         let ask = connect(&port)?;
-        let mut redis = Self { port, server, clients: Vec::new(), ask };
+        let saved = dir.join(SAVED);
+        let mut redis = Self { port, server, clients: Vec::new(), ask, saved };
         let keys = (mb * 1000).to_string();
         let fill = ["-t", "set", "-r", &keys, "-n", &(mb * 2000).to_string(), "-P", "64"];
         if !redis.benchmark(&fill).status()?.success() {
@@ -70,7 +78,7 @@ impl Redis {
     /// # Errors
     /// The server does not answer.
     pub fn undisturbed(&mut self) -> Result<f64> {
-        self.throughput(|| {
+        self.throughput(|_| {
             sleep(UNDISTURBED);
             Ok(())
         })
@@ -80,34 +88,59 @@ impl Redis {
     ///
     /// # Errors
     /// It fails, or the server does not answer.
-    pub fn throughput(&mut self, what: impl FnOnce() -> Result<()>) -> Result<f64> {
-        let (before, start) = (self.commands()?, Instant::now());
-        what()?;
-        let after = self.commands()?;
+    pub fn throughput(&mut self, what: impl FnOnce(&mut Self) -> Result<()>) -> Result<f64> {
+        let (before, start) = (self.number("total_commands_processed")?, Instant::now());
+        what(self)?;
+        let after = self.number("total_commands_processed")?;
         Ok((after - before) as f64 / start.elapsed().as_secs_f64())
     }
 
-    /// How many commands it has processed.
-    fn commands(&mut self) -> Result<u64> {
-        self.ask.write_all(b"INFO stats\r\n")?;
-        let mut text = Vec::new();
-        // A bulk string: `$LENGTH`, its bytes, each followed by a line end.
+    /// Has it save its data itself, by a copy of its process (fork(2)).
+    ///
+    /// # Errors
+    /// The server does not answer, or cannot save.
+    pub fn save(&mut self) -> Result<()> {
+        self.ask("BGSAVE")?;
+        let start = Instant::now();
+        while self.number("rdb_bgsave_in_progress")? != 0 {
+            if start.elapsed() > PATIENCE {
+                bail!("the server is still saving after {} s", PATIENCE.as_secs());
+            }
+            sleep(Duration::from_millis(20));
+        }
+        let saved = self.ask("INFO persistence")?.contains("rdb_last_bgsave_status:ok");
+        if saved { Ok(()) } else { bail!("the server cannot save its data") }
+    }
+
+    /// A number that it tells of itself.
+    fn number(&mut self, name: &str) -> Result<u64> {
+        let text = self.ask("INFO")?;
+        let value = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')?.trim().parse().ok());
+        value.with_context(|| format!("the server does not tell {name}"))
+    }
+
+    /// What it answers: a line, or a bulk string (`$LENGTH`, its bytes, each followed by a line end).
+    fn ask(&mut self, command: &str) -> Result<String> {
+        self.ask.write_all(format!("{command}\r\n").as_bytes())?;
+        let mut bytes = Vec::new();
         loop {
             let mut piece = [0; 4096];
             let count = self.ask.read(&mut piece).context("the server does not answer")?;
             if count == 0 {
                 bail!("the server has closed the connection");
             }
-            text.extend_from_slice(&piece[..count]);
-            let Some(at) = text.iter().position(|b| *b == b'\n') else { continue };
-            let length = std::str::from_utf8(&text[1..at])?.trim().parse::<usize>();
-            if text.len() >= at + 1 + length.context("the server's answer is no bulk string")? + 2 {
-                break;
+            bytes.extend_from_slice(&piece[..count]);
+            let text = String::from_utf8_lossy(&bytes);
+            let Some((line, rest)) = text.split_once("\r\n") else { continue };
+            if let Some(length) = line.strip_prefix('$') {
+                if rest.len() < length.parse::<usize>()? + 2 {
+                    continue;
+                }
+            } else if line.starts_with('-') {
+                bail!("the server answers {command} with {line}");
             }
+            return Ok(text.into_owned());
         }
-        let text = String::from_utf8_lossy(&text);
-        let count = text.lines().find_map(|l| l.strip_prefix("total_commands_processed:"));
-        count.and_then(|c| c.trim().parse().ok()).context("the server does not count commands")
     }
 
     fn benchmark(&self, words: &[&str]) -> Command {
@@ -115,6 +148,12 @@ impl Redis {
         command.args(["-p", &self.port, "-c", CONNECTIONS, "-d", VALUE]).args(words);
         quiet(&mut command);
         command
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.saved);
     }
 }
 

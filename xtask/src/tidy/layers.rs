@@ -10,6 +10,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("dormouse-images", 1),
     ("dormouse-kernel", 1),
     ("dormouse-blobs", 1),
+    ("dormouse-tls", 1),
     ("dormouse-parasite", 1),
     ("dormouse-restorer", 1),
     ("dormouse-client", 2),

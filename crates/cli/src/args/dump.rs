@@ -154,6 +154,45 @@ pub struct ServerArgs {
     /// With --lazy-pages, write a NUL byte to this descriptor, and close it, once pages can be fetched
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<i32>,
+    #[command(flatten)]
+    pub tls: TlsArgs,
+}
+
+/// Options about connections that are encrypted.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Encryption")]
+pub struct TlsArgs {
+    /// Encrypt the connection that pages take (TLS), and trust the other side by its certificate, as it trusts us by ours
+    #[arg(long)]
+    pub tls: bool,
+    /// Certificates to trust [default: /etc/pki/CA/cacert.pem]
+    #[arg(long, value_name = "FILE")]
+    pub tls_cacert: Option<PathBuf>,
+    /// Which of those that they have signed are revoked [default: /etc/pki/CA/cacrl.pem, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub tls_cacrl: Option<PathBuf>,
+    /// Our own certificate [default: /etc/pki/criu/cert.pem]
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key [default: /etc/pki/criu/private/key.pem]
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Take a server's certificate for whatever host it is; otherwise it must be for --address
+    #[arg(long)]
+    pub tls_no_cn_verify: bool,
+}
+
+impl TlsArgs {
+    /// What encrypts connections, if anything is to.
+    pub fn options(&self) -> Option<dormouse_tls::Options> {
+        self.tls.then(|| dormouse_tls::Options {
+            cacert: self.tls_cacert.clone(),
+            cacrl: self.tls_cacrl.clone(),
+            cert: self.tls_cert.clone(),
+            key: self.tls_key.clone(),
+            any_name: self.tls_no_cn_verify,
+        })
+    }
 }
 
 /// `dormouse page-server`
@@ -187,6 +226,8 @@ pub struct PageServerArgs {
     #[arg(long)]
     pub auto_dedup: bool,
     #[command(flatten)]
+    pub tls: TlsArgs,
+    #[command(flatten)]
     pub common: Common,
 }
 
@@ -217,6 +258,8 @@ pub struct LazyPagesArgs {
     /// Bring pages in the order of their addresses, and do not write down beside the images what the tree asks for
     #[arg(long)]
     pub no_working_set: bool,
+    #[command(flatten)]
+    pub tls: TlsArgs,
     #[command(flatten)]
     pub common: Common,
 }
@@ -263,10 +306,8 @@ impl ServerArgs {
     }
 
     fn other_side(&self, default: &str) -> Server {
-        match self.ps_socket {
-            Some(fd) => Server::Socket(fd),
-            None => Server::At(self.address.clone().unwrap_or_else(|| default.to_owned()), self.port),
-        }
+        let address = self.address.clone().unwrap_or_else(|| default.to_owned());
+        Server { address, port: self.port, socket: self.ps_socket, tls: self.tls.options() }
     }
 }
 

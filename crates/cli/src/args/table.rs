@@ -64,7 +64,6 @@ impl Known {
 }
 
 const LSM: &str = "security profiles are not restored yet; leave it out";
-const NO_TLS: &str = "pages are not encrypted on their way yet; leave it out, or use a tunnel, e.g. of ssh(1)";
 
 /// The options of CRIU 4.2, in the order of its table.
 pub const CRIU: &[Known] = &[
@@ -137,12 +136,12 @@ pub const CRIU: &[Known] = &[
     Known::bool("stream", Works, Works),
     Known::new("config", Value, Works, Works),
     Known::new("no-default-config", Nothing, Works, Works),
-    Known::new("tls-cacert", Value, Idle, Idle),
-    Known::new("tls-cacrl", Value, Idle, Idle),
-    Known::new("tls-cert", Value, Idle, Idle),
-    Known::new("tls-key", Value, Idle, Idle),
-    Known::bool("tls", Refused(NO_TLS), Refused(NO_TLS)),
-    Known::new("tls-no-cn-verify", Nothing, Idle, Idle),
+    Known::new("tls-cacert", Value, Works, Idle),
+    Known::new("tls-cacrl", Value, Works, Idle),
+    Known::new("tls-cert", Value, Works, Idle),
+    Known::new("tls-key", Value, Works, Idle),
+    Known::bool("tls", Works, Idle),
+    Known::new("tls-no-cn-verify", Nothing, Works, Idle),
     Known::new("cgroup-yard", Value, Works, Works),
     Known::new("pre-dump-mode", Value, Works, Elsewhere),
     Known::new("file-validation", Value, Idle, Idle),

@@ -136,8 +136,8 @@ fn packets_are_held_back_whichever_way_is_named() {
 fn pages_go_to_a_server_or_stay_until_they_are_fetched() {
     use dormouse_dump::Server;
     let at = |server: Option<Server>| match server {
-        Some(Server::At(address, port)) => format!("{address}:{port}"),
-        Some(Server::Socket(fd)) => format!("descriptor {fd}"),
+        Some(Server { socket: Some(fd), .. }) => format!("descriptor {fd}"),
+        Some(Server { address, port, .. }) => format!("{address}:{port}"),
         None => "nowhere".into(),
     };
     let args = dump("dump -t 1 --lazy-pages --port 7");
@@ -151,8 +151,6 @@ fn pages_go_to_a_server_or_stay_until_they_are_fetched() {
 #[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
-        ("dump -t 1 --page-server --tls", "--tls"),
-        ("restore --tls", "--tls"),
         ("dump -t 1 --compress=zstd", "--stream | zstd"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
         ("restore -J uts:/proc/1/ns/uts", "--join-ns"),
@@ -213,7 +211,32 @@ fn a_page_server_goes_into_the_background_by_either_option() {
         assert!(args.daemon && args.port == 9 && args.pidfile == Some("f".into()), "{line}");
     }
     let chain = dump("dump -t 1 --page-server --address ::1 --port 9").chain();
-    assert!(matches!(chain.server, Some(dormouse_dump::Server::At(address, 9)) if address == "::1"));
+    assert!(matches!(chain.server, Some(dormouse_dump::Server { address, port: 9, .. }) if address == "::1"));
+}
+
+#[test]
+fn connections_are_encrypted_as_asked() {
+    let tls = |line: &str| dump(line).chain().server.expect("a server").tls;
+    assert_eq!(tls("dump -t 1 --page-server --tls-cert c"), None);
+    let options = tls("dump -t 1 --page-server --tls --tls-cacert a --tls-cacrl r --tls-cert c --tls-key k");
+    let named = |name: &str| Some(PathBuf::from(name));
+    let expected = dormouse_tls::Options {
+        cacert: named("a"),
+        cacrl: named("r"),
+        cert: named("c"),
+        key: named("k"),
+        any_name: false,
+    };
+    assert_eq!(options, Some(expected));
+    assert_eq!(tls("dump -t 1 --page-server --tls --no-tls --tls-no-cn-verify"), None);
+    for line in ["page-server --tls --tls-no-cn-verify", "lazy-pages --page-server --tls --tls-no-cn-verify"] {
+        let options = match parse_line(line).expect(line).command {
+            Command::PageServer(args) => args.tls.options(),
+            Command::LazyPages(args) => args.tls.options(),
+            other => panic!("{other:?}"),
+        };
+        assert!(options.is_some_and(|options| options.any_name && options.cacert.is_none()), "{line}");
+    }
 }
 
 #[test]
@@ -292,7 +315,7 @@ fn options_of_a_request_stand_between_the_files() {
     assert_eq!(dump.common.log_file, Some("other.log".into()));
     let dump = args(&Foreign { words: &words[..1], defaults: &defaults, ..Foreign::default() });
     assert_eq!(dump.common.log_file, Some("criu.log".into()));
-    let refused = [words[0].clone(), "--tls".into()];
+    let refused = [words[0].clone(), "--ms".into()];
     let error = parse_foreign("dump", &Foreign { words: &refused, ..Foreign::default() }).expect_err("refused");
-    assert!(error.to_string().contains("--tls"), "{error}");
+    assert!(error.to_string().contains("--ms"), "{error}");
 }

@@ -1,0 +1,224 @@
+//! Pages on their way to another machine, encrypted: TLS with certificates on both sides, which CRIU's options name.
+//!
+//! See docs/decisions/0014-tls.md for the choice of libraries, and for what is stricter than in CRIU.
+#![forbid(unsafe_code)]
+
+mod line;
+mod name;
+
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use line::{Encrypted, Line};
+use rustls::client::WebPkiServerVerifier;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+
+/// Where CRIU looks for its files.
+const CACERT: &str = "/etc/pki/CA/cacert.pem";
+const CACRL: &str = "/etc/pki/CA/cacrl.pem";
+const CERT: &str = "/etc/pki/criu/cert.pem";
+const KEY: &str = "/etc/pki/criu/private/key.pem";
+
+/// What is to be used, as CRIU's options name it; files are PEM, and those that are not named lie where CRIU looks for them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// `--tls-cacert`: whose certificates are trusted. Nobody else's are.
+    pub cacert: Option<PathBuf>,
+    /// `--tls-cacrl`: which of them are revoked.
+    pub cacrl: Option<PathBuf>,
+    /// `--tls-cert`: our own certificate, and those between it and one that the other side trusts.
+    pub cert: Option<PathBuf>,
+    /// `--tls-key`: its private key.
+    pub key: Option<PathBuf>,
+    /// `--tls-no-cn-verify`: a server's certificate may be for another host.
+    pub any_name: bool,
+}
+
+/// Why there can be no TLS.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be used.
+    #[error("cannot use {} ({option}): {why}; name a PEM file with {what}", path.display())]
+    File {
+        /// Which one.
+        path: PathBuf,
+        /// The option that names it.
+        option: &'static str,
+        /// What it ought to hold.
+        what: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// Certificate and key do not fit, or are of a kind that is not known.
+    #[error("cannot use the certificate of {} with the key of {}: {source}", cert.display(), key.display())]
+    Pair {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+        /// The refusal.
+        source: rustls::Error,
+    },
+    /// The processor lacks instructions.
+    #[error("TLS needs a processor with {0}, which this one lacks; use a tunnel, e.g. of ssh(1), in place of --tls")]
+    Processor(&'static str),
+    /// The library refuses for another reason.
+    #[error("TLS cannot be set up: {0}")]
+    Setup(String),
+}
+
+/// Both ends of encrypted connections.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+impl Tls {
+    /// Reads all files, so that one that is missing is told before anything else is done.
+    ///
+    /// # Errors
+    /// As of [`TlsError`].
+    pub fn new(options: &Options) -> Result<Self, TlsError> {
+        processor()?;
+        let provider = Arc::new(rustls_graviola::default_provider());
+        let mut roots = RootCertStore::empty();
+        let (path, certificates) = certificates(&options.cacert, CACERT, ("--tls-cacert", "certificates to trust"))?;
+        for certificate in certificates {
+            roots.add(certificate).map_err(|e| TlsError::File {
+                path: path.clone(),
+                option: "--tls-cacert",
+                what: "certificates to trust",
+                why: e.to_string(),
+            })?;
+        }
+        let roots = Arc::new(roots);
+        let revoked = revoked(options)?;
+        let (cert, chain) = self::certificates(&options.cert, CERT, ("--tls-cert", "your certificate"))?;
+        let key = options.key.clone().unwrap_or_else(|| KEY.into());
+        let secret = PrivateKeyDer::from_pem_file(&key)
+            .map_err(|e| unusable(&key, ("--tls-key", "the certificate's private key"), &e))?;
+        let pair = |source| TlsError::Pair { cert: cert.clone(), key: key.clone(), source };
+        let setup = |e: &dyn std::fmt::Display| TlsError::Setup(e.to_string());
+
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
+        let verifier = verifier.with_crls(revoked.iter().cloned()).allow_unknown_revocation_status();
+        let verifier = name::Verifier::new(verifier.build().map_err(|e| setup(&e))?, options.any_name);
+        let client = ClientConfig::builder_with_provider(Arc::clone(&provider));
+        let client = client.with_safe_default_protocol_versions().map_err(|e| setup(&e))?;
+        let client = client.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+        let client = client.with_client_auth_cert(chain.clone(), secret.clone_key()).map_err(pair)?;
+
+        let server = server_config(provider, roots, revoked).map_err(|e| setup(&e))?;
+        let mut server = server.with_single_cert(chain, secret).map_err(pair)?;
+        // Nobody comes twice. CRIU 4.2 takes a ticket, which its library tells by asking for another try, for the loss of the line.
+        server.send_tls13_tickets = 0;
+        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
+    }
+
+    /// The end of the one who connects to `host`, whose certificate must be for that name.
+    ///
+    /// # Errors
+    /// `host` is no name of a host; the other side has hung up, or one of the two is not trusted by the other. The latter may
+    /// show only when something is read.
+    pub fn connect(&self, socket: TcpStream, host: &str) -> std::io::Result<Line> {
+        let name = ServerName::try_from(host.to_owned()).map_err(std::io::Error::other)?;
+        let connection = ClientConnection::new(Arc::clone(&self.client), name).map_err(std::io::Error::other)?;
+        let mut line = Line::over(connection, socket);
+        if let Line::Encrypted(line) = &mut line {
+            line.agree()?;
+        }
+        Ok(line)
+    }
+
+    /// The end of the one who was connected to. Nothing is said before the first use, since the other side may be silent.
+    ///
+    /// # Errors
+    /// None that is known: the library's.
+    pub fn accept(&self, socket: TcpStream) -> std::io::Result<Line> {
+        let connection = ServerConnection::new(Arc::clone(&self.server)).map_err(std::io::Error::other)?;
+        Ok(Line::over(connection, socket))
+    }
+}
+
+type ServerBuilder = rustls::ConfigBuilder<ServerConfig, rustls::server::WantsServerCert>;
+
+/// A server that talks to those only who have a certificate.
+fn server_config(
+    provider: Arc<CryptoProvider>,
+    roots: Arc<RootCertStore>,
+    revoked: Vec<CertificateRevocationListDer<'static>>,
+) -> Result<ServerBuilder, Box<dyn std::error::Error>> {
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
+    // Like CRIU, it does not tell strangers whom it trusts.
+    let verifier = verifier.clear_root_hint_subjects().with_crls(revoked).allow_unknown_revocation_status().build()?;
+    let server = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    Ok(server.with_client_cert_verifier(verifier))
+}
+
+fn unusable(path: &Path, (option, what): (&'static str, &'static str), why: &pem::Error) -> TlsError {
+    let why = match why {
+        pem::Error::Io(e) => e.to_string(),
+        other => other.to_string(),
+    };
+    TlsError::File { path: path.to_owned(), option, what, why }
+}
+
+/// The certificates of a file: at least one.
+fn certificates(
+    named: &Option<PathBuf>,
+    usual: &str,
+    told: (&'static str, &'static str),
+) -> Result<(PathBuf, Vec<CertificateDer<'static>>), TlsError> {
+    let path = named.clone().unwrap_or_else(|| usual.into());
+    let read = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match read {
+        Ok(all) if all.is_empty() => Err(unusable(&path, told, &pem::Error::NoItemsFound)),
+        Ok(all) => Ok((path, all)),
+        Err(e) => Err(unusable(&path, told, &e)),
+    }
+}
+
+/// Lists of revoked certificates. As with CRIU, there need not be one where it is looked for unasked.
+fn revoked(options: &Options) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let path = match &options.cacrl {
+        Some(path) => path.clone(),
+        None if Path::new(CACRL).exists() => CACRL.into(),
+        None => return Ok(Vec::new()),
+    };
+    let read = CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let told = ("--tls-cacrl", "lists of revoked certificates");
+    match read {
+        Ok(all) if all.is_empty() => Err(unusable(&path, told, &pem::Error::NoItemsFound)),
+        Ok(all) => Ok(all),
+        Err(e) => Err(unusable(&path, told, &e)),
+    }
+}
+
+/// The cryptography panics without these.
+fn processor() -> Result<(), TlsError> {
+    #[cfg(target_arch = "x86_64")]
+    let has = is_x86_feature_detected!("aes")
+        && is_x86_feature_detected!("pclmulqdq")
+        && is_x86_feature_detected!("ssse3")
+        && is_x86_feature_detected!("avx")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("bmi1")
+        && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("adx");
+    #[cfg(target_arch = "x86_64")]
+    let needs = "AES, PCLMULQDQ, SSSE3, AVX, AVX2, BMI1, BMI2 and ADX";
+    #[cfg(target_arch = "aarch64")]
+    let has = std::arch::is_aarch64_feature_detected!("neon")
+        && std::arch::is_aarch64_feature_detected!("aes")
+        && std::arch::is_aarch64_feature_detected!("pmull")
+        && std::arch::is_aarch64_feature_detected!("sha2");
+    #[cfg(target_arch = "aarch64")]
+    let needs = "NEON, AES, PMULL and SHA2";
+    if has { Ok(()) } else { Err(TlsError::Processor(needs)) }
+}
