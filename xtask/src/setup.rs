@@ -36,6 +36,7 @@ pub const TEST: &[Tool] = &[
     tool("ip", "iproute2", "network tests"),
     tool("nft", "nftables", "network tests"),
     tool("make", "make", "a build to dump in the middle"),
+    tool("openssl", "openssl", "certificates for connections that are encrypted"),
     tool("perl", "perl", "an interpreter to dump"),
     tool("python3", "python3", "an interpreter to dump"),
     tool("xz", "xz-utils", "a compressor to dump"),

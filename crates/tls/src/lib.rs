@@ -55,14 +55,15 @@ pub enum TlsError {
         why: String,
     },
     /// Certificate and key do not fit, or are of a kind that is not known.
-    #[error("cannot use the certificate of {} with the key of {}: {source}", cert.display(), key.display())]
+    #[error("cannot use the certificate of {} with the key of {}: {why}; name both with --tls-cert and --tls-key",
+            cert.display(), key.display())]
     Pair {
         /// The certificate's file.
         cert: PathBuf,
         /// The key's file.
         key: PathBuf,
-        /// The refusal.
-        source: rustls::Error,
+        /// What is wrong.
+        why: rustls::Error,
     },
     /// The processor lacks instructions.
     #[error("TLS needs a processor with {0}, which this one lacks; use a tunnel, e.g. of ssh(1), in place of --tls")]
@@ -103,7 +104,7 @@ impl Tls {
         let key = options.key.clone().unwrap_or_else(|| KEY.into());
         let secret = PrivateKeyDer::from_pem_file(&key)
             .map_err(|e| unusable(&key, ("--tls-key", "the certificate's private key"), &e))?;
-        let pair = |source| TlsError::Pair { cert: cert.clone(), key: key.clone(), source };
+        let pair = |why| TlsError::Pair { cert: cert.clone(), key: key.clone(), why };
         let setup = |e: &dyn std::fmt::Display| TlsError::Setup(e.to_string());
 
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));

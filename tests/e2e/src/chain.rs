@@ -233,14 +233,18 @@ fn missing(case: &Case<'_>) -> Result<Outcome> {
 /// A page server of ours for the images with this number, and its port.
 fn start_server(case: &Case<'_>, number: usize) -> Result<(Child, u16)> {
     let images = case.path(&format!("img.{number}"));
-    fs::create_dir_all(&images)?;
+    let before = format!("../img.{}", number - 1);
+    let more = ["--prev-images-dir".to_owned(), before];
+    serving(case, &images, if number > 1 { &more } else { &[] })
+}
+
+/// A page server of ours for these images, and its port.
+pub fn serving(case: &Case<'_>, images: &Path, more: &[String]) -> Result<(Child, u16)> {
+    fs::create_dir_all(images)?;
     let log = images.join("server.log");
     fs::remove_file(&log).ok();
     let mut command = case.command(&case.args.bin);
-    command.args(["page-server", "--address", "127.0.0.1", "-o", "server.log", "-v4", "-D"]).arg(&images);
-    if number > 1 {
-        command.args(["--prev-images-dir", &format!("../img.{}", number - 1)]);
-    }
+    command.args(["page-server", "--address", "127.0.0.1", "-o", "server.log", "-v4", "-D"]).arg(images).args(more);
     let server = case.start_tool(command, "server")?;
     let end = Instant::now() + Duration::from_secs(20);
     loop {

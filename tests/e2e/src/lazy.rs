@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::case::{Case, TOOL_LIMIT, named, pid_of};
+use crate::case::{Case, TOOL_LIMIT, named, pid_of, words};
+use crate::chain::serving;
 use crate::programs;
 use crate::report::{Outcome, Test};
 
@@ -37,7 +38,7 @@ pub fn can_be_lazy(case: &Case<'_>) -> Result<bool> {
 }
 
 /// Starts a program and dumps it; the images.
-fn asleep(case: &Case<'_>, program: &str, more: &[&str]) -> Result<Option<PathBuf>> {
+pub fn asleep(case: &Case<'_>, program: &str, more: &[&str]) -> Result<Option<PathBuf>> {
     if !can_be_lazy(case)? {
         return Ok(None);
     }
@@ -78,7 +79,8 @@ fn one_command(case: &Case<'_>, program: &str, more: &[&str]) -> Result<Outcome>
     Ok(Outcome::PASSED)
 }
 
-fn start_daemon(case: &Case<'_>, images: &Path, more: &[&str]) -> Result<Child> {
+/// The command `lazy-pages` of ours, to which a restore can connect.
+pub fn start_daemon(case: &Case<'_>, images: &Path, more: &[&str]) -> Result<Child> {
     let mut command = case.command(&case.args.bin);
     command.args(["lazy-pages", "-o", "lazy-pages.log", "-v4", "-D"]).arg(images).args(more);
     let server = case.start_tool(command, "lazy-pages")?;
@@ -104,21 +106,8 @@ fn daemon(case: &Case<'_>) -> Result<Outcome> {
 /// Pages come from another process by way of a page server, or its end is that of the tree.
 fn remote(case: &Case<'_>, is_killed: bool) -> Result<Outcome> {
     let Some(images) = asleep(case, "mem_churn", &["--forks"])? else { return Ok(needs()) };
-    let mut command = case.command(&case.args.bin);
-    command
-        .args(["page-server", "--lazy-pages", "--address", "127.0.0.1", "-o", "server.log", "-v4", "-D"])
-        .arg(&images);
-    let mut source = case.start_tool(command, "server")?;
-    let end = Instant::now() + Duration::from_secs(20);
-    let port = loop {
-        let text = fs::read_to_string(images.join("server.log")).unwrap_or_default();
-        let port = text.lines().find_map(|line| Some(line.split_once("Listening at 127.0.0.1:")?.1.trim().to_owned()));
-        if let Some(port) = port {
-            break port;
-        }
-        ensure!(Instant::now() < end, "the page server does not listen: {text}");
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let (mut source, port) = serving(case, &images, &words(&["--lazy-pages"]))?;
+    let port = port.to_string();
     let server = start_daemon(case, &images, &["--page-server", "--address", "127.0.0.1", "--port", &port])?;
     if is_killed {
         source.kill()?;

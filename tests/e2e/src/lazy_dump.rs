@@ -102,7 +102,16 @@ impl Waiting {
 
 /// Fetches pages from `port` and restores, in another pid namespace; what became of it is in the files `restored`, `served`
 /// (exit codes) and `root` (`there` or `gone`, when nobody serves any more).
-fn restore_elsewhere(case: &Case<'_>, bins: [&Path; 2], images: &Path, port: u16, pid: i32) -> Result<Child> {
+///
+/// `fetch` are further options of the one who fetches, separated by blanks.
+fn restore_elsewhere(
+    case: &Case<'_>,
+    bins: [&Path; 2],
+    images: &Path,
+    port: u16,
+    pid: i32,
+    fetch: &str,
+) -> Result<Child> {
     for name in ["restored", "served", "root"] {
         fs::remove_file(case.path(name)).ok();
     }
@@ -110,7 +119,7 @@ fn restore_elsewhere(case: &Case<'_>, bins: [&Path; 2], images: &Path, port: u16
         cd "$1" || exit 9
         mount -t proc proc /proc || exit 9
         put() { echo "$1" >"$2.part" && mv "$2.part" "$2"; }
-        "$3" lazy-pages -D "$2" -o lazy-pages.log -v4 --page-server --address 127.0.0.1 --port "$5" >lazy.out 2>&1 &
+        "$3" lazy-pages -D "$2" -o lazy-pages.log -v4 --page-server --address 127.0.0.1 --port "$5" $7 >lazy.out 2>&1 &
         server=$!
         until [ -S "$2/lazy-pages.socket" ]; do sleep 0.01; done
         "$4" restore -d -D "$2" -o restore.log -v4 --lazy-pages >restore.out 2>&1
@@ -124,7 +133,7 @@ fn restore_elsewhere(case: &Case<'_>, bins: [&Path; 2], images: &Path, port: u16
     let mut command = case.command("/bin/sh");
     // The first child after it has left is process 1.
     command.args(["-c", "\"$@\"; exit $?", "sh", "/bin/sh", "-c", script, "sh"]);
-    command.arg(&case.dir).arg(images).args(bins).args([port.to_string(), pid.to_string()]);
+    command.arg(&case.dir).arg(images).args(bins).args([&port.to_string(), &pid.to_string(), fetch]);
     // SAFETY: both calls are async-signal-safe system calls.
     unsafe {
         command.pre_exec(|| {
@@ -147,7 +156,18 @@ fn told(case: &Case<'_>, name: &str) -> Result<String> {
 
 /// The tree moves to another place, where it is what it was; with `--leave-running` it is in both places then. The tools that
 /// dump, serve and restore may be others than the binary under test.
-pub fn moved(case: &Case<'_>, [dump, serve, restore]: [&Path; 3], program: &str, more: &[&str]) -> Result<Outcome> {
+pub fn moved(case: &Case<'_>, bins: [&Path; 3], program: &str, more: &[&str]) -> Result<Outcome> {
+    moved_by(case, bins, program, more, "")
+}
+
+/// The same with further options of the one who fetches, separated by blanks.
+pub fn moved_by(
+    case: &Case<'_>,
+    [dump, serve, restore]: [&Path; 3],
+    program: &str,
+    more: &[&str],
+    fetch: &str,
+) -> Result<Outcome> {
     if let Some(unfit) = unfit(case)? {
         return Ok(unfit);
     }
@@ -159,18 +179,25 @@ pub fn moved(case: &Case<'_>, [dump, serve, restore]: [&Path; 3], program: &str,
     }
     let images = case.path("img");
     let waiting = Waiting::start(case, dump, pid_of(&child), &images, more)?;
-    move_on(case, waiting, [serve, restore], pid_of(&child), more.is_empty())?;
+    let is_killed = !more.contains(&"--leave-running");
+    move_on(case, waiting, [serve, restore], pid_of(&child), (is_killed, fetch))?;
     Ok(Outcome::PASSED)
 }
 
-fn move_on(case: &Case<'_>, waiting: Waiting, bins: [&Path; 2], pid: i32, is_killed: bool) -> Result<()> {
+fn move_on(
+    case: &Case<'_>,
+    waiting: Waiting,
+    bins: [&Path; 2],
+    pid: i32,
+    (is_killed, fetch): (bool, &str),
+) -> Result<()> {
     let images = waiting.images.clone();
     let ran = case.restore(bins[1], &images, &[])?;
     ensure!(!ran.ok(), "it was restored without its pages");
     if bins[1] == case.args.bin {
         ensure!(ran.said.contains("restore with --lazy-pages"), "without its pages: {}", ran.errors());
     }
-    let mut elsewhere = restore_elsewhere(case, bins, &images, waiting.port, pid)?;
+    let mut elsewhere = restore_elsewhere(case, bins, &images, waiting.port, pid, fetch)?;
     let log = |name: &str| fs::read_to_string(images.join(name)).unwrap_or_default();
     let restored = told(case, "restored")?;
     ensure!(restored == "0", "restore: {restored}: {}", log("restore.log"));
@@ -222,7 +249,7 @@ fn after_a_pre_dump(case: &Case<'_>) -> Result<Outcome> {
     let bin: &Path = &case.args.bin;
     let more = ["--track-mem", "--prev-images-dir", "../img.1"];
     let waiting = Waiting::start(case, bin, pid, &case.path("img.2"), &more)?;
-    move_on(case, waiting, [bin, bin], pid, true)?;
+    move_on(case, waiting, [bin, bin], pid, (true, ""))?;
     Ok(Outcome::PASSED)
 }
 
@@ -263,7 +290,7 @@ fn cut(case: &Case<'_>, after: usize) -> Result<Outcome> {
     let waiting = Waiting::start(case, bin, target.pid, &case.path("img"), &[])?;
     let images = waiting.images.clone();
     let port = passing_on(waiting.port, after)?;
-    let _elsewhere = restore_elsewhere(case, [bin, bin], &images, port, target.pid)?;
+    let _elsewhere = restore_elsewhere(case, [bin, bin], &images, port, target.pid, "")?;
     let ran = waiting.wait(case)?;
     refused(case, &ran, &["who fetches pages is gone"])?;
     ensure!(!images.join("inventory.img").exists(), "what was not fetched is left as a checkpoint");

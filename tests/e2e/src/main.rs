@@ -42,6 +42,7 @@ mod stopped;
 mod stream;
 mod streamer;
 mod target;
+mod tls;
 mod tmpfs;
 mod tty;
 mod versions;
@@ -112,7 +113,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
             Group::Pages => {
                 let ways = packed::tests().into_iter().chain(direct::tests());
                 let ways = ways.chain(early::tests()).chain(working_set::tests());
-                tests.extend(ways.chain(lazy_dump::tests()).chain(stream::tests()));
+                tests.extend(ways.chain(lazy_dump::tests()).chain(stream::tests()).chain(tls::tests()));
             }
             Group::Real => tests.extend(real::tests()),
             Group::Servers => tests.extend(servers::tests()),
