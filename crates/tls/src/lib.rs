@@ -3,6 +3,7 @@
 //! See docs/decisions/0014-tls.md for the choice of libraries, and for what is stricter than in CRIU.
 #![forbid(unsafe_code)]
 
+mod key;
 mod line;
 mod name;
 
@@ -16,7 +17,8 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ClientConfig, ClientConnection, InconsistentKeys, RootCertStore, ServerConfig, ServerConnection};
 
 /// Where CRIU looks for its files.
 const CACERT: &str = "/etc/pki/CA/cacert.pem";
@@ -105,6 +107,7 @@ impl Tls {
         let secret = PrivateKeyDer::from_pem_file(&key)
             .map_err(|e| unusable(&key, ("--tls-key", "the certificate's private key"), &e))?;
         let pair = |why| TlsError::Pair { cert: cert.clone(), key: key.clone(), why };
+        let own = Arc::new(SingleCertAndKey::from(certified(&provider, chain, secret).map_err(pair)?));
         let setup = |e: &dyn std::fmt::Display| TlsError::Setup(e.to_string());
 
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
@@ -113,10 +116,10 @@ impl Tls {
         let client = ClientConfig::builder_with_provider(Arc::clone(&provider));
         let client = client.with_safe_default_protocol_versions().map_err(|e| setup(&e))?;
         let client = client.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
-        let client = client.with_client_auth_cert(chain.clone(), secret.clone_key()).map_err(pair)?;
+        let client = client.with_client_cert_resolver(Arc::<SingleCertAndKey>::clone(&own));
 
         let server = server_config(provider, roots, revoked).map_err(|e| setup(&e))?;
-        let mut server = server.with_single_cert(chain, secret).map_err(pair)?;
+        let mut server = server.with_cert_resolver(own);
         // Nobody comes twice. CRIU 4.2 takes a ticket, which its library tells by asking for another try, for the loss of the line.
         server.send_tls13_tickets = 0;
         Ok(Self { client: Arc::new(client), server: Arc::new(server) })
@@ -144,6 +147,21 @@ impl Tls {
     pub fn accept(&self, socket: TcpStream) -> std::io::Result<Line> {
         let connection = ServerConnection::new(Arc::clone(&self.server)).map_err(std::io::Error::other)?;
         Ok(Line::over(connection, socket))
+    }
+}
+
+/// A certificate and its key, which must fit.
+fn certified(
+    provider: &CryptoProvider,
+    chain: Vec<CertificateDer<'static>>,
+    secret: PrivateKeyDer<'static>,
+) -> Result<CertifiedKey, rustls::Error> {
+    let key = provider.key_provider.load_private_key(secret)?;
+    let certified = CertifiedKey::new(chain, Arc::new(key::Persistent(key)));
+    match certified.keys_match() {
+        // Some keys do not tell what belongs to them.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
+        Err(e) => Err(e),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::real;
 use crate::real_cases::{self, Work};
 use crate::report::{Outcome, Test};
 use crate::stream;
+use crate::tls;
 
 /// Works whose images are exchanged.
 const WORKS: &[&str] = &["bash_pipeline", "python_threads", "xz_threads"];
@@ -104,6 +105,16 @@ pub fn tests() -> Vec<Test> {
     }
     for (to, ours_first) in [("to_peer", true), ("from_peer", false)] {
         tests.push(Test::new(format!("exchange/stream_{to}"), move |case| streamed(case, ours_first)));
+        tests.push(Test::new(format!("exchange/tls_{to}"), move |case| match pair(case, ours_first) {
+            Ok((dump, serve)) => {
+                let mut own = Case::new(case.args, &case.name())?;
+                own.as_criu = true;
+                let outcome = tls::exchanged(&own, dump, serve);
+                own.end_everything();
+                outcome
+            }
+            Err(outcome) => Ok(outcome),
+        }));
     }
     tests.push(Test::new("exchange/crit_decodes_programs", crit_decodes_programs).alone());
     tests.push(Test::new("exchange/crit_decodes_python_threads", crit_decodes_work));

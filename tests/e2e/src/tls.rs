@@ -1,6 +1,7 @@
 //! Pages on encrypted connections: who is trusted gets them, and nobody else; whoever is not, the tree goes on.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
@@ -9,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::case::{Case, Ran, TOOL_LIMIT, words};
 use crate::chain::serving;
 use crate::lazy::{asleep, needs, start_daemon};
-use crate::lazy_dump::moved_by;
+use crate::lazy_dump::{moved_by, until};
 use crate::programs;
 use crate::report::{Outcome, Test};
 use crate::target::{Session, Target, ready, refused, word};
@@ -17,8 +18,8 @@ use crate::target::{Session, Target, ready, refused, word};
 /// The tests, which belong to the pages.
 pub fn tests() -> Vec<Test> {
     vec![
-        Test::new("tls/pages_to_a_server", |case| sent(case, "server")),
-        Test::new("tls/a_common_name", |case| sent(case, "named")),
+        Test::new("tls/pages_to_a_server", |case| sent(case, "server", [&case.args.bin; 2])),
+        Test::new("tls/a_common_name", |case| sent(case, "named", [&case.args.bin; 2])),
         Test::new("tls/pages_that_come_later", come_later),
         Test::new("tls/pages_that_stay_behind", stay_behind),
         Test::new("tls/who_is_not_trusted", not_trusted),
@@ -91,10 +92,31 @@ macro_rules! made {
 
 /// Dumps to a page server at `localhost`.
 fn dump_to(case: &Case<'_>, pid: i32, images: &Path, port: u16, more: &[String]) -> Result<Ran> {
-    let port = port.to_string();
-    let mut options = words(&["--page-server", "--address", "localhost", "--port", &port]);
-    options.extend_from_slice(more);
-    case.dump(&case.args.bin, pid, images, &options)
+    case.dump(&case.args.bin, pid, images, &[&to("localhost", port), more].concat())
+}
+
+fn to(address: &str, port: u16) -> Vec<String> {
+    words(&["--page-server", "--address", address, "--port", &port.to_string()])
+}
+
+/// A page server of the peer for these images, and its port.
+fn serving_by(case: &Case<'_>, peer: &Path, images: &Path, more: &[String]) -> Result<(Child, u16)> {
+    fs::create_dir_all(images)?;
+    // It does not tell which port it has taken.
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let mut command = case.command(peer);
+    command.args(["page-server", "--address", "127.0.0.1", "--port", &port.to_string(), "-o", "server.log", "-v4"]);
+    command.arg("-D").arg(images).args(more);
+    let server = case.start_tool(command, "server")?;
+    // Local address and state LISTEN in proc_pid_net(5)'s table. A connection would be taken for the dump's.
+    let listens = format!(" 0100007F:{port:04X} 00000000:0000 0A ");
+    until("a page server that listens", || Ok(fs::read_to_string("/proc/net/tcp")?.contains(&listens)))?;
+    Ok((server, port))
+}
+
+/// Between us and a peer, which looks at no names of hosts here: it compares a client's with an address.
+pub fn exchanged(case: &Case<'_>, dump: &Path, serve: &Path) -> Result<Outcome> {
+    sent(case, "server", [dump, serve])
 }
 
 fn ended(case: &Case<'_>, server: Child, images: &Path) -> Result<Ran> {
@@ -102,19 +124,33 @@ fn ended(case: &Case<'_>, server: Child, images: &Path) -> Result<Ran> {
 }
 
 /// Pages go to a server with this certificate; the tree is restored from there.
-fn sent(case: &Case<'_>, certificate: &str) -> Result<Outcome> {
+fn sent(case: &Case<'_>, certificate: &str, [dump, serve]: [&Path; 2]) -> Result<Outcome> {
     let pki = made!(case);
     let mut target = ready!(Target::start(case, "mem_private", Session::Own, &[]));
     let (here, there) = (case.path("here"), case.path("there"));
-    let (server, port) = serving(case, &there, &pki.options(certificate))?;
-    let ran = dump_to(case, target.pid, &here, port, &pki.options("client"))?;
+    let (mut served_with, mut sent_with) = (pki.options(certificate), pki.options("client"));
+    let is_ours = dump == serve;
+    if !is_ours {
+        for options in [&mut served_with, &mut sent_with] {
+            options.push("--tls-no-cn-verify".into());
+        }
+    }
+    let (server, port) = if serve == case.args.bin {
+        serving(case, &there, &served_with)?
+    } else {
+        serving_by(case, serve, &there, &served_with)?
+    };
+    let address = if is_ours { "localhost" } else { "127.0.0.1" };
+    let ran = case.dump(dump, target.pid, &here, &[to(address, port), sent_with].concat())?;
     ensure!(ran.ok(), "dump: {}", ran.errors());
     let served = ended(case, server, &there)?;
     ensure!(served.ok(), "page server: {}", served.errors());
     for entry in fs::read_dir(&here)? {
         let entry = entry?;
-        ensure!(!entry.file_name().to_string_lossy().starts_with("pages-"), "pages are in the directory of the dump");
-        fs::copy(entry.path(), there.join(entry.file_name()))?;
+        let name = entry.file_name();
+        let pages = name.to_string_lossy().starts_with("pages-") && entry.metadata()?.len() > 0;
+        ensure!(!pages, "pages are in the directory of the dump");
+        fs::copy(entry.path(), there.join(name))?;
     }
     case.await_end(target.ids().collect::<Vec<_>>())?;
     case.wake_up(&case.args.bin, &there, &[], &target.tree)?;
