@@ -90,36 +90,13 @@ impl Tls {
     pub fn new(options: &Options) -> Result<Self, TlsError> {
         processor()?;
         let provider = Arc::new(rustls_graviola::default_provider());
-        let mut roots = RootCertStore::empty();
-        let (path, certificates) = certificates(&options.cacert, CACERT, ("--tls-cacert", "certificates to trust"))?;
-        for certificate in certificates {
-            roots.add(certificate).map_err(|e| TlsError::File {
-                path: path.clone(),
-                option: "--tls-cacert",
-                what: "certificates to trust",
-                why: e.to_string(),
-            })?;
-        }
-        let roots = Arc::new(roots);
-        let revoked = revoked(options)?;
-        let (cert, chain) = self::certificates(&options.cert, CERT, ("--tls-cert", "your certificate"))?;
-        let key = options.key.clone().unwrap_or_else(|| KEY.into());
-        let secret = PrivateKeyDer::from_pem_file(&key)
-            .map_err(|e| unusable(&key, ("--tls-key", "the certificate's private key"), &e))?;
-        let pair = |why| TlsError::Pair { cert: cert.clone(), key: key.clone(), why };
-        let own = Arc::new(SingleCertAndKey::from(certified(&provider, chain, secret).map_err(pair)?));
-        let setup = |e: &dyn std::fmt::Display| TlsError::Setup(e.to_string());
-
-        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
-        let verifier = verifier.with_crls(revoked.iter().cloned()).allow_unknown_revocation_status();
-        let verifier = name::Verifier::new(verifier.build().map_err(|e| setup(&e))?, options.any_name);
-        let client = ClientConfig::builder_with_provider(Arc::clone(&provider));
-        let client = client.with_safe_default_protocol_versions().map_err(|e| setup(&e))?;
-        let client = client.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
-        let client = client.with_client_cert_resolver(Arc::<SingleCertAndKey>::clone(&own));
-
-        let server = server_config(provider, roots, revoked).map_err(|e| setup(&e))?;
-        let mut server = server.with_cert_resolver(own);
+        let (roots, revoked, own) = (trusted(options)?, revoked(options)?, own(options, &provider)?);
+        let names = if options.any_name { name::Names::Any } else { name::Names::Own };
+        let client = client_config(Arc::clone(&provider), Arc::clone(&roots), revoked.clone(), names);
+        let server = server_config(provider, roots, revoked);
+        let setup = |e: Box<dyn std::error::Error>| TlsError::Setup(e.to_string());
+        let client = client.map_err(setup)?.with_client_cert_resolver(Arc::<SingleCertAndKey>::clone(&own));
+        let mut server = server.map_err(setup)?.with_cert_resolver(own);
         // Nobody comes twice. CRIU 4.2 takes a ticket, which its library tells by asking for another try, for the loss of the line.
         server.send_tls13_tickets = 0;
         Ok(Self { client: Arc::new(client), server: Arc::new(server) })
@@ -150,28 +127,28 @@ impl Tls {
     }
 }
 
-/// A certificate and its key, which must fit.
-fn certified(
-    provider: &CryptoProvider,
-    chain: Vec<CertificateDer<'static>>,
-    secret: PrivateKeyDer<'static>,
-) -> Result<CertifiedKey, rustls::Error> {
-    let key = provider.key_provider.load_private_key(secret)?;
-    let certified = CertifiedKey::new(chain, Arc::new(key::Persistent(key)));
-    match certified.keys_match() {
-        // Some keys do not tell what belongs to them.
-        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
-        Err(e) => Err(e),
-    }
-}
-
+type Revoked = Vec<CertificateRevocationListDer<'static>>;
+type ClientBuilder = rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>;
 type ServerBuilder = rustls::ConfigBuilder<ServerConfig, rustls::server::WantsServerCert>;
+
+/// A client that looks at the server's certificate.
+fn client_config(
+    provider: Arc<CryptoProvider>,
+    roots: Arc<RootCertStore>,
+    revoked: Revoked,
+    names: name::Names,
+) -> Result<ClientBuilder, Box<dyn std::error::Error>> {
+    let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider));
+    let verifier = verifier.with_crls(revoked).allow_unknown_revocation_status().build()?;
+    let client = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    Ok(client.dangerous().with_custom_certificate_verifier(Arc::new(name::Verifier::new(verifier, names))))
+}
 
 /// A server that talks to those only who have a certificate.
 fn server_config(
     provider: Arc<CryptoProvider>,
     roots: Arc<RootCertStore>,
-    revoked: Vec<CertificateRevocationListDer<'static>>,
+    revoked: Revoked,
 ) -> Result<ServerBuilder, Box<dyn std::error::Error>> {
     let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
     // Like CRIU, it does not tell strangers whom it trusts.
@@ -180,42 +157,61 @@ fn server_config(
     Ok(server.with_client_cert_verifier(verifier))
 }
 
-fn unusable(path: &Path, (option, what): (&'static str, &'static str), why: &pem::Error) -> TlsError {
-    let why = match why {
-        pem::Error::Io(e) => e.to_string(),
-        other => other.to_string(),
-    };
-    TlsError::File { path: path.to_owned(), option, what, why }
+/// What a file is for: the option that names it, and what it ought to hold.
+type Use = (&'static str, &'static str);
+
+fn unusable(path: &Path, (option, what): Use, why: &dyn std::fmt::Display) -> TlsError {
+    TlsError::File { path: path.to_owned(), option, what, why: why.to_string() }
 }
 
-/// The certificates of a file: at least one.
-fn certificates(
-    named: &Option<PathBuf>,
-    usual: &str,
-    told: (&'static str, &'static str),
-) -> Result<(PathBuf, Vec<CertificateDer<'static>>), TlsError> {
-    let path = named.clone().unwrap_or_else(|| usual.into());
-    let read = CertificateDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    match read {
-        Ok(all) if all.is_empty() => Err(unusable(&path, told, &pem::Error::NoItemsFound)),
-        Ok(all) => Ok((path, all)),
-        Err(e) => Err(unusable(&path, told, &e)),
+/// Whose certificates are trusted.
+fn trusted(options: &Options) -> Result<Arc<RootCertStore>, TlsError> {
+    let told: Use = ("--tls-cacert", "certificates to trust");
+    let path = options.cacert.clone().unwrap_or_else(|| CACERT.into());
+    let mut roots = RootCertStore::empty();
+    for certificate in all::<CertificateDer<'static>>(&path, told)? {
+        roots.add(certificate).map_err(|e| unusable(&path, told, &e))?;
     }
+    Ok(Arc::new(roots))
 }
 
 /// Lists of revoked certificates. As with CRIU, there need not be one where it is looked for unasked.
-fn revoked(options: &Options) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+fn revoked(options: &Options) -> Result<Revoked, TlsError> {
     let path = match &options.cacrl {
-        Some(path) => path.clone(),
-        None if Path::new(CACRL).exists() => CACRL.into(),
+        Some(path) => path,
+        None if Path::new(CACRL).exists() => Path::new(CACRL),
         None => return Ok(Vec::new()),
     };
-    let read = CertificateRevocationListDer::pem_file_iter(&path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let told = ("--tls-cacrl", "lists of revoked certificates");
+    all(path, ("--tls-cacrl", "lists of revoked certificates"))
+}
+
+/// Our certificate and its key, which must fit.
+fn own(options: &Options, provider: &CryptoProvider) -> Result<Arc<SingleCertAndKey>, TlsError> {
+    let cert = options.cert.clone().unwrap_or_else(|| CERT.into());
+    let key = options.key.clone().unwrap_or_else(|| KEY.into());
+    let chain = all(&cert, ("--tls-cert", "your certificate"))?;
+    let secret = PrivateKeyDer::from_pem_file(&key);
+    let secret = secret.map_err(|e| unusable(&key, ("--tls-key", "the certificate's private key"), &e))?;
+    let pair = |why| TlsError::Pair { cert, key, why };
+    let secret = match provider.key_provider.load_private_key(secret) {
+        Ok(secret) => Arc::new(key::Persistent(secret)),
+        Err(e) => return Err(pair(e)),
+    };
+    let certified = CertifiedKey::new(chain, secret);
+    match certified.keys_match() {
+        // Some keys do not tell what belongs to them.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(Arc::new(certified.into())),
+        Err(e) => Err(pair(e)),
+    }
+}
+
+/// All that a file holds of a kind: at least one.
+fn all<T: PemObject>(path: &Path, told: Use) -> Result<Vec<T>, TlsError> {
+    let read = T::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<T>, _>>);
     match read {
-        Ok(all) if all.is_empty() => Err(unusable(&path, told, &pem::Error::NoItemsFound)),
+        Ok(all) if all.is_empty() => Err(unusable(path, told, &pem::Error::NoItemsFound)),
         Ok(all) => Ok(all),
-        Err(e) => Err(unusable(&path, told, &e)),
+        Err(e) => Err(unusable(path, told, &e)),
     }
 }
 

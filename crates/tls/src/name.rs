@@ -18,17 +18,26 @@ const COMMON_NAME: &[u8] = &[0x06, 0x03, 0x55, 0x04, 0x03];
 /// Tags of strings whose bytes are those of ASCII: UTF8String, PrintableString, IA5String.
 const STRINGS: [u8; 3] = [0x0c, 0x13, 0x16];
 
+/// For whom a certificate may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// For the host that was connected to.
+    Own,
+    /// For whomever.
+    Any,
+}
+
 /// Looks at a server's certificate.
 #[derive(Debug)]
 pub struct Verifier {
     inner: Arc<WebPkiServerVerifier>,
-    any_name: bool,
+    names: Names,
 }
 
 impl Verifier {
-    /// One that does not care for names if `any_name`.
-    pub fn new(inner: Arc<WebPkiServerVerifier>, any_name: bool) -> Self {
-        Self { inner, any_name }
+    /// One that looks at names besides.
+    pub fn new(inner: Arc<WebPkiServerVerifier>, names: Names) -> Self {
+        Self { inner, names }
     }
 }
 
@@ -45,7 +54,7 @@ impl ServerCertVerifier for Verifier {
         match self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             Err(Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            )) if self.any_name || is_called(end_entity, server_name) => Ok(ServerCertVerified::assertion()),
+            )) if self.names == Names::Any || is_called(end_entity, server_name) => Ok(ServerCertVerified::assertion()),
             other => other,
         }
     }

@@ -230,10 +230,10 @@ fn tells_the_cause(case: &Case<'_>) -> Result<Outcome> {
     bad(pb::CriuOpts { images_dir_fd: -1, ..live.clone() }, "images_dir")?;
     bad(pb::CriuOpts { images_dir_fd: 999_999, ..live.clone() }, "images directory")?;
     bad(pb::CriuOpts { rst_sibling: Some(true), ..live.clone() }, "rst_sibling")?;
-    let hidden = pb::CriuOpts { tls: Some(true), log_file: Some("no.log".into()), ..live.clone() };
-    bad(hidden, "--tls")?;
+    let hidden = pb::CriuOpts { mntns_compat_mode: Some(true), log_file: Some("no.log".into()), ..live.clone() };
+    bad(hidden, "--mntns-compat-mode")?;
     let log = fs::read_to_string(case.path("img/no.log"))?;
-    ensure!(log.contains("--tls"), "the log does not tell why options were refused: {log}");
+    ensure!(log.contains("--mntns-compat-mode"), "the log does not tell why options were refused: {log}");
     bad(pb::CriuOpts { pidfd_store_sk: Some(0), ..live.clone() }, "pidfd_store_sk")?;
     let directory = case.path("img").display().to_string();
     bad(pb::CriuOpts { config_file: Some(directory.clone()), ..live.clone() }, &directory)?;

@@ -358,7 +358,9 @@ mod tests {
                 Ok(()) => packer.finish(&images).expect_err("it ends").to_string(),
                 Err(e) => e.to_string(),
             };
-            assert!(error.contains("cannot read it at 0x3c0000"), "{error}");
+            // Whoever is the first to tell it has one of the blocks behind the end.
+            let behind = (30..40).map(|i| format!("cannot read it at {:#x};", i * BLOCK));
+            assert!(behind.take(if blocks < FEW { 1 } else { 10 }).any(|told| error.contains(&told)), "{error}");
             let blocks = images.read_all::<pb::PageBlocks>(ImageKind::DormouseBlocks, 1);
             blocks.expect_err("no list");
         }
