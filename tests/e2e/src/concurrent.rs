@@ -2,22 +2,20 @@
 //!
 //! Programs that name their sockets after a pid meet here, since all copies have the same pids.
 
-use std::fs::{self, File};
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::Mode;
-use nix::unistd::{Pid, mkfifo};
+use nix::unistd::Pid;
 
-use crate::case::{Case, TOOL_LIMIT, pid_of};
-use crate::lazy_dump::until;
+use crate::case::{Case, TOOL_LIMIT, pid_of, words};
 use crate::programs;
 use crate::report::{Outcome, Test};
 use crate::target::{Session, Target, ready};
@@ -342,22 +340,20 @@ fn beside_an_adversary(case: &Case<'_>) -> Result<Outcome> {
 fn cleanup(case: &Case<'_>) -> Result<Outcome> {
     let mut target = ready!(Target::start(case, "file_link_remap", Session::Own, &[]));
     let images = case.path("img");
-    // Writing it waits for a reader: the dump hangs when links are made and the inventory is still to be written.
-    fs::create_dir_all(&images)?;
-    let full = images.join("timens-0.img");
-    mkfifo(&full, Mode::S_IRWXU)?;
-    let full = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(full)?;
-    while (&full).write(&[0; 4096]).is_ok() {}
-    let options = ["--link-remap", "--leave-running"].map(str::to_owned);
+    // The dump hangs when links are made and the inventory is still to be written.
+    let (port, hangs) = never_finishing()?;
+    let options = words(&["--link-remap", "--leave-running"]);
+    // For the sake of scripts the tree stands still, and images are written, before the pages are complete.
+    let more = words(&["--action-script", "/bin/true", "--page-server", "--address", "127.0.0.1", "--port", &port]);
     let links = || -> Result<usize> {
         let names = fs::read_dir(case.path("dir"))?.flatten().map(|entry| entry.file_name());
         Ok(names.filter(|name| name.to_string_lossy().starts_with("link_remap.")).count())
     };
-    let mut dump = case.start_tool(case.dump_command(&case.args.bin, target.pid, &images, &options)?, "dump")?;
-    let written = || fs::metadata(images.join("files.img")).is_ok_and(|file| file.len() > 0);
-    let linked = until("a link that an image names", || Ok(links()? == 1 && written()));
+    let command = case.dump_command(&case.args.bin, target.pid, &images, &[&options[..], &more].concat())?;
+    let mut dump = case.start_tool(command, "dump")?;
+    let hung = hangs.recv_timeout(TOOL_LIMIT);
     kill_with_worker(&mut dump)?;
-    linked?;
+    hung.with_context(|| format!("the dump did not come to its end: {}", case.tail("dump.out")))?;
     target.unharmed()?;
     ensure!(links()? == 1, "{} links are left", links()?);
     let clean = || -> Result<String> {
@@ -376,6 +372,40 @@ fn cleanup(case: &Case<'_>) -> Result<Outcome> {
     target.end();
     Ok(Outcome::PASSED)
 }
+
+/// A page server that never says that it has written everything: its port, and who hears when it is asked.
+fn never_finishing() -> Result<(String, Receiver<()>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port().to_string();
+    let (tell, told) = channel();
+    std::thread::spawn(move || -> std::io::Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        loop {
+            // Command and flags, pages, address, of what.
+            let mut header = [0; 32];
+            stream.read_exact(&mut header)?;
+            let pages = u64::from_le_bytes(header[8..16].try_into().expect("eight bytes"));
+            match (u16::from_le_bytes([header[0], header[1]]), u16::from_le_bytes([header[2], header[3]])) {
+                (OPEN2, _) => stream.write_all(&[0])?,
+                (ADD, flags) if flags & PRESENT != 0 => {
+                    std::io::copy(&mut (&stream).take(pages * 4096), &mut std::io::sink())?;
+                }
+                (ADD, _) => {}
+                // The end. Whoever waits for the answer is waited for until it is gone.
+                _ => {
+                    let _ = tell.send(());
+                    return stream.read_exact(&mut [0]);
+                }
+            }
+        }
+    });
+    Ok((port, told))
+}
+
+/// Commands of a page server's client, and a flag.
+const OPEN2: u16 = 4;
+const ADD: u16 = 6;
+const PRESENT: u16 = 4;
 
 /// Kills a dump and what does its work, so that neither can take back what the other leaves.
 fn kill_with_worker(dump: &mut Child) -> Result<()> {

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::ptrace;
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Pid, gettid};
+use nix::unistd::{Pid, gettid, mkfifo};
 
 use crate::case::{Case, Ran, TOOL_LIMIT, pid_of};
 use crate::gifts::{self, GIFTS, Gift};
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
         Test::new("refuse/shell_job_without_option", shell_job),
         Test::new("refuse/dump_directory_missing", dump_directory_missing),
         Test::new("refuse/dump_directory_is_a_file", dump_directory_is_a_file),
+        Test::new("refuse/dump_image_is_a_pipe", dump_image_is_a_pipe),
         Test::new("refuse/dump_directory_read_only", dump_directory_read_only),
         Test::new("refuse/dump_directory_full", dump_directory_full),
         Test::new("refuse/restore_directory_missing", restore_directory_missing),
@@ -214,6 +216,15 @@ fn dump_directory_is_a_file(case: &Case<'_>) -> Result<Outcome> {
     let images = case.path("file");
     fs::write(&images, "text")?;
     dump_refused_for_its_directory(case, &images, &[word(&images)])
+}
+
+/// It would swallow the image: one that is written when the tree stands still.
+fn dump_image_is_a_pipe(case: &Case<'_>) -> Result<Outcome> {
+    let images = case.path("img");
+    fs::create_dir(&images)?;
+    let pipe = images.join("files.img");
+    mkfifo(&pipe, Mode::S_IRWXU)?;
+    dump_refused_for_its_directory(case, &images, &[word(&pipe), "not a regular file"])
 }
 
 fn dump_directory_read_only(case: &Case<'_>) -> Result<Outcome> {
