@@ -207,7 +207,7 @@ fn not_trusted(case: &Case<'_>) -> Result<Outcome> {
         ensure!(!ran.said.contains("froze"), "{server} and {client}: the tree was stopped");
         let served = ended(case, child, &there)?;
         ensure!(
-            !served.ok() && served.said.contains("certificate") || served.said.contains("alert"),
+            !served.ok() && (served.said.contains("certificate") || served.said.contains("alert")),
             "{}",
             served.said
         );

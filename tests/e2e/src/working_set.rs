@@ -115,6 +115,12 @@ fn many(mut restore: impl FnMut() -> Result<Told>) -> Result<Told> {
     bail!("nothing is known yet, and the program does not wait: {told:?}")
 }
 
+/// A restore by one command of which nothing is known.
+fn unknown(case: &Case<'_>, images: &Path) -> Result<Told> {
+    fs::remove_file(images.join(RECORD)).ok();
+    run(case, images, images, &["--lazy"], false)
+}
+
 /// After a first run that was waited for; what came by itself then, before it was touched, is not known.
 fn few(told: &Told, first: &Told) -> Result<()> {
     let unknown = TOUCHED.saturating_sub(first.waited);
@@ -137,11 +143,7 @@ fn comes_first(case: &Case<'_>, options: &[&str]) -> Result<Outcome> {
     }
     let images = case.path("img");
     asleep(case, &images, &[&["--checksums"], options].concat())?;
-    let unknown = || {
-        fs::remove_file(images.join(RECORD)).ok();
-        run(case, &images, &images, &["--lazy"], false)
-    };
-    let first = many(unknown)?;
+    let first = many(|| unknown(case, &images))?;
     let second = run(case, &images, &images, &["--lazy"], true)?;
     few(&second, &first)?;
     // What was brought first, and so was never waited for, is known to the next one, too.
@@ -154,7 +156,7 @@ fn comes_first(case: &Case<'_>, options: &[&str]) -> Result<Outcome> {
     // Another checkpoint in the same place has another working set.
     asleep_again(case, &images, options)?;
     ensure!(!images.join(RECORD).exists(), "the record of another checkpoint is left");
-    many(unknown)?;
+    many(|| unknown(case, &images))?;
     Ok(Outcome::Passed(format!("waited {}, {} and {} times", first.waited, second.waited, third.waited)))
 }
 
@@ -193,10 +195,7 @@ fn not_wanted(case: &Case<'_>) -> Result<Outcome> {
     asleep(case, &images, &[])?;
     many(|| run(case, &images, &images, &["--lazy", "--no-working-set"], false))?;
     ensure!(!images.join(RECORD).exists(), "there is a record that was not wanted");
-    many(|| {
-        fs::remove_file(images.join(RECORD)).ok();
-        run(case, &images, &images, &["--lazy"], false)
-    })?;
+    many(|| unknown(case, &images))?;
     let record = fs::read(images.join(RECORD))?;
     many(|| run(case, &images, &images, &["--lazy", "--no-working-set"], false))?;
     ensure!(fs::read(images.join(RECORD))? == record, "the record has changed");
@@ -210,7 +209,7 @@ fn damaged(case: &Case<'_>) -> Result<Outcome> {
     }
     let images = case.path("img");
     asleep(case, &images, &[])?;
-    run(case, &images, &images, &["--lazy"], false)?;
+    many(|| unknown(case, &images))?;
     let good = fs::read(images.join(RECORD))?;
     for bad in [&good[..good.len() - 3], b"no record"] {
         let told = many(|| {
