@@ -47,6 +47,11 @@ pub fn have(name: &str) -> bool {
     dirs.map(|dir| dir.join(name)).any(|file| file.is_file())
 }
 
+/// A command that reads nothing and whose output nobody wants.
+pub fn quiet(command: &mut Command) -> &mut Command {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())
+}
+
 /// Runs a command whose output is shown as it comes.
 ///
 /// # Errors

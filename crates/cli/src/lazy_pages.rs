@@ -29,7 +29,7 @@ pub fn serve(args: &LazyPagesArgs, notes: &[String]) -> Result<ExitCode> {
 }
 
 fn run(args: &LazyPagesArgs, place: &Place) -> Result<()> {
-    let tls = args.tls.options().as_ref().map(Tls::new).transpose()?;
+    let tls = Tls::wanted(args.tls.options().as_ref())?;
     let _ = std::fs::remove_file(lazy::SOCKET);
     let listener = UnixListener::bind(lazy::SOCKET)
         .with_context(|| format!("cannot listen at {} in the work directory", lazy::SOCKET))?;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use dormouse_images::ImageDir;
 use dormouse_infect::host::fd::copy_number;
 use dormouse_resources::mem;
-use dormouse_tls::Tls;
+use dormouse_tls::{Line, Tls};
 
 use crate::args::PageServerArgs;
 use crate::run::{Place, told, write_pid};
@@ -50,7 +50,7 @@ impl Server {
     /// # Errors
     /// The images cannot be written, or the address or the socket that was named cannot be used.
     pub fn new(args: &PageServerArgs, place: &Place) -> Result<Self> {
-        let tls = args.tls.options().as_ref().map(Tls::new).transpose()?;
+        let tls = Tls::wanted(args.tls.options().as_ref())?;
         let images = ImageDir::open(&place.path)?;
         if let Some(before) = &args.prev_images_dir {
             images.unlink_parent()?;
@@ -92,10 +92,7 @@ impl Server {
         };
         // Not every socket that a user gives us is one of TCP.
         let _ = stream.set_nodelay(true);
-        let mut line = match self.tls {
-            Some(tls) => tls.accept(stream).context("cannot begin to talk to the client")?,
-            None => stream.into(),
-        };
+        let mut line = Line::accepted(stream, self.tls.as_ref()).context("cannot begin to talk to the client")?;
         let served = mem::serve(&self.images, args.lazy_pages, &mut line)?;
         // Everything is written and said: that the client does not hear of our end changes nothing.
         let _ = line.close();

@@ -78,10 +78,7 @@ impl Fetcher {
         // Not every socket that a user gives us is one of TCP.
         let _ = stream.set_nodelay(true);
         notice_silence(&stream);
-        let mut line = Patient(match self.tls {
-            Some(tls) => tls.accept(stream).map_err(failed)?,
-            None => stream.into(),
-        });
+        let mut line = Patient(Line::accepted(stream, self.tls.as_ref()).map_err(failed)?);
         let given = behind.serve(&mut line)?;
         // It has all that it asked for, and has said so: that it does not hear of the end changes nothing.
         let _ = Patient::again(|| line.0.close());

@@ -184,7 +184,7 @@ impl Server {
 
     /// What encrypts the connection, read from its files.
     fn tls(&self) -> Result<Option<Tls>, DumpError> {
-        Ok(self.tls.as_ref().map(Tls::new).transpose()?)
+        Ok(Tls::wanted(self.tls.as_ref())?)
     }
 
     /// The connected socket, if one was named.

@@ -102,6 +102,14 @@ impl Tls {
         Ok(Self { client: Arc::new(client), server: Arc::new(server) })
     }
 
+    /// As [`Tls::new`], if anything is to be encrypted at all.
+    ///
+    /// # Errors
+    /// As of [`TlsError`].
+    pub fn wanted(options: Option<&Options>) -> Result<Option<Self>, TlsError> {
+        options.map(Self::new).transpose()
+    }
+
     /// The end of the one who connects to `host`, whose certificate must be for that name.
     ///
     /// # Errors

@@ -7,6 +7,8 @@ use std::ops::DerefMut;
 
 use rustls::{ConnectionCommon, SideData, StreamOwned};
 
+use crate::Tls;
+
 /// A connection to another machine.
 #[derive(Debug)]
 pub enum Line {
@@ -63,6 +65,17 @@ impl Line {
         S: SideData + 'static,
     {
         Self::Encrypted(Box::new(StreamOwned::new(connection, socket)))
+    }
+
+    /// The end of the one who was connected to, encrypted if there is something to do it by: [`Tls::accept`].
+    ///
+    /// # Errors
+    /// As of [`Tls::accept`].
+    pub fn accepted(socket: TcpStream, tls: Option<&Tls>) -> io::Result<Self> {
+        match tls {
+            Some(tls) => tls.accept(socket),
+            None => Ok(Self::Plain(socket)),
+        }
     }
 
     /// The socket: for its settings, since what is read or written there by others is lost.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
@@ -208,7 +208,7 @@ impl Bench<'_> {
             hog.kill()?;
             let words = ["restore", "--lazy", "--restore-detached", "-o", "log", "-D"];
             let mut command = Command::new(self.bin);
-            command.args(words).arg(&images).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            cmd::quiet(command.args(words).arg(&images));
             figures.push((Measure::FirstStep, hog.first_step_ms(&mut command)?));
             if verify {
                 hog.verify()?;
@@ -265,8 +265,7 @@ impl Bench<'_> {
         let result = self.dir.join("cost");
         let mut command = Command::new(self.timed);
         command.arg(&result).arg(self.bin).args(words).arg("-D").arg(images).args(["-o", "log"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        if !command.status()?.success() {
+        if !cmd::quiet(&mut command).status()?.success() {
             bail!("{} does not work", self.timed.display());
         }
         let text = fs::read_to_string(&result)?;

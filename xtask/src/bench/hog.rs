@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::case::Case;
+use crate::cmd;
 
 /// How long anything is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -47,8 +48,8 @@ impl Hog {
         let state = File::options().read(true).write(true).open(&path)?;
         let numbers = [case.mb, case.threads, case.processes, case.gap].map(|n| n.to_string());
         let mut command = Command::new(program);
-        command.arg(&path).args(numbers).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
+        command.arg(&path).args(numbers);
+        let child = cmd::quiet(&mut command).spawn().with_context(|| format!("cannot run {}", program.display()))?;
         let pid = child.id();
         let mut hog = Self { child: Some(child), pid, children: Vec::new(), state, path };
         hog.until("ready", |h| Ok(h.get(Word::Ready)? == 1))?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -50,7 +50,7 @@ impl Redis {
         let mut command = cmd::program("setsid");
         command.args(["redis-server", "--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
         command.args(["--dbfilename", SAVED]);
-        let server = Ended(quiet(command.arg("--dir").arg(dir)).spawn().context("cannot run redis-server")?);
+        let server = Ended(cmd::quiet(command.arg("--dir").arg(dir)).spawn().context("cannot run redis-server")?);
         let ask = connect(&port)?;
         let saved = dir.join(SAVED);
         let mut redis = Self { port, server, clients: Vec::new(), ask, saved };
@@ -146,7 +146,7 @@ impl Redis {
     fn benchmark(&self, words: &[&str]) -> Command {
         let mut command = cmd::program("redis-benchmark");
         command.args(["-p", &self.port, "-c", CONNECTIONS, "-d", VALUE]).args(words);
-        quiet(&mut command);
+        cmd::quiet(&mut command);
         command
     }
 }
@@ -165,10 +165,6 @@ impl Drop for Ended {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn quiet(command: &mut Command) -> &mut Command {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null())
 }
 
 fn connect(port: &str) -> Result<TcpStream> {
