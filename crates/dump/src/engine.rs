@@ -51,7 +51,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let images = tracking::empty_directory(&request.images_dir)?;
     request.chain.check_directory(&images)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
-    let blockers = preflight::blockers(request.pid, &request.options)?;
+    let preflight::Found { blockers, whole } = preflight::look(request.pid, &request.options, false)?;
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
     }
@@ -69,7 +69,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let away = Visit::to(request.pid)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
     let mut tree = None;
-    let traced = trace(request, &images, (&page_ids, ids), resident, &mut tracking, &mut tree)?;
+    let traced = trace(request, &images, (&page_ids, ids), (resident, whole), &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
     let Frozen { mut report, links, connections, later } =
         save(request, &images, (&page_ids, away.is_some()), traced, tree.freezer())?;
@@ -247,7 +247,7 @@ fn trace<'a>(
     request: &'a Request<'_>,
     images: &'a ImageDir,
     (page_ids, ids): (&'a PageIds, Ids),
-    resident: u64,
+    (resident, whole): (u64, HashSet<HostPid>),
     tracking: &mut Tracking,
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
@@ -267,6 +267,7 @@ fn trace<'a>(
             filters: FilterTable::default(),
             live: request.live,
             wiped,
+            whole,
             reapers: HashSet::new(),
             copies: Vec::new(),
             report: Report { root_pid: request.pid.0, ..Report::default() },
@@ -298,7 +299,9 @@ fn stop_and_ask(
     for group in tree.tasks.chunks_mut(SEEN_TOGETHER) {
         let of = |task: &Task| (task.pid, task.zombie, task.threads.iter().map(Tracee::tid).collect());
         let who: Vec<(HostPid, bool, Vec<HostPid>)> = group.iter().map(of).collect();
-        let all = side_by_side(&who, |(pid, zombie, tids)| (!zombie).then(|| Seen::of(*pid, tids)).transpose());
+        let whole = &tracer.whole;
+        let see = |pid, tids: &[HostPid]| Seen::of(pid, tids, whole.contains(&pid));
+        let all = side_by_side(&who, |(pid, zombie, tids)| (!zombie).then(|| see(*pid, tids)).transpose());
         for (task, seen) in group.iter_mut().zip(all) {
             cancel::check()?;
             let parent = (Some(task.ppid) != outside).then_some(task.ppid);

@@ -304,7 +304,7 @@ fn list(blockers: &[String]) -> String {
 /// # Errors
 /// There is no such process, or it may not be looked at.
 pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, DumpError> {
-    preflight::blockers(pid, options)
+    preflight::look(pid, options, true).map(|found| found.blockers)
 }
 
 /// Dumps a tree.

@@ -1,5 +1,7 @@
 //! Before anything is touched: every reason why the tree cannot be dumped, found at once.
 
+use std::collections::HashSet;
+
 use dormouse_infect::freeze;
 use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::{stat, tree};
@@ -15,8 +17,29 @@ const PF_EXITING: u64 = 0x4;
 /// From so many threads on, they and the memory of a process are looked at side by side.
 const MANY: u32 = 256;
 
-/// See [`crate::blockers`].
-pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, DumpError> {
+/// From so many processes on, one system call for each of them makes a difference.
+const MANY_PROCESSES: usize = 32;
+
+/// Resident kilobytes from which on the flags of mappings take long to read.
+const LARGE_KB: u64 = 256 << 10;
+
+/// What was found before the tree is stopped.
+pub struct Found {
+    /// What stands against a dump.
+    pub blockers: Vec<String>,
+    /// Processes of which everything was looked at. Of others, the flags of mappings and the other threads are still to be looked
+    /// at: in the stopped process, before it is entered. Both have to be read there in any case, and take long where there are many.
+    pub whole: HashSet<HostPid>,
+}
+
+impl Found {
+    fn only(blockers: Vec<String>) -> Self {
+        Self { blockers, whole: HashSet::new() }
+    }
+}
+
+/// See [`crate::blockers`]. With `all`, nothing is left until the tree is stopped.
+pub fn look(pid: HostPid, options: &DumpOptions, all: bool) -> Result<Found, DumpError> {
     let root = match stat::read(pid) {
         Ok(s) => s,
         Err(e) if e.is_gone() => {
@@ -37,24 +60,28 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
     if pids.contains(&me) {
         // Alone, since whoever runs it from outside has other reasons; the first words are CRIU's, which its callers look for.
         let what = format!("The criu itself is within dumped tree of pid {pid}: it is pid {me}; run it from outside");
-        return Ok(vec![what]);
+        return Ok(Found::only(vec![what]));
     }
     let leaders = freeze::leaders(&pids);
     let mut found: Vec<String> = freeze::obstacles(&leaders).iter().map(describe).collect();
     if !found.is_empty() {
-        return Ok(found);
+        return Ok(Found::only(found));
     }
     // Sockets and lists of them are those of the tree's network namespace.
     let away = match Visit::to(pid) {
         Ok(away) => away,
-        Err(e) => return Ok(vec![format!("cannot dump pid {pid}: {e}")]),
+        Err(e) => return Ok(Found::only(vec![format!("cannot dump pid {pid}: {e}")])),
     };
     if away.is_some() {
         found.extend(ns::net::blockers(pid)?.iter().map(Blocker::to_string));
     }
     let members = fd::Members::among(pid, pids.clone());
-    let all = side_by_side(&leaders, |(pid, leader)| of_one(*pid, leader.as_ref(), options, &members));
-    for (p, blockers) in pids.iter().zip(all) {
+    let waits = |leader: Option<&Status>| !all && leader.is_some_and(|leader| can_wait(leader, leaders.len()));
+    let each = side_by_side(&leaders, |(pid, leader)| {
+        let leader = leader.as_ref();
+        of_one(*pid, leader, !waits(leader), options, &members)
+    });
+    for (p, blockers) in pids.iter().zip(each) {
         match blockers {
             Ok(more) => found.extend(more.iter().map(Blocker::to_string)),
             // It ended while it was looked at, which is no obstacle.
@@ -63,7 +90,14 @@ pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<String>, Dump
         }
     }
     found.extend(session_blocker(&root, options));
-    Ok(found)
+    let whole = leaders.iter().filter(|(_, leader)| !waits(leader.as_ref())).map(|(pid, _)| *pid).collect();
+    Ok(Found { blockers: found, whole })
+}
+
+/// Is a process of a tree of so many better looked at when it is stopped? See [`Found::whole`].
+fn can_wait(leader: &Status, processes: usize) -> bool {
+    let large = leader.vm_rss_kb.is_some_and(|kb| kb >= LARGE_KB);
+    !large && (processes >= MANY_PROCESSES || leader.threads >= MANY)
 }
 
 /// Has it ended, or begun to? Then its descriptors and memory are gone already.
@@ -75,6 +109,7 @@ fn is_ending(pid: HostPid) -> bool {
 fn of_one(
     pid: HostPid,
     leader: Option<&Status>,
+    whole: bool,
     options: &DumpOptions,
     members: &fd::Members,
 ) -> Result<Vec<Blocker>, ResourceError> {
@@ -90,7 +125,7 @@ fn of_one(
     if leader.state == b'Z' {
         return Ok(Vec::new());
     }
-    let (task, memory) = (|| task::blockers_of(pid, leader, options), || mem::blockers_and_mappings(pid));
+    let (task, memory) = (|| task::blockers_of(pid, leader, whole, options), || mem::blockers_and_mappings(pid, whole));
     // Each thread has a stack, so that there are as many mappings.
     let (task, memory) = if leader.threads >= MANY { both(task, memory) } else { (task(), memory()) };
     let (mut found, (blockers, mappings)) = (task?, memory?);

@@ -20,7 +20,7 @@ use dormouse_kernel::proc::timers;
 use dormouse_kernel::{HostPid, TargetFd};
 use dormouse_resources::mem::{self, FlagTeller, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
-use dormouse_resources::task::{ProcessAsk, ProcessView, ThreadAsk, ThreadView};
+use dormouse_resources::task::{self, ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
 use crate::live;
 use crate::record::{Pages, Standing, Steps, Stopped, Told};
@@ -48,6 +48,8 @@ pub struct Tracer<'a> {
     pub live: bool,
     /// Processes with memory that is empty in copies.
     pub wiped: HashSet<HostPid>,
+    /// Processes of which everything was looked at before the tree was stopped.
+    pub whole: HashSet<HostPid>,
     /// Child subreapers of the tree, and what is below them.
     pub reapers: HashSet<HostPid>,
     /// Those copies, in the order of the tree.
@@ -83,26 +85,39 @@ pub struct Seen {
     pub fds: Vec<TargetFd>,
     /// Its stat file.
     pub stat: Stat,
-    /// The status files of its threads, unless there are many.
-    statuses: Option<Vec<Status>>,
-    mappings: Mappings,
+    /// Everything was looked at before it was stopped.
+    whole: bool,
+    /// What takes long where there are many threads, unless there are.
+    rest: Option<(Vec<Status>, Mappings)>,
 }
 
 impl Seen {
-    /// Looks at a process with these threads.
+    /// Looks at a process with these threads; `whole` if everything that could stand against its dump was looked at before it was
+    /// stopped.
     ///
     /// # Errors
     /// It is gone, or what /proc says of it is not understood.
-    pub fn of(pid: HostPid, threads: &[HostPid]) -> Result<Self, DumpError> {
+    pub fn of(pid: HostPid, threads: &[HostPid], whole: bool) -> Result<Self, DumpError> {
         let fds = fdinfo::fds(pid)?.into_iter().map(TargetFd).collect();
-        let statuses = || threads.iter().map(|tid| status::read_thread(pid, *tid)).collect::<Result<_, _>>();
-        Ok(Self {
-            fds,
-            stat: stat::read(pid)?,
-            statuses: (threads.len() < MANY).then(statuses).transpose()?,
-            mappings: Mappings::read(pid, 0..0)?,
-        })
+        let rest = || {
+            let statuses = threads.iter().map(|tid| status::read_thread(pid, *tid)).collect::<Result<_, _>>()?;
+            Ok::<_, DumpError>((statuses, mappings(pid, whole)?))
+        };
+        Ok(Self { fds, stat: stat::read(pid)?, whole, rest: (threads.len() < MANY).then(rest).transpose()? })
     }
+}
+
+/// Mappings of a stopped process; with their flags, unless these were `seen` and can be read again at leisure.
+fn mappings(pid: HostPid, seen: bool) -> Result<Mappings, DumpError> {
+    Ok(if seen { Mappings::read(pid, 0..0) } else { Mappings::read_whole(pid) }?)
+}
+
+/// What could wait until the process was stopped may stand against its dump.
+fn check(pid: HostPid, threads: &[Tracee], statuses: &[Status], mappings: &Mappings) -> Result<(), DumpError> {
+    let mut found = mappings.blockers();
+    let threads: Vec<_> = threads.iter().map(Tracee::tid).zip(statuses).collect();
+    found.extend(task::blockers_of_threads(pid, &threads));
+    if found.is_empty() { Ok(()) } else { Err(DumpError::Refused(found.iter().map(ToString::to_string).collect())) }
 }
 
 impl Tracer<'_> {
@@ -112,8 +127,11 @@ impl Tracer<'_> {
     /// It could not be entered or asked, an image not be written, or it was not possible to put it back.
     pub fn save(&mut self, task: &mut Task, parent: Option<HostPid>, seen: Seen) -> Result<(), Unsaved> {
         let pid = task.pid;
-        let Seen { fds, stat, statuses, mappings } = seen;
-        let (traced, statuses) = look(pid, &task.threads, statuses)?;
+        let Seen { fds, stat, whole, rest } = seen;
+        let (traced, statuses, mappings) = look(pid, &task.threads, whole, rest)?;
+        if !whole {
+            check(pid, &task.threads, &statuses, &mappings)?;
+        }
         let (states, rseqs): (Vec<State>, Vec<Option<RseqConfig>>) = traced.into_iter().unzip();
         let confine = |(thread, status)| seccomp::suspend(thread, status);
         let confinements = task.threads.iter().zip(&statuses).map(confine).collect::<Result<Vec<_>, _>>()?;
@@ -284,15 +302,17 @@ fn trace(pid: HostPid, thread: &Tracee) -> Result<Traced, DumpError> {
     Ok((state, rseq))
 }
 
-/// Looks at the stopped threads of a process: where there are many, their status files are still to be read, by another thread.
+/// Looks at the stopped threads of a process: where there are many, the `rest` is still to be read, their status files by another
+/// thread.
 fn look(
     pid: HostPid,
     threads: &[Tracee],
-    statuses: Option<Vec<Status>>,
-) -> Result<(Vec<Traced>, Vec<Status>), DumpError> {
+    whole: bool,
+    rest: Option<(Vec<Status>, Mappings)>,
+) -> Result<(Vec<Traced>, Vec<Status>, Mappings), DumpError> {
     let traced = || threads.iter().map(|t| trace(pid, t)).collect::<Result<Vec<_>, _>>();
-    if let Some(statuses) = statuses {
-        return Ok((traced()?, statuses));
+    if let Some((statuses, mappings)) = rest {
+        return Ok((traced()?, statuses, mappings));
     }
     let tids: Vec<HostPid> = threads.iter().map(Tracee::tid).collect();
     thread::scope(|scope| {
@@ -300,9 +320,10 @@ fn look(
         let read = || TaskDir::open(pid).and_then(|task| tids.iter().map(|tid| task.status(*tid)).collect());
         let reader = reader.spawn_scoped(scope, read);
         let reader = reader.map_err(|cause| DumpError::Call { what: "cannot start a thread".into(), cause })?;
-        let traced = traced();
+        let traced = traced().and_then(|traced| Ok((traced, mappings(pid, whole)?)));
         let statuses: Result<Vec<_>, _> = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok((traced?, statuses?))
+        let (traced, mappings) = traced?;
+        Ok((traced, statuses?, mappings))
     })
 }
 

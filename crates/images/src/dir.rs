@@ -144,6 +144,10 @@ impl ImageDir {
     /// # Errors
     /// It cannot be removed.
     pub fn remove(&self, kind: ImageKind, id: u64) -> Result<(), ImageError> {
+        // Looked for first: unlink(2) would wait for whoever makes another image in the directory.
+        if !self.exists(kind, id)? {
+            return Ok(());
+        }
         let (name, path) = self.names(kind, id);
         match unlinkat(&*self.fd, &*name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),

@@ -38,7 +38,7 @@ const STAT: &[u8] =
 
 const STATUS: &[u8] = b"Name:\ta\\nb\\\\c\nUmask:\t0027\nState:\tt (tracing stop)\nTgid:\t77\nNgid:\t0\nPid:\t78\nPPid:\t1\nTracerPid:\t5
 Uid:\t1000\t1001\t1002\t4294967295\nGid:\t1\t2\t3\t4\nFDSize:\t256\nGroups:\t4 24 27 \nNStgid:\t77\t1\nNSpid:\t78\t2\nNSpgid:\t77\t1
-NSsid:\t0\t0\nKthread:\t0\nVmLck:\t      12 kB\nCoreDumping:\t0\nThreads:\t2\nSigQ:\t3/96365\nSigPnd:\t0000000000000001
+NSsid:\t0\t0\nKthread:\t0\nVmLck:\t      12 kB\nVmRSS:\t     940 kB\nCoreDumping:\t0\nThreads:\t2\nSigQ:\t3/96365\nSigPnd:\t0000000000000001
 ShdPnd:\t8000000000000000\nSigBlk:\t0000000000010000\nSigIgn:\t0000000000001000\nSigCgt:\t0000000180014a07\nCapInh:\t0000000000000000
 CapPrm:\t000001fffeffffff\nCapEff:\t000001fffeffffff\nCapBnd:\t000001fffeffffff\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1
 Seccomp:\t2\nSeccomp_filters:\t3\nCpus_allowed_list:\t0-1\n";
@@ -142,6 +142,8 @@ fn status_sample() {
     assert_eq!((status.sig_q, status.sig_pnd, status.shd_pnd), (Some((3, 96365)), 1, 1 << 63));
     assert_eq!((status.seccomp, status.seccomp_filters, status.no_new_privs), (Some(2), Some(3), true));
     assert_eq!((status.threads, status.vm_lck_kb, status.kthread), (2, Some(12), Some(false)));
+    assert_eq!(status.vm_rss_kb, Some(940));
+    assert!(status::parse(path(), b"Name:\tx\nState:\tR\nVmRSS:\t940 MB\n").is_err());
     assert!(status::parse(path(), b"").is_err());
     assert!(status::parse(path(), b"Name:\tx\nState:\tR\nUid:\t1 2 3\n").is_err());
 }

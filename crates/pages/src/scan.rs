@@ -97,6 +97,8 @@ const PAGEMAP_SCAN: libc::Ioctl = nix::request_code_readwrite!(b'f', 16, size_of
 
 /// Runs fetched per call.
 const BATCH: usize = 4096;
+/// Runs fetched by the first call.
+const FIRST: usize = 128;
 /// `PM_SCAN_WP_MATCHING`: write-protect what is reported.
 pub(crate) const PM_SCAN_WP_MATCHING: u64 = 1;
 /// Entries read per call: 256 KiB of pagemap, 128 MiB of memory.
@@ -317,7 +319,8 @@ impl PageScanner {
         each: &mut impl FnMut(PageRun) -> Result<(), E>,
     ) -> Result<(), E> {
         let Scan { filter, report, flags, batch } = scan;
-        let mut runs = vec![PageRun::default(); batch];
+        // Most processes have few runs, and fresh memory for many costs more than the call.
+        let mut runs = vec![PageRun::default(); batch.min(FIRST)];
         let mut at = start;
         while at < end {
             let mut arg = PmScanArg {
@@ -341,6 +344,9 @@ impl PageScanner {
                 );
             }
             at = next;
+            if count == runs.len() {
+                runs.resize(batch, PageRun::default());
+            }
         }
         Ok(())
     }

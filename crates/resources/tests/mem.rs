@@ -281,10 +281,20 @@ fn what_cannot_be_dumped_is_named_beforehand() {
     let zoo = Zoo::start(&[("ZOO_BAD", "1")]);
     let found = mem::blockers(zoo.pid).expect("blockers");
     let named = |what: &str| found.iter().any(|b| b.what.contains(what) && b.pid == zoo.pid);
-    for what in ["a part of System V shared memory", "a buffer of perf events"] {
+    let filled = "memory that a userfaultfd fills";
+    for what in ["a part of System V shared memory", "a buffer of perf events", filled] {
         assert!(named(what) || zoo.lacks(what), "{what} is missing from {found:?}");
     }
     assert!(found.iter().all(|b| b.what.contains("0x") && !b.next_step.is_empty()));
+    // What only flags tell may be left until the process is stopped, and is told then.
+    let (early, mappings) = mem::blockers_and_mappings(zoo.pid, false).expect("blockers");
+    let late = Mappings::read_whole(zoo.pid).expect("mappings");
+    assert_eq!(late.maps().map(|v| v.start).collect::<Vec<_>>(), mappings.iter().map(|v| v.start).collect::<Vec<_>>());
+    assert!(!early.iter().any(|b| b.what.contains(filled)), "{early:?}");
+    let late = late.blockers();
+    for b in &found {
+        assert!(early.contains(b) || late.contains(b), "{b} is told neither before nor then");
+    }
 }
 
 #[test]

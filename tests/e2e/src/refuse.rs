@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::libc;
 use nix::sys::ptrace;
 use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -26,6 +27,7 @@ pub fn tests() -> Vec<Test> {
     let mut tests = vec![
         Test::new("refuse/every_reason_at_once", every_reason_at_once),
         Test::new("refuse/traced_process", traced_process),
+        Test::new("refuse/thread_of_many", thread_of_many),
         Test::new("refuse/sysv_shm_of_others", sysv_shm_of_others),
         Test::new("refuse/pipe_of_an_automounter", automounter),
         Test::new("refuse/zombie_root", zombie_root),
@@ -109,6 +111,27 @@ fn traced_process(case: &Case<'_>) -> Result<Outcome> {
     ptrace::interrupt(pid)?;
     waitpid(pid, Some(WaitPidFlag::__WALL))?;
     ptrace::detach(pid, None)?;
+    target.unharmed()?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// One of a thousand threads, which are looked at only when all are stopped, is scheduled in a way that images have no place for.
+fn thread_of_many(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, "threads_many", Session::Own, &[]));
+    let tid = target.ids().max().context("it has threads")?;
+    // struct sched_attr of sched_setattr(2): its size and SCHED_DEADLINE, flags, nice and priority; then nanoseconds.
+    let deadline = [48 | 6 << 32, 0, 0, 1_000_000, 1_000_000_000, 1_000_000_000_u64];
+    let ordinary = [48, 0, 0, 0, 0, 0_u64];
+    // SAFETY: the attributes are as long as they say, and only read.
+    let set = |attr: &[u64; 6]| unsafe { libc::syscall(libc::SYS_sched_setattr, tid, attr.as_ptr(), 0) };
+    if set(&deadline) < 0 {
+        return Ok(Outcome::needs("a thread scheduled by deadline"));
+    }
+    let ran = case.dump(&case.args.bin, target.pid, &case.path("img"), &[]);
+    ensure!(set(&ordinary) == 0, "thread {tid} cannot be scheduled as before");
+    refused(case, &ran?, &[&target.pid.to_string(), &tid.to_string(), "scheduled by deadline", "chrt"])?;
+    ensure!(!case.path("img/inventory.img").exists(), "a refused dump has left a checkpoint");
     target.unharmed()?;
     target.ask()?;
     Ok(Outcome::PASSED)

@@ -73,6 +73,8 @@ pub struct Status {
     pub core_dumping: Option<bool>,
     /// Locked memory, kB; absent without an address space.
     pub vm_lck_kb: Option<u64>,
+    /// Resident memory, shared memory too, kB; absent without an address space.
+    pub vm_rss_kb: Option<u64>,
     /// Whether it is a kernel thread; since Linux 6.8.
     pub kthread: Option<bool>,
     /// Shadow-stack features of the thread ("shstk wrss"), as the kernel words them; x86_64 since Linux 6.6.
@@ -146,16 +148,18 @@ fn field(status: &mut Status, at: At<'_>, key: &[u8], value: &[u8]) -> Result<()
         b"Seccomp_filters" => status.seccomp_filters = Some(at.dec(value, "bad Seccomp_filters")?),
         b"Threads" => status.threads = at.dec(value, "bad Threads")?,
         b"CoreDumping" => status.core_dumping = Some(bit(at, value)?),
-        b"VmLck" => {
-            let number = value.strip_suffix(b" kB").ok_or_else(|| at.bad("VmLck is not in kB", value))?;
-            status.vm_lck_kb = Some(at.dec(number, "bad VmLck")?);
-        }
+        b"VmLck" => status.vm_lck_kb = Some(kilobytes(at, value)?),
+        b"VmRSS" => status.vm_rss_kb = Some(kilobytes(at, value)?),
         b"Kthread" => status.kthread = Some(bit(at, value)?),
         b"x86_Thread_features" => status.x86_thread_features = value.to_vec(),
         // Fields that nothing here needs; new kernels add more.
         _ => {}
     }
     Ok(())
+}
+
+fn kilobytes(at: At<'_>, value: &[u8]) -> Result<u64> {
+    at.dec(value.strip_suffix(b" kB").ok_or_else(|| at.bad("not in kB", value))?, "bad size")
 }
 
 fn bit(at: At<'_>, value: &[u8]) -> Result<bool> {

@@ -3,14 +3,13 @@
 use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use dormouse_infect::host::mem::shared_memory_device;
 use dormouse_kernel::HostPid;
-use dormouse_kernel::proc::maps::Vma;
+use dormouse_kernel::proc::maps::{self, Vma};
 
-use super::mappings::{Kind, classify};
+use super::mappings::{Kind, classify, shared_memory};
 use super::smaps::{self, Codes};
 use super::sysv;
-use crate::{Blocker, Result, call};
+use crate::{Blocker, Result};
 
 /// Names of files that are none, and what a user can do about mappings of them.
 const SPECIAL: [(&[u8], &str, &str); 7] = [
@@ -39,19 +38,20 @@ const FLAGS: [(&str, &str, &str); 4] = [
 /// # Errors
 /// The process is gone or may not be inspected.
 pub fn blockers(pid: HostPid) -> Result<Vec<Blocker>> {
-    blockers_and_mappings(pid).map(|(found, _)| found)
+    blockers_and_mappings(pid, true).map(|(found, _)| found)
 }
 
-/// As [`blockers`], with the mappings that were looked at.
+/// As [`blockers`], with the mappings that were looked at. Without `flags`, what only their flags tell is left to
+/// [`Mappings::blockers`](super::Mappings::blockers).
 ///
 /// # Errors
 /// As of [`blockers`].
-pub fn blockers_and_mappings(pid: HostPid) -> Result<(Vec<Blocker>, Vec<Vma>)> {
-    let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
+pub fn blockers_and_mappings(pid: HostPid, flags: bool) -> Result<(Vec<Blocker>, Vec<Vma>)> {
+    let shm = shared_memory()?;
     let mut found = Vec::new();
     let mut seen = HashSet::new();
     let (mut segments, mut mappings) = (Vec::new(), Vec::new());
-    smaps::for_each(pid, |v| {
+    let look = |v: Vma| {
         let (v, kind) = classify(v, shm);
         let file = (v.dev_major, v.dev_minor, v.inode);
         let reason = match reason(&v, Codes::of(&v.vm_flags), kind) {
@@ -66,7 +66,12 @@ pub fn blockers_and_mappings(pid: HostPid) -> Result<(Vec<Blocker>, Vec<Vma>)> {
             segments.push((v.clone(), kind));
         }
         mappings.push(v);
-    })?;
+    };
+    if flags {
+        smaps::for_each(pid, look)?;
+    } else {
+        maps::read_maps(pid)?.into_iter().for_each(look);
+    }
     found.extend(sysv::blocker(pid, &segments)?);
     Ok((found, mappings))
 }

@@ -15,6 +15,8 @@ use dormouse_infect::{InfectError, cancel};
 use dormouse_kernel::{HostPid, TargetFd, both};
 use dormouse_pages::direct::is_unshared;
 use dormouse_sys::nr;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::gather::Gather;
@@ -65,6 +67,8 @@ pub struct Copier<'a, 'p> {
     /// What is written is given back, and what waits for that: addresses and lengths.
     spent: Option<Vec<(u64, u64)>>,
     direct: Option<Direct>,
+    /// Whether the image is on an ext4, once that was asked.
+    on_ext4: Option<bool>,
     /// What can be held until the tree runs again is, and the image is made when something cannot.
     staged: bool,
 }
@@ -103,6 +107,7 @@ impl<'a, 'p> Copier<'a, 'p> {
             outside: 0,
             spent: None,
             direct,
+            on_ext4: None,
             staged: ids.staging().is_some(),
         };
         if !copier.staged {
@@ -236,6 +241,7 @@ impl<'a, 'p> Copier<'a, 'p> {
         let Writer::Inside(fd) = self.writer else {
             return if chunk.len <= BUFFER as u64 { self.copy_at_once(&chunk) } else { self.copy_pieces(&chunk) };
         };
+        self.reserve(&chunk)?;
         let mark = self.parasite.arena.mark();
         // The parasite consumes its iovecs; `chunk` keeps ours.
         let iovecs = self.parasite.arena.put_words(&chunk.iovecs);
@@ -268,6 +274,27 @@ impl<'a, 'p> Copier<'a, 'p> {
                 self.copy_pieces(&chunk)
             }
         }
+    }
+
+    /// Has the file system find room for a chunk at once, where that is known to be faster: ext4 else makes a reservation for each
+    /// page, which is a sixth of the time that writing to the page cache takes (Linux 6.18).
+    fn reserve(&mut self, chunk: &Chunk) -> Result<()> {
+        if chunk.len < LARGE || self.direct.is_some() {
+            return Ok(());
+        }
+        let image = self.image.file(self.images, self.ids)?;
+        let on_ext4 = match self.on_ext4 {
+            Some(known) => known,
+            None => fstatfs(image).is_ok_and(|fs| fs.filesystem_type() == EXT4_SUPER_MAGIC),
+        };
+        self.on_ext4 = Some(on_ext4);
+        // What cannot be had is told when it is written.
+        if on_ext4 {
+            let (at, len) = (chunk.offset as i64, chunk.len as i64);
+            let reserved = fallocate(image, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, len);
+            reserved.unwrap_or_else(|e| tracing::debug!("no room is reserved in the pages image: {e}"));
+        }
+        Ok(())
     }
 
     /// Holds a chunk until later; false if that cannot be.

@@ -20,7 +20,7 @@ use super::blockers;
 use super::smaps::{self, Codes, Smap};
 use super::vm_flags::FlagTeller;
 use super::vma::{self, flag, prot};
-use crate::{Result, call, invalid};
+use crate::{Blocker, Result, call, invalid};
 
 /// What a mapping maps, as far as its line in maps tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,26 +94,55 @@ impl Mappings {
     /// # Errors
     /// The process is gone, or what /proc says of it is not understood.
     pub fn read(pid: HostPid, own: Range<u64>) -> Result<Self> {
-        let shm = shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))?;
+        let shm = shared_memory()?;
         let vmas = others(pid, &own)?.into_iter().map(|v| classify(v, shm)).collect();
-        Ok(Self {
+        Ok(Self { own, ..Self::new(pid, vmas, OnceLock::new()) })
+    }
+
+    /// The same with all that smaps tells, of a process that nobody has entered.
+    ///
+    /// # Errors
+    /// As of [`Mappings::read`].
+    pub fn read_whole(pid: HostPid) -> Result<Self> {
+        let shm = shared_memory()?;
+        let (mut vmas, mut flags) = (Vec::new(), Vec::new());
+        smaps::for_each(pid, |v| {
+            flags.push(Smap::from(&v));
+            vmas.push(classify(v, shm));
+        })?;
+        Ok(Self::new(pid, vmas, flags.into()))
+    }
+
+    fn new(pid: HostPid, vmas: Vec<(Vma, Kind)>, smaps: OnceLock<Vec<Smap>>) -> Self {
+        Self {
             pid,
             copy: OnceLock::new(),
             vmas,
-            own,
+            own: 0..0,
             stacks: Vec::new(),
             locked_kb: None,
             reader: Mutex::new(None),
             teller: None,
-            smaps: OnceLock::new(),
+            smaps,
             guards: OnceLock::new(),
-        })
+        }
+    }
+
+    /// Those of the mappings that cannot be dumped, as far as what was read tells.
+    pub fn blockers(&self) -> Vec<Blocker> {
+        let smaps = self.smaps.get().map(Vec::as_slice).unwrap_or_default();
+        let codes = smaps.iter().map(|v| v.codes).chain(std::iter::repeat(Codes::default()));
+        let reasons = self.vmas.iter().zip(codes).filter_map(|((v, kind), codes)| blockers::reason(v, codes, *kind));
+        reasons.map(|(what, next_step)| Blocker { pid: self.pid, fd: None, what, next_step }).collect()
     }
 
     /// A parasite has come in since: what lies in `own`, its range, is none of the process's.
     #[must_use]
     pub fn entered(mut self, own: Range<u64>) -> Self {
         self.vmas.retain(|(v, _)| v.start < own.start || v.start >= own.end);
+        if let Some(smaps) = self.smaps.get_mut() {
+            smaps.retain(|v| v.start < own.start || v.start >= own.end);
+        }
         self.own = own;
         self
     }
@@ -336,6 +365,11 @@ impl Mappings {
         }
         Ok(runs.iter().map(|r| r.start..r.end).collect())
     }
+}
+
+/// The device of shared memory.
+pub(super) fn shared_memory() -> Result<(u32, u32)> {
+    shared_memory_device().map_err(call("cannot make a memfd to learn the device of shared memory"))
 }
 
 fn read_smaps(pid: HostPid) -> Result<JoinHandle<Smaps>> {

@@ -20,21 +20,28 @@ use crate::{Blocker, DumpOptions, Result};
 pub fn blockers(pid: HostPid, options: &DumpOptions) -> Result<Vec<Blocker>> {
     match status::read(pid) {
         Err(e) if e.is_gone() => Ok(Vec::new()),
-        leader => blockers_of(pid, &leader?, options),
+        leader => blockers_of(pid, &leader?, true, options),
     }
 }
 
-/// As [`blockers`], of a process whose status was read.
+/// As [`blockers`], of a process whose status was read. Without `others`, its other threads are left to [`blockers_of_threads`].
 ///
 /// # Errors
 /// As of [`blockers`].
-pub fn blockers_of(pid: HostPid, leader: &Status, _: &DumpOptions) -> Result<Vec<Blocker>> {
+pub fn blockers_of(pid: HostPid, leader: &Status, others: bool, _: &DumpOptions) -> Result<Vec<Blocker>> {
     let mut found = Found { pid, blockers: Vec::new() };
-    match look(pid, leader, &mut found) {
+    match look(pid, leader, others, &mut found) {
         Err(crate::ResourceError::Proc(e)) if e.is_gone() => Ok(Vec::new()),
         Err(e) => Err(e),
         Ok(()) => Ok(found.blockers),
     }
+}
+
+/// What the threads of a process, which are stopped, have against being dumped.
+pub fn blockers_of_threads(pid: HostPid, threads: &[(HostPid, &Status)]) -> Vec<Blocker> {
+    let mut found = Found { pid, blockers: Vec::new() };
+    found.add_threads(threads.iter().map(|(tid, status)| (*tid, of_stopped_thread(*tid, status))));
+    found.blockers
 }
 
 struct Found {
@@ -46,9 +53,25 @@ impl Found {
     fn add(&mut self, what: impl Into<String>, next_step: &str) {
         self.blockers.push(Blocker { pid: self.pid, fd: None, what: what.into(), next_step: next_step.into() });
     }
+
+    /// Thousands of threads that are alike make one report.
+    fn add_threads(&mut self, threads: impl Iterator<Item = (HostPid, Vec<Reason>)>) {
+        let mut seen = Vec::new();
+        for (tid, reasons) in threads {
+            for (why, next) in reasons {
+                if !seen.contains(&why) {
+                    self.add(if tid == self.pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
+                    seen.push(why);
+                }
+            }
+        }
+    }
 }
 
-fn look(pid: HostPid, leader: &Status, found: &mut Found) -> Result<()> {
+/// What stands against it, and the next step.
+type Reason = (String, &'static str);
+
+fn look(pid: HostPid, leader: &Status, others: bool, found: &mut Found) -> Result<()> {
     if leader.state == b'Z' {
         if stat::read(pid)?.num_threads > 1 {
             found.add(
@@ -63,33 +86,21 @@ fn look(pid: HostPid, leader: &Status, found: &mut Found) -> Result<()> {
         found.add("it runs a 32-bit program", "run a 64-bit build of it");
     }
     label(pid, found)?;
-    let tids = tree::few_threads(pid)?;
+    let tids = if others { tree::few_threads(pid)? } else { vec![pid] };
     for t in timers::read(pid)? {
         if let Some(why) = posix_timer::unsupported(&t) {
             found.add(why, "delete the timer and retry");
         }
     }
-    // Thousands of threads that are alike make one report.
-    let mut seen = Vec::new();
     let task = if tids.len() > 1 { Some(TaskDir::open(pid)?) } else { None };
-    for (tid, reasons) in tids.iter().zip(side_by_side(&tids, |tid| of_thread(pid, *tid, leader, task.as_ref()))) {
-        for (why, next) in reasons? {
-            if !seen.contains(&why) {
-                found.add(if *tid == pid { why.clone() } else { format!("thread {tid}: {why}") }, next);
-                seen.push(why);
-            }
-        }
-    }
+    let reasons = side_by_side(&tids, |tid| of_thread(pid, *tid, leader, task.as_ref()));
+    let reasons = reasons.into_iter().collect::<Result<Vec<_>>>()?;
+    found.add_threads(tids.into_iter().zip(reasons));
     Ok(())
 }
 
 /// `task` is the directory of the threads, if there are others than the leader.
-fn of_thread(
-    pid: HostPid,
-    tid: HostPid,
-    leader: &Status,
-    task: Option<&TaskDir>,
-) -> Result<Vec<(String, &'static str)>> {
+fn of_thread(pid: HostPid, tid: HostPid, leader: &Status, task: Option<&TaskDir>) -> Result<Vec<Reason>> {
     let mut reasons = Vec::new();
     let own;
     let status = match task {
@@ -105,7 +116,13 @@ fn of_thread(
     if let Some(tracer) = status.tracer_pid.filter(|_| tid != pid) {
         reasons.push((format!("it is being traced by pid {tracer}"), "detach the debugger or strace and retry"));
     }
-    reasons.extend(seccomp::unsupported(status));
+    reasons.extend(of_stopped_thread(tid, status));
+    Ok(reasons)
+}
+
+/// What stands against a thread but its being traced.
+fn of_stopped_thread(tid: HostPid, status: &Status) -> Vec<Reason> {
+    let mut reasons = Vec::from_iter(seccomp::unsupported(status));
     if status.x86_thread_features.split(|b| *b == b' ').any(|f| f == b"shstk") {
         reasons.push(("it uses a shadow stack".into(), "run it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"));
     }
@@ -113,7 +130,7 @@ fn of_thread(
     if let Some(why) = sched::read(tid).ok().and_then(|a| sched::unsupported(&a)) {
         reasons.push((why, "set another policy (chrt --other) and retry"));
     }
-    Ok(reasons)
+    reasons
 }
 
 type Namespace = (NsKind, Option<u64>);

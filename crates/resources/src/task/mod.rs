@@ -22,7 +22,7 @@ pub mod sigaction;
 pub mod sigaltstack;
 pub mod signal;
 
-pub use blockers::{blockers, blockers_of};
+pub use blockers::{blockers, blockers_of, blockers_of_threads};
 pub use dump::{ProcessAsk, ProcessView, ThreadAsk, ThreadView, zombie_core};
 pub use misc::{LoginUid, host_settings, name_op};
 pub use restore::{after_creds_ops, drain_ops, process_ops, signal_ops, thread_ops, timer_ops};

@@ -219,6 +219,13 @@ fn make_bad_things() {
         {
             lacks("a-buffer-of-perf-events");
         }
+        // UFFDIO_API and UFFDIO_REGISTER, whose mode is MISSING: whoever touches it waits, and nobody does.
+        let uffd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as i32;
+        let at = libc::mmap(std::ptr::null_mut(), PAGE, RW, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+        let (mut api, mut range) = ([0xaau64, 0, 0], [at as u64, PAGE as u64, 1, 0]);
+        if libc::ioctl(uffd, 0xc018_aa3f, &raw mut api) < 0 || libc::ioctl(uffd, 0xc020_aa00, &raw mut range) < 0 {
+            lacks("memory-that-a-userfaultfd-fills");
+        }
     }
 }
 

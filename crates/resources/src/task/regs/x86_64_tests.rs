@@ -84,8 +84,15 @@ proptest! {
         let (core, ext) = to_core(7, &before, 0x99, BY_US).unwrap();
         prop_assert_eq!(core.thread_info.as_ref().unwrap().clear_tid_addr, 0x99);
         let core = with_thread(core, before.sigmask);
+        // On a CPU with AMX, tiles are in the sidecar alone.
+        let has_more = xsave::in_use(&before.xstate) & !RECORDED != 0;
         for ext in [ext.as_ref(), None] {
-            let after = from_core(7, &core, ext).unwrap();
+            let after = from_core(7, &core, ext);
+            if ext.is_none() && has_more {
+                prop_assert!(after.unwrap_err().to_string().contains("AMX"));
+                continue;
+            }
+            let after = after.unwrap();
             prop_assert_eq!(contents(&after.xstate, xsave::layout()), contents(&before.xstate, xsave::layout()));
             prop_assert_eq!(after.sigmask, before.sigmask);
             let undisturbed = arch::without_our_interruption(&before.regs);
