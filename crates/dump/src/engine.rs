@@ -86,7 +86,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
         away.as_ref().map_or_else(|| Ok(run()), |away| away.at_home(run))?.map_err(DumpError::Hook)
     };
     let session = &request.session;
-    let version = tracking.version(request.chain.compress);
+    let version = tracking.version(request.chain.compress.is_some());
     tracking.finish(&images, session)?;
     images.write_inventory(&inventory::inventory(version, root_ids, session, &request.options, connected)?)?;
     match fetcher {
@@ -134,7 +134,7 @@ fn page_ids(
         }
         (None, None) => chain.page_ids()?,
     };
-    let holds = goes_on_early(request) && !(request.live || chain.compress || chain.server.is_some());
+    let holds = goes_on_early(request) && !(request.live || chain.compress.is_some() || chain.server.is_some());
     let staging = holds.then(|| Staging::for_tree(resident, chain.before.is_some() && chain.track)).flatten();
     Ok(ids.staged(staging))
 }
@@ -200,7 +200,7 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
         )));
     }
     request.chain.check()?;
-    if request.stream.is_some() && request.chain.compress {
+    if request.stream.is_some() && request.chain.compress.is_some() {
         return Err(DumpError::Impossible(
             "--stream with --compress is not there, since a stream can be compressed on its way; leave --compress out, and pipe the \
              stream through lz4(1) or zstd(1)"

@@ -28,6 +28,7 @@ use dormouse_infect::freeze::Obstacle;
 use dormouse_infect::host::fd::copy_number;
 use dormouse_kernel::{HostPid, ProcError, Session};
 use dormouse_pages::PageClient;
+use dormouse_pages::packed::Method;
 use dormouse_resources::mem::{PageIds, check_direct};
 pub use dormouse_resources::{Blocker, DumpOptions, ResourceError};
 use dormouse_tls::{Tls, TlsError};
@@ -99,8 +100,8 @@ pub struct Chain {
     pub dedup: bool,
     /// Write checksums of all images beside them.
     pub checksums: bool,
-    /// Compress pages.
-    pub compress: bool,
+    /// How pages are compressed, if they are.
+    pub compress: Option<Method>,
     /// Write pages past the page cache.
     pub direct_io: bool,
     /// Where pages go if not into the images directory.
@@ -110,15 +111,15 @@ pub struct Chain {
 impl Chain {
     /// Refuses what does not go together.
     pub(crate) fn check(&self) -> Result<(), DumpError> {
-        if self.compress && self.server.is_some() {
+        if self.compress.is_some() && self.server.is_some() {
             return Err(DumpError::Impossible(
                 "--compress with --page-server is not there yet, since the server writes the pages; leave --compress out, and send them \
                  through a tunnel that compresses (ssh -C) if it is the way that is narrow"
                     .into(),
             ));
         }
-        if self.direct_io && (self.compress || self.server.is_some()) {
-            let (other, why) = if self.compress {
+        if self.direct_io && (self.compress.is_some() || self.server.is_some()) {
+            let (other, why) = if self.compress.is_some() {
                 ("--compress", "compressed blocks begin where the one before ends, at no border of the device's")
             } else {
                 ("--page-server", "the server writes the pages")

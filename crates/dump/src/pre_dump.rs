@@ -60,7 +60,7 @@ pub fn run(request: &Request<'_>) -> Result<Report, DumpError> {
     report.memory_us = copying.elapsed().as_micros() as u64;
     tracking.finish(&images, session)?;
     let own_ids = Ids::default().of(HostPid::current())?;
-    let version = tracking.version(chain.compress);
+    let version = tracking.version(chain.compress.is_some());
     images.write_inventory(&inventory::inventory(version, own_ids, session, &request.options, false)?)?;
     if chain.dedup {
         tracking::dedup(&images);

@@ -8,12 +8,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+mod method;
+
+use method::Decoder;
+pub use method::{Encoder, Method};
+
 /// Bytes of pages in a block. LZ4 looks back 64 KiB, so larger ones gain little, and a page that is touched costs a block.
 pub const BLOCK: usize = 128 << 10;
 /// The largest block that is read.
 const MOST: u64 = 1 << 20;
-/// Number of the only method: LZ4 blocks.
-pub const LZ4: u32 = 1;
 const PAGE: u64 = 4096;
 
 /// Where a block lies in its file.
@@ -27,42 +30,28 @@ pub struct Place {
     pub sum: u32,
 }
 
-/// Room for what [`pack`] gives.
-pub fn room() -> Vec<u8> {
-    vec![0; lz4_flex::block::get_maximum_output_size(BLOCK)]
-}
-
-/// Compresses a block of at most [`BLOCK`] bytes by way of `room`: what is to be stored, and its checksum.
-pub fn pack<'a>(block: &'a [u8], room: &'a mut [u8]) -> (&'a [u8], u32) {
-    let stored = match lz4_flex::block::compress_into(block, room) {
-        // What does not become smaller is stored as it is, and known by its length.
-        Ok(len) if len < block.len() => &room[..len],
-        Ok(_) | Err(_) => block,
-    };
-    (stored, crc32fast::hash(stored))
-}
-
 /// The blocks of one image.
 #[derive(Debug)]
 pub struct Blocks {
+    method: Method,
     size: u64,
     bytes: u64,
     places: Vec<Place>,
 }
 
 impl Blocks {
-    /// Blocks of `size` bytes, one after the other, that make `bytes` bytes of pages.
+    /// Blocks of `size` bytes, one after the other, that make `bytes` bytes of pages, compressed by `method`.
     ///
     /// # Errors
     /// That cannot be; the message says why.
-    pub fn new(size: u64, bytes: u64, places: Vec<Place>) -> Result<Self, String> {
+    pub fn new(method: Method, size: u64, bytes: u64, places: Vec<Place>) -> Result<Self, String> {
         if !size.is_power_of_two() || !(PAGE..=MOST).contains(&size) {
             return Err(format!("blocks of {size} bytes are not possible"));
         }
         if !bytes.is_multiple_of(PAGE) || bytes.div_ceil(size) != places.len() as u64 {
             return Err(format!("{} blocks of {size} bytes do not make {bytes} bytes of pages", places.len()));
         }
-        let this = Self { size, bytes, places };
+        let this = Self { method, size, bytes, places };
         for (i, place) in this.places.iter().enumerate() {
             let range = this.range(i);
             let fits = 1..=range.end - range.start;
@@ -109,7 +98,14 @@ pub struct PagesFile {
 struct Last {
     number: Option<usize>,
     content: Vec<u8>,
+    by: Unpacking,
+}
+
+/// What blocks are read by way of.
+#[derive(Debug, Default)]
+struct Unpacking {
     packed: Vec<u8>,
+    decoder: Decoder,
 }
 
 impl PagesFile {
@@ -171,9 +167,9 @@ impl PagesFile {
             let range = blocks.range(number);
             if last.number != Some(number) {
                 last.number = None;
-                let Last { content, packed, .. } = &mut *last;
+                let Last { content, by, .. } = &mut *last;
                 content.resize((range.end - range.start) as usize, 0);
-                self.block(blocks, number, packed, content)?;
+                self.block(blocks, number, by, content)?;
                 last.number = Some(number);
             }
             let now = (len - done).min(range.end - at);
@@ -184,8 +180,9 @@ impl PagesFile {
         Ok(())
     }
 
-    /// Reads a whole block by way of `packed`.
-    fn block(&self, blocks: &Blocks, number: usize, packed: &mut Vec<u8>, into: &mut [u8]) -> io::Result<()> {
+    /// Reads a whole block.
+    fn block(&self, blocks: &Blocks, number: usize, by: &mut Unpacking, into: &mut [u8]) -> io::Result<()> {
+        let Unpacking { packed, decoder } = by;
         let place = blocks.places[number];
         let damaged = |what: &str| {
             let Range { start, end } = blocks.range(number);
@@ -205,10 +202,10 @@ impl PagesFile {
         }
         packed.resize(place.len as usize, 0);
         read(packed)?;
-        match lz4_flex::block::decompress_into(packed, into) {
+        match decoder.unpack(blocks.method, packed, into) {
             Ok(len) if len == into.len() => Ok(()),
             Ok(len) => Err(damaged(&format!("there are {len} bytes instead of {}", into.len()))),
-            Err(e) => Err(damaged(&e.to_string())),
+            Err(why) => Err(damaged(&why)),
         }
     }
 
@@ -219,11 +216,11 @@ impl PagesFile {
     pub fn verify(&self) -> io::Result<Vec<String>> {
         let Some(blocks) = &self.blocks else { return Ok(Vec::new()) };
         let mut damage = Vec::new();
-        let (mut content, mut packed) = (vec![0; blocks.size as usize], Vec::new());
+        let (mut content, mut by) = (vec![0; blocks.size as usize], Unpacking::default());
         for number in 0..blocks.places.len() {
             let range = blocks.range(number);
             let content = &mut content[..(range.end - range.start) as usize];
-            match self.block(blocks, number, &mut packed, content) {
+            match self.block(blocks, number, &mut by, content) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Other => damage.push(e.to_string()),
                 Err(e) => return Err(e),
@@ -238,6 +235,7 @@ mod tests {
     use super::*;
 
     struct Image {
+        method: Method,
         path: PathBuf,
         pages: Vec<u8>,
         places: Vec<Place>,
@@ -251,7 +249,7 @@ mod tests {
 
     impl Image {
         /// Two blocks and a half: the first compresses, the second does not; they are stored in another order.
-        fn new(name: &str) -> Self {
+        fn new(method: Method, name: &str) -> Self {
             let mut word = 1u64;
             let noise = std::iter::repeat_with(|| {
                 word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -260,21 +258,22 @@ mod tests {
             let mut pages: Vec<u8> = (0..BLOCK).map(|i| (i / 999) as u8).collect();
             pages.extend(noise.take(BLOCK));
             pages.extend((0..BLOCK / 2).map(|i| (i / 7) as u8));
-            let path = std::env::temp_dir().join(format!("dormouse-packed-{}-{name}", std::process::id()));
+            let name = format!("dormouse-packed-{}-{name}-{}", std::process::id(), method.name());
+            let path = std::env::temp_dir().join(name);
             let file = File::create(&path).expect("a file");
             let mut places = vec![Place { offset: 0, len: 0, sum: 0 }; 3];
-            let (mut room, mut offset) = (room(), 0);
+            let (mut encoder, mut offset) = (Encoder::new(method).expect("an encoder"), 0);
             for i in [1, 0, 2] {
-                let (packed, sum) = pack(&pages[i * BLOCK..pages.len().min((i + 1) * BLOCK)], &mut room);
+                let (packed, sum) = encoder.pack(&pages[i * BLOCK..pages.len().min((i + 1) * BLOCK)]);
                 file.write_all_at(packed, offset).expect("write");
                 places[i] = Place { offset, len: packed.len() as u32, sum };
                 offset += packed.len() as u64;
             }
-            Self { path, pages, places }
+            Self { method, path, pages, places }
         }
 
         fn blocks(&self) -> Blocks {
-            Blocks::new(BLOCK as u64, self.pages.len() as u64, self.places.clone()).expect("good blocks")
+            Blocks::new(self.method, BLOCK as u64, self.pages.len() as u64, self.places.clone()).expect("good blocks")
         }
 
         fn open(&self) -> PagesFile {
@@ -284,63 +283,95 @@ mod tests {
 
     #[test]
     fn any_part_is_read_as_it_was() {
-        let image = Image::new("parts");
-        assert_eq!(image.places[1].len as usize, BLOCK, "noise is stored as it is");
-        assert!(image.places[0].len < 2000);
-        let file = image.open();
-        let whole = image.pages.len();
-        for (from, to) in [
-            (0, whole),
-            (0, 4096),
-            (4096, 8192),
-            (BLOCK - 4096, BLOCK + 4096),
-            (BLOCK, 2 * BLOCK),
-            (whole - 4096, whole),
-        ] {
-            let mut bytes = vec![0; to - from];
-            file.read_exact_at(&mut bytes, from as u64).expect("read");
-            assert!(bytes == image.pages[from..to], "{from} to {to}");
+        for method in Method::here() {
+            let image = Image::new(method, "parts");
+            assert_eq!(image.places[1].len as usize, BLOCK, "noise is stored as it is");
+            assert!(image.places[0].len < 2000);
+            let file = image.open();
+            let whole = image.pages.len();
+            for (from, to) in [
+                (0, whole),
+                (0, 4096),
+                (4096, 8192),
+                (BLOCK - 4096, BLOCK + 4096),
+                (BLOCK, 2 * BLOCK),
+                (whole - 4096, whole),
+            ] {
+                let mut bytes = vec![0; to - from];
+                file.read_exact_at(&mut bytes, from as u64).expect("read");
+                assert!(bytes == image.pages[from..to], "{method:?}: {from} to {to}");
+            }
+            let mut beyond = [0; 8192];
+            assert!(file.read_exact_at(&mut beyond, whole as u64 - 4096).is_err());
+            assert_eq!(file.verify().expect("verify"), Vec::<String>::new());
         }
-        let mut beyond = [0; 8192];
-        assert!(file.read_exact_at(&mut beyond, whole as u64 - 4096).is_err());
-        assert_eq!(file.verify().expect("verify"), Vec::<String>::new());
     }
 
     #[test]
     fn every_changed_bit_and_every_cut_is_found() {
-        let image = Image::new("damage");
-        let good = std::fs::read(&image.path).expect("read");
-        let mut pages = vec![0; image.pages.len()];
-        for at in (0..good.len()).step_by(977).chain([good.len() - 1]) {
-            let mut bad = good.clone();
-            bad[at] ^= 1 << (at % 8);
-            std::fs::write(&image.path, &bad).expect("write");
-            let error = image.open().read_exact_at(&mut pages, 0).expect_err("damaged").to_string();
-            assert!(error.contains("checksum is wrong") && error.contains(": pages "), "{error}");
-            assert_eq!(image.open().verify().expect("verify").len(), 1);
+        for method in Method::here() {
+            let image = Image::new(method, "damage");
+            let good = std::fs::read(&image.path).expect("read");
+            let mut pages = vec![0; image.pages.len()];
+            for at in (0..good.len()).step_by(977).chain([good.len() - 1]) {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << (at % 8);
+                std::fs::write(&image.path, &bad).expect("write");
+                let error = image.open().read_exact_at(&mut pages, 0).expect_err("damaged").to_string();
+                assert!(error.contains("checksum is wrong") && error.contains(": pages "), "{error}");
+                assert_eq!(image.open().verify().expect("verify").len(), 1);
+            }
+            std::fs::write(&image.path, &good[..good.len() - 1]).expect("write");
+            let error = image.open().read_exact_at(&mut pages, 0).expect_err("cut").to_string();
+            assert!(error.contains("pages 64 to 79 (block 2)") && error.contains("too short"), "{error}");
         }
-        std::fs::write(&image.path, &good[..good.len() - 1]).expect("write");
-        let error = image.open().read_exact_at(&mut pages, 0).expect_err("cut").to_string();
-        assert!(error.contains("pages 64 to 79 (block 2)") && error.contains("too short"), "{error}");
+    }
+
+    /// Reads one block of 4096 bytes that is stored so, with the right checksum.
+    fn one(method: Method, name: &str, packed: &[u8]) -> Result<[u8; 4096], String> {
+        let name = format!("dormouse-packed-{}-{name}-{}", std::process::id(), method.name());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, packed).expect("write");
+        let place = Place { offset: 0, len: packed.len() as u32, sum: crc32fast::hash(packed) };
+        let blocks = Blocks::new(method, 4096, 4096, vec![place]).expect("possible");
+        let file = PagesFile::open(&path, Some(Arc::new(blocks))).expect("open");
+        let mut page = [0; 4096];
+        let read = file.read_exact_at(&mut page, 0).map(|()| page).map_err(|e| e.to_string());
+        std::fs::remove_file(path).expect("clean up");
+        read
     }
 
     #[test]
     fn a_block_that_is_not_what_was_packed_is_an_error() {
         // The checksum is right and the content is not: no panic, and no more bytes than there is room for.
-        let image = Image::new("lies");
-        for packed in [&[0xff; 40][..], &[0x1f, 7, 1, 0, 255, 255, 255, 255, 255, 255], &[0]] {
-            std::fs::write(&image.path, packed).expect("write");
-            let place = Place { offset: 0, len: packed.len() as u32, sum: crc32fast::hash(packed) };
-            let blocks = Blocks::new(4096, 4096, vec![place]).expect("possible");
-            let file = PagesFile::open(&image.path, Some(Arc::new(blocks))).expect("open");
-            file.read_exact_at(&mut [0; 4096], 0).expect_err("no page");
+        for method in Method::here() {
+            let mut encoder = Encoder::new(method).expect("an encoder");
+            let mut packed = |len| {
+                let pages: Vec<u8> = (0..len).map(|i| (i / 40) as u8).collect();
+                encoder.pack(&pages).0.to_vec()
+            };
+            let (short, right, long) = (packed(2048), packed(4096), packed(1 << 16));
+            assert!(one(method, "lies", &right).is_ok_and(|page| page[4095] == (4095 / 40) as u8));
+            let cut = &right[..right.len() - 1];
+            let lz4_of_much = &[0x1f, 7, 1, 0, 255, 255, 255, 255, 255, 255];
+            for lie in [&short, &long, cut, &[0xff; 40], lz4_of_much, &[0]] {
+                let error = one(method, "lies", lie).expect_err("no page");
+                assert!(error.contains("pages 0 to 0 (block 0) are damaged: "), "{error}");
+            }
+            for (at, bit) in (0..right.len()).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
+                let mut lie = right.clone();
+                lie[at] ^= 1 << bit;
+                // Some of these are pages, too.
+                drop(one(method, "lies", &lie));
+            }
         }
     }
 
     #[test]
     fn impossible_blocks_are_refused() {
         let place = Place { offset: 0, len: 100, sum: 0 };
-        let new = |size, bytes, places: &[Place]| Blocks::new(size, bytes, places.to_vec()).map(|b| b.bytes());
+        let new =
+            |size, bytes, places: &[Place]| Blocks::new(Method::Lz4, size, bytes, places.to_vec()).map(|b| b.bytes());
         assert_eq!(new(8192, 12288, &[place; 2]), Ok(12288));
         for (size, bytes, places) in [
             (0, 0, &[][..]),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dormouse_images::{ImageDir, ImageError, ImageKind, VERSION, VERSION_PACKED, pb};
 use dormouse_pages::PagesFile;
-use dormouse_pages::packed::{BLOCK, Blocks, LZ4, Place};
+use dormouse_pages::packed::{BLOCK, Blocks, Method, Place};
 
 use crate::{ResourceError, call, invalid};
 
@@ -86,27 +86,23 @@ fn read_blocks(dir: &ImageDir, id: u32) -> Result<Blocks, ResourceError> {
     let name = dir.path().join(kind.file_name(id.into()));
     let name = name.display();
     let mut places = Vec::new();
-    let (mut size, mut bytes) = (u64::from(pb_size(BLOCK)), 0u64);
+    let (mut method, mut size, mut bytes) = (Method::default(), u64::from(pb_size(BLOCK)), 0u64);
     let mut whole = true;
     for record in dir.read_all::<pb::PageBlocks>(kind, id.into())? {
-        if record.method != LZ4 {
-            return Err(invalid!(
-                "{name}: pages are compressed by method {}, which is not known; restore with the version of dormouse that made it",
-                record.method
-            ));
-        }
+        let by = Method::from_number(record.method);
+        let by = by.map_err(|why| invalid!("{name}: pages are compressed by {why}"))?;
         let count = record.offsets.len();
-        let alike = places.is_empty() || (whole && size == u64::from(record.block_size));
+        let alike = places.is_empty() || (whole && (method, size) == (by, u64::from(record.block_size)));
         if !alike || record.lengths.len() != count || record.sums.len() != count {
             return Err(invalid!("{name} is damaged: its records do not fit together; copy it again"));
         }
-        size = record.block_size.into();
+        (method, size) = (by, record.block_size.into());
         whole = record.bytes.checked_rem(size) == Some(0);
         bytes = bytes.saturating_add(record.bytes);
         let rows = record.offsets.into_iter().zip(record.lengths).zip(record.sums);
         places.extend(rows.map(|((offset, len), sum)| Place { offset, len, sum }));
     }
-    Blocks::new(size, bytes, places).map_err(|why| invalid!("{name} is damaged: {why}; copy it again"))
+    Blocks::new(method, size, bytes, places).map_err(|why| invalid!("{name} is damaged: {why}; copy it again"))
 }
 
 fn pb_size(bytes: usize) -> u32 {
@@ -128,18 +124,24 @@ pub fn create(images: &ImageDir, id: u32, packed: bool) -> Result<File, ImageErr
     images.create_file(own, id)
 }
 
-/// Writes the list of an image's blocks, which hold `bytes` bytes of pages.
+/// Writes the list of an image's blocks, which hold `bytes` bytes of pages, compressed by `method`.
 ///
 /// # Errors
 /// It cannot be written.
-pub fn write_blocks(images: &ImageDir, id: u32, bytes: u64, places: &[Place]) -> Result<(), ImageError> {
+pub fn write_blocks(
+    images: &ImageDir,
+    id: u32,
+    method: Method,
+    bytes: u64,
+    places: &[Place],
+) -> Result<(), ImageError> {
     let mut writer = images.writer(ImageKind::DormouseBlocks, id.into())?;
     let mut left = bytes;
     for part in places.chunks(IN_RECORD) {
         let bytes = left.min((part.len() * BLOCK) as u64);
         left -= bytes;
         writer.record(&pb::PageBlocks {
-            method: LZ4,
+            method: method.number(),
             block_size: pb_size(BLOCK),
             bytes,
             offsets: part.iter().map(|p| p.offset).collect(),
@@ -176,7 +178,7 @@ mod tests {
         let count = IN_RECORD + 5;
         let bytes = (count * BLOCK) as u64 - 4096;
         drop(create(&dir, 3, true).expect("create"));
-        write_blocks(&dir, 3, bytes, &places(count)).expect("write");
+        write_blocks(&dir, 3, Method::Lz4, bytes, &places(count)).expect("write");
         let image = PagesImage::find(&dir, &path, 3).expect("find");
         let blocks = image.blocks.as_ref().expect("packed");
         assert_eq!((blocks.count(), blocks.bytes(), blocks.file_end()), (count, bytes, count as u64 * 10));
@@ -195,7 +197,7 @@ mod tests {
         };
         drop(create(&dir, 1, false).expect("create"));
         drop(create(&dir, 1, true).expect("create"));
-        write_blocks(&dir, 1, 4096, &places(1)).expect("write");
+        write_blocks(&dir, 1, Method::Lz4, 4096, &places(1)).expect("write");
         assert!(!dir.exists(ImageKind::Pages, 1).expect("look"), "the plain one is gone");
         assert!(find().expect("one"));
         // An older dormouse dumps into this directory, and leaves what it does not know.
@@ -214,7 +216,7 @@ mod tests {
     fn damaged_lists_are_refused() {
         let (path, dir) = dir("bad");
         let good = pb::PageBlocks {
-            method: LZ4,
+            method: Method::Lz4.number(),
             block_size: 8192,
             bytes: 8192,
             offsets: vec![0],
@@ -240,7 +242,14 @@ mod tests {
             let error = read(&records).expect_err("refused");
             assert!(error.contains("damaged"), "{error}");
         }
-        assert!(read(&[pb::PageBlocks { method: 2, ..good }]).expect_err("refused").contains("method 2"));
+        assert!(read(&[pb::PageBlocks { method: 7, ..good.clone() }]).expect_err("refused").contains("method 7"));
+        let zstd = pb::PageBlocks { method: Method::Zstd.number(), ..good.clone() };
+        if Method::Zstd.is_here() {
+            assert_eq!(read(&[zstd.clone(), zstd.clone()]), Ok(16384));
+            assert!(read(&[good, zstd]).expect_err("of two kinds").contains("do not fit together"));
+        } else {
+            assert!(read(&[zstd]).expect_err("refused").contains("built without zstd"));
+        }
         std::fs::remove_dir_all(&path).expect("clean up");
     }
 }

@@ -306,7 +306,7 @@ fn tell(state: &AtomicU32, value: u32) {
 
 #[cfg(test)]
 mod tests {
-    use dormouse_pages::packed::Blocks;
+    use dormouse_pages::packed::{Blocks, Method};
     use dormouse_resources::checkpoint::Run;
     use dormouse_resources::pages_image::PagesImage;
 
@@ -318,7 +318,7 @@ mod tests {
 
     #[test]
     fn no_block_of_compressed_pages_lies_in_two_pieces() {
-        let blocks = Arc::new(Blocks::new(4096, 0, Vec::new()).expect("blocks"));
+        let blocks = Arc::new(Blocks::new(Method::Lz4, 4096, 0, Vec::new()).expect("blocks"));
         let run = |start: u64, len, offset| Run { start, len, offset, file: 0 };
         let far = PIECE * 3 + (1 << 20);
         let runs =

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use dormouse_dump::{Chain, Server};
+use dormouse_pages::packed::Method;
 use dormouse_resources::DumpOptions;
 use dormouse_resources::cpu::CpuCaps;
 
@@ -117,10 +118,11 @@ pub struct ChainArgs {
     /// Write checksums of all images beside them, which restore and verify compare
     #[arg(long)]
     pub checksums: bool,
-    /// Compress the pages in the images: lz4, the only method. CRIU cannot restore such images
+    /// Compress the pages in the images: by lz4, or by zstd, which takes less room and more time, if this dormouse was built with
+    /// it. CRIU cannot restore such images
     #[arg(long, value_name = "METHOD", num_args = 0..=1, require_equals = true, default_missing_value = "lz4",
         value_parser = parse_method)]
-    pub compress: Option<String>,
+    pub compress: Option<Method>,
     /// Write pages past the page cache, straight from the tree's memory to the disk, so that a dump displaces nothing from it. The
     /// images are the same, and no safer from a crash of the machine than others (see sync(1)). Not on a tmpfs, nor with
     /// --compress, --page-server, --lazy-pages or --stream
@@ -351,8 +353,9 @@ impl DumpArgs {
     pub fn chain(&self) -> Chain {
         let ChainArgs { prev_images_dir, track_mem, auto_dedup, checksums, compress, direct_io, .. } = &self.chain;
         let (before, server) = (prev_images_dir.clone(), self.server.server());
-        let (dedup, compress) = (*auto_dedup && server.is_none(), compress.is_some());
-        Chain { before, track: *track_mem, dedup, checksums: *checksums, compress, direct_io: *direct_io, server }
+        let dedup = *auto_dedup && server.is_none();
+        let (compress, direct_io) = (*compress, *direct_io);
+        Chain { before, track: *track_mem, dedup, checksums: *checksums, compress, direct_io, server }
     }
 
     /// How long to wait for the tree to stop.
@@ -374,15 +377,20 @@ pub(super) fn parse_inodes(text: &str) -> Result<Inodes, String> {
 }
 
 /// A method of compression.
-fn parse_method(text: &str) -> Result<String, String> {
-    match text {
-        "lz4" => Ok(text.to_owned()),
-        "zstd" => Err(
-            "images are compressed by lz4 only; take that, or leave it out and compress a stream: dump --stream | zstd"
-                .into(),
-        ),
-        _ => Err("not known; lz4 is".into()),
+fn parse_method(text: &str) -> Result<Method, String> {
+    match Method::ALL.into_iter().find(|method| method.name() == text) {
+        Some(method) if method.is_here() => Ok(method),
+        Some(method) => Err(without(method)),
+        None => {
+            Err("not known; lz4 is, and zstd if dormouse was built with it; take one of them, or leave it out".into())
+        }
     }
+}
+
+/// Why a method that this build lacks is refused.
+fn without(method: Method) -> String {
+    let (why, name) = (method.lacking(), method.name());
+    format!("{why}, take lz4, or leave --compress out and compress a stream: dump --stream | {name}")
 }
 
 /// Bytes: a number with an optional K, M or G (powers of 1024).
@@ -415,9 +423,13 @@ mod tests {
 
     #[test]
     fn methods_of_compression_are_known_or_refused_with_another_way() {
-        assert_eq!(parse_method("lz4"), Ok("lz4".into()));
-        assert!(parse_method("zstd").is_err_and(|e| e.contains("--stream | zstd")));
-        assert!(parse_method("").is_err());
+        assert_eq!(parse_method("lz4"), Ok(Method::Lz4));
+        let refused = without(Method::Zstd);
+        assert!(refused.contains("--features zstd") && refused.contains("--stream | zstd"), "{refused}");
+        assert_eq!(parse_method("zstd"), if Method::Zstd.is_here() { Ok(Method::Zstd) } else { Err(refused) });
+        for wrong in ["", "xz", "LZ4"] {
+            assert!(parse_method(wrong).is_err_and(|e| e.contains("lz4 is")), "{wrong}");
+        }
     }
 
     #[test]

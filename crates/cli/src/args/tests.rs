@@ -2,6 +2,7 @@
 
 use super::table::Takes;
 use super::*;
+use dormouse_pages::packed::Method;
 use dormouse_resources::cgroup::Manage;
 
 fn parse_line(line: &str) -> Result<Parsed> {
@@ -149,9 +150,18 @@ fn pages_go_to_a_server_or_stay_until_they_are_fetched() {
 }
 
 #[test]
+fn pages_are_compressed_by_the_method_that_was_asked_for() {
+    let method = |line: &str| dump(line).chain().compress.map(Method::name);
+    assert_eq!((method("dump -t 1"), method("dump -t 1 --compress")), (None, Some("lz4")));
+    for known in Method::here() {
+        assert_eq!(method(&format!("dump -t 1 --compress={}", known.name())), Some(known.name()));
+    }
+}
+
+#[test]
 fn what_cannot_be_ignored_is_refused_by_name() {
     for (line, option) in [
-        ("dump -t 1 --compress=zstd", "--stream | zstd"),
+        ("dump -t 1 --compress=xz", "lz4 is"),
         ("dump -t 1 --inherit-fd fd[0]:a", "--inherit-fd"),
         ("restore -J uts:/proc/1/ns/uts", "--join-ns"),
         ("restore --lsm-profile apparmor:x", "--lsm-profile"),

@@ -214,6 +214,8 @@ impl<'p> Reads<'p> {
 
 #[cfg(test)]
 mod tests {
+    use dormouse_pages::packed::{Blocks, Method};
+
     use super::*;
 
     fn plain(path: &str) -> PagesImage {
@@ -224,7 +226,7 @@ mod tests {
     fn what_is_compressed_is_left_to_the_host() {
         let memory = dormouse_infect::host::mem::new_memfd(c"test", 1 << 20).expect("memfd");
         let mut arena = Arena::map(&memory, 1 << 20, 0x10_0000).expect("map");
-        let blocks = dormouse_pages::packed::Blocks::new(4096, 0, Vec::new()).expect("blocks");
+        let blocks = Blocks::new(Method::Lz4, 4096, 0, Vec::new()).expect("blocks");
         let packed = PagesImage { path: "dormouse-pages-1.img".into(), blocks: Some(std::sync::Arc::new(blocks)) };
         let images = [packed, plain("parent/pages-1.img")];
         let (mut b, mut reads) = (Batch::new(), Reads::new(7, &[-1, 6], &images));

@@ -69,12 +69,13 @@ impl<'a, 'p> Out<'a, 'p> {
         let id = ids.next();
         let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
         // A copy of the process may stand for it.
-        if ids.are_packed() {
+        if let Some(method) = ids.packed_by() {
             let source = mappings.source();
             let haste = if source == pid { Haste::Waited } else { Haste::Beside };
             let memory =
                 File::open(source.proc_path("mem")).map_err(call(format!("cannot open /proc/{source}/mem")))?;
-            let packer = Packer::new(images, id, memory, format!("the memory of pid {source}"), haste)?;
+            let from = (memory, format!("the memory of pid {source}"));
+            let packer = Packer::new(images, id, method, from, haste)?;
             return Ok(Self::Packed { packer, records, images });
         }
         let copier = Copier::new(parasite, mappings.source(), (images, ids, id), most)?;

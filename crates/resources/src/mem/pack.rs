@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use dormouse_images::ImageDir;
 use dormouse_infect::cancel;
-use dormouse_pages::packed::{self, BLOCK, Place};
+use dormouse_pages::packed::{BLOCK, Encoder, Method, Place};
 
 use crate::pages_image;
 use crate::{ResourceError, Result, call, invalid, unwritten};
@@ -70,6 +70,7 @@ struct State {
 #[derive(Debug)]
 pub struct Packer {
     work: Arc<Work>,
+    method: Method,
     haste: Haste,
     next: Job,
     /// Bytes in the next block.
@@ -85,27 +86,29 @@ pub struct Packer {
 #[derive(Debug)]
 struct Buffers {
     block: Vec<u8>,
-    room: Vec<u8>,
+    encoder: Encoder,
 }
 
 impl Buffers {
-    fn new() -> Self {
-        Self { block: Vec::with_capacity(BLOCK), room: packed::room() }
+    fn new(method: Method) -> Result<Self> {
+        let encoder = Encoder::new(method).map_err(call(format!("cannot compress pages by {}", method.name())))?;
+        Ok(Self { block: Vec::with_capacity(BLOCK), encoder })
     }
 }
 
 impl Packer {
     /// Begins the image with this number; `source` is what most of it is read from, the memory of a process or another file,
-    /// `name` what it is called in messages.
+    /// and what that is called in messages.
     ///
     /// # Errors
-    /// The image cannot be made.
-    pub fn new(images: &ImageDir, id: u32, source: File, name: String, haste: Haste) -> Result<Self> {
+    /// The image cannot be made, or this build lacks the method.
+    pub fn new(images: &ImageDir, id: u32, method: Method, source: (File, String), haste: Haste) -> Result<Self> {
+        let own = Buffers::new(method)?;
         let image = pages_image::create(images, id, true)?;
         let (state, more) = (Mutex::default(), Condvar::new());
-        let work = Arc::new(Work { source: (source, name), image, state, more });
+        let work = Arc::new(Work { source, image, state, more });
         let next = Job { number: 0, parts: Vec::new() };
-        Ok(Self { work, haste, next, have: 0, bytes: 0, threads: Vec::new(), id, own: Buffers::new() })
+        Ok(Self { work, method, haste, next, have: 0, bytes: 0, threads: Vec::new(), id, own })
     }
 
     /// Appends `len` bytes of the source from `at` on, which must stay as they are until [`Packer::finish`].
@@ -189,9 +192,10 @@ impl Packer {
             Haste::Beside => all.div_ceil(2),
         };
         for _ in 1..wanted.min(MOST) {
-            let work = Arc::clone(&self.work);
-            let body = move || work.serve();
             // With fewer it takes longer, and that is all.
+            let Ok(mut own) = Buffers::new(self.method) else { break };
+            let work = Arc::clone(&self.work);
+            let body = move || work.serve(&mut own);
             let Ok(thread) = thread::Builder::new().name("compress".into()).spawn(body) else { break };
             self.threads.push(thread);
         }
@@ -218,7 +222,7 @@ impl Packer {
         if state.places.len() != self.next.number {
             return Err(invalid!("{} blocks of {} were compressed", state.places.len(), self.next.number));
         }
-        pages_image::write_blocks(images, self.id, self.bytes, &state.places)?;
+        pages_image::write_blocks(images, self.id, self.method, self.bytes, &state.places)?;
         tracing::debug!("{} bytes of {} in {} bytes of blocks", self.bytes, self.work.source.1, state.end);
         Ok(self.bytes)
     }
@@ -245,8 +249,7 @@ impl Work {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn serve(&self) {
-        let mut own = Buffers::new();
+    fn serve(&self, own: &mut Buffers) {
         loop {
             let mut state = self.state();
             let job = loop {
@@ -257,7 +260,7 @@ impl Work {
                 }
             };
             drop(state);
-            if let Err(failed) = self.pack(job, &mut own) {
+            if let Err(failed) = self.pack(job, own) {
                 self.state().failed.get_or_insert(failed);
                 return;
             }
@@ -274,7 +277,7 @@ impl Work {
 
     /// Reads, compresses and writes a block.
     fn pack(&self, job: Job, own: &mut Buffers) -> Result<()> {
-        let Buffers { block, room } = own;
+        let Buffers { block, encoder } = own;
         block.clear();
         for part in job.parts {
             match part {
@@ -286,7 +289,7 @@ impl Work {
                 }
             }
         }
-        let (stored, sum) = packed::pack(block, room);
+        let (stored, sum) = encoder.pack(block);
         let offset = {
             let mut state = self.state();
             let place = Place { offset: state.end, len: stored.len() as u32, sum };
@@ -322,10 +325,10 @@ mod tests {
             (0..64 * BLOCK).map(|i| if (i / BLOCK).is_multiple_of(3) { noise() } else { (i / 300) as u8 }).collect();
         std::fs::write(path.join("source"), &content).expect("write");
         let open = || File::open(path.join("source")).expect("open");
-        for (id, haste, pieces) in
-            [(1, Haste::Waited, 3), (2, Haste::Beside, 3), (3, Haste::Waited, 700), (4, Haste::Waited, 0)]
-        {
-            let mut packer = Packer::new(&images, id, open(), "it".into(), haste).expect("begin");
+        let ways = [(Haste::Waited, 3), (Haste::Beside, 3), (Haste::Waited, 700), (Haste::Waited, 0)];
+        let all = Method::here().flat_map(|method| ways.map(|(haste, pieces)| (method, haste, pieces)));
+        for (id, (method, haste, pieces)) in (1..).zip(all) {
+            let mut packer = Packer::new(&images, id, method, (open(), "it".into()), haste).expect("begin");
             let mut want: Vec<u8> = Vec::new();
             for i in 0..pieces {
                 let (at, len) = ((i * 13) % 50 * 4096, if pieces < 10 { 20 * BLOCK } else { 3 * 4096 });
@@ -340,6 +343,8 @@ mod tests {
             let mut got = vec![0; want.len()];
             image.open().expect("open").read_exact_at(&mut got, 0).expect("read");
             assert!(got == want, "image {id}");
+            let told = images.read_all::<pb::PageBlocks>(ImageKind::DormouseBlocks, id.into()).expect("a list");
+            assert!(told.iter().all(|record| record.method == method.number()), "image {id}");
         }
         std::fs::remove_dir_all(&path).expect("clean up");
     }
@@ -350,9 +355,9 @@ mod tests {
         let _ = std::fs::remove_dir_all(&path);
         let images = ImageDir::create(&path).expect("directory");
         std::fs::write(path.join("source"), vec![1; 30 * BLOCK]).expect("write");
-        for blocks in [FEW / 2, 40] {
-            let source = File::open(path.join("source")).expect("open");
-            let mut packer = Packer::new(&images, 1, source, "it".into(), Haste::Waited).expect("begin");
+        for (method, blocks) in Method::here().flat_map(|method| [(method, FEW / 2), (method, 40)]) {
+            let source = (File::open(path.join("source")).expect("open"), "it".into());
+            let mut packer = Packer::new(&images, 1, method, source, Haste::Waited).expect("begin");
             let first = if blocks < FEW { 30 * BLOCK as u64 } else { 0 };
             let error = match packer.add(first, (blocks * BLOCK) as u64) {
                 Ok(()) => packer.finish(&images).expect_err("it ends").to_string(),

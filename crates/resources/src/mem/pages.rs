@@ -17,6 +17,7 @@ use dormouse_infect::parasite::Parasite;
 use dormouse_kernel::proc::maps::Vma;
 use dormouse_kernel::proc::stat;
 use dormouse_pages::direct::{Buffer, turn_on};
+use dormouse_pages::packed::Method;
 use dormouse_pages::runs::{PE_LAZY, PE_PARENT, PE_PRESENT};
 use dormouse_pages::{PageClient, PageRun, PageScanner, Want, category};
 
@@ -40,7 +41,7 @@ pub struct PageIds {
     next: AtomicU32,
     server: Option<Mutex<PageClient>>,
     behind: Option<Mutex<Behind>>,
-    packed: bool,
+    packed: Option<Method>,
     direct: bool,
     staging: Option<Mutex<Staging>>,
 }
@@ -53,7 +54,7 @@ impl PageIds {
 
     /// The first number is this one.
     pub fn from(first: u32) -> Self {
-        Self { next: AtomicU32::new(first), server: None, behind: None, packed: false, direct: false, staging: None }
+        Self { next: AtomicU32::new(first), server: None, behind: None, packed: None, direct: false, staging: None }
     }
 
     /// Pages that may come later stay with their processes, to be fetched from there.
@@ -61,14 +62,14 @@ impl PageIds {
         Self { behind: Some(Mutex::default()), ..Self::new() }
     }
 
-    /// The same, with pages images that are compressed.
+    /// The same, with pages images that are compressed, if there is a method.
     #[must_use]
-    pub fn packed(self, packed: bool) -> Self {
+    pub fn packed(self, packed: Option<Method>) -> Self {
         Self { packed, ..self }
     }
 
-    /// Whether pages images are compressed.
-    pub fn are_packed(&self) -> bool {
+    /// How pages images are compressed, if they are.
+    pub fn packed_by(&self) -> Option<Method> {
         self.packed
     }
 

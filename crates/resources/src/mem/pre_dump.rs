@@ -137,9 +137,10 @@ impl<'a> Sink<'a> {
         }
         let id = ids.next();
         let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
-        if ids.are_packed() {
+        if let Some(method) = ids.packed_by() {
             let memory = memory.try_clone().map_err(call("cannot copy a descriptor"))?;
-            let packer = Packer::new(images, id, memory, format!("the memory of pid {pid}"), Haste::Beside)?;
+            let from = (memory, format!("the memory of pid {pid}"));
+            let packer = Packer::new(images, id, method, from, Haste::Beside)?;
             return Ok(Self::Packed { packer, records, images });
         }
         let image = ids.create(images, id)?;

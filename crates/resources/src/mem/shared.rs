@@ -14,6 +14,7 @@ use dormouse_infect::cancel;
 use dormouse_infect::host::mem::{MappedObject, anonymous_object, new_memfd_with, send_file};
 use dormouse_kernel::proc::maps::Vma;
 use dormouse_kernel::{HostPid, side_by_side};
+use dormouse_pages::packed::Method;
 use dormouse_pages::runs::PE_PRESENT;
 use dormouse_pages::server::MapId;
 use dormouse_pages::{PageClient, PagesFile};
@@ -134,10 +135,9 @@ impl<'a> SharedDump<'a> {
             }
             let id = self.ids.next();
             let records = Records::new(self.images.writer(ImageKind::ShmemPagemap, object.shmid)?, id)?;
-            written += if self.ids.are_packed() {
-                object.pack(records, self.images, id)?
-            } else {
-                object.save(records, &self.ids.create(self.images, id)?, self.ids.are_direct())?
+            written += match self.ids.packed_by() {
+                Some(method) => object.pack(records, self.images, id, method)?,
+                None => object.save(records, &self.ids.create(self.images, id)?, self.ids.are_direct())?,
             };
         }
         Ok((found, written))
@@ -207,10 +207,10 @@ impl Object {
     }
 
     /// Saves all pages but holes in a compressed image; how many.
-    fn pack(&self, mut records: Records, images: &ImageDir, id: u32) -> Result<u64> {
+    fn pack(&self, mut records: Records, images: &ImageDir, id: u32, method: Method) -> Result<u64> {
         let name = format!("shared memory {}", self.shmid);
         let source = self.file.try_clone().map_err(call("cannot copy the descriptor of shared memory"))?;
-        let mut packer = Packer::new(images, id, source, name, Haste::Waited)?;
+        let mut packer = Packer::new(images, id, method, (source, name), Haste::Waited)?;
         self.areas(|data, at| {
             records.add(data, at - data, PE_PRESENT)?;
             let inside = at.min(self.size) - data;
