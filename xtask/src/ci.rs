@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use dormouse_blob_check::Arch;
 
-use crate::{cmd, dist, tidy, vm};
+use crate::{cmd, dist, test, tidy, vm};
 
 /// Which steps.
 #[derive(Args, Clone, Debug, Default)]
@@ -73,7 +73,9 @@ fn as_in_readme(command: &str) -> Result<()> {
 /// The workspace on this machine, and the blobs each for its bare-metal target.
 fn clippy() -> Result<()> {
     let deny = ["--", "-D", "warnings"];
-    cmd::run(cmd::cargo().args(["clippy", "--workspace", "--all-targets"]).args(deny))?;
+    cmd::run(cmd::cargo().args(["clippy", "--workspace", "--all-targets"]).args(test::FEATURES).args(deny))?;
+    // The only crate that has other code without them.
+    cmd::run(cmd::cargo().args(["clippy", "--package", "dormouse-pages", "--all-targets"]).args(deny))?;
     for arch in Arch::ALL {
         let mut command = cmd::cargo();
         command.args(["clippy", "--package", "dormouse-parasite", "--package", "dormouse-restorer"]);

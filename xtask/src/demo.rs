@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 
-use crate::{cmd, setup};
+use crate::{cmd, setup, test};
 
 /// How to show it.
 #[derive(Args, Clone, Debug, Default)]
@@ -20,6 +20,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     setup::targets()?;
     setup::ensure(setup::DEMO)?;
-    cmd::run(cmd::cargo().args(["build", "--package", "dormouse-cli"]))?;
+    // As the tests build it, so that nothing is built twice.
+    cmd::run(cmd::cargo().args(["build", "--package", "dormouse-cli"]).args(test::FEATURES))?;
     cmd::run(cmd::program(cmd::target("debug/dormouse")).arg("demo").args(&options.words))
 }

@@ -5,6 +5,9 @@ use clap::Args;
 
 use crate::{cmd, setup};
 
+/// What tests and lints are built with: all that there is. Static builds do without, since these bring C code.
+pub const FEATURES: [&str; 2] = ["--features", "dormouse-cli/zstd"];
+
 /// What to run.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Options {
@@ -48,7 +51,7 @@ pub fn run(options: &Options) -> Result<bool> {
     if !options.quick {
         setup::wish(setup::SERVERS)?;
     }
-    cmd::run(cmd::cargo().args(["build", "--package", "dormouse-cli", "--package", "dormouse-e2e"]))?;
+    cmd::run(cmd::cargo().args(["build", "--package", "dormouse-cli", "--package", "dormouse-e2e"]).args(FEATURES))?;
     let mut counts = Counts::default();
     for part in [workspace, end_to_end] {
         let before = counts.failed;
@@ -65,15 +68,15 @@ fn workspace(options: &Options, counts: &mut Counts) -> Result<bool> {
     let nextest = cmd::read(cmd::cargo().args(["nextest", "--version"])).is_ok();
     let mut command = cmd::cargo();
     if nextest {
-        command.args(["nextest", "run", "--workspace", "--no-fail-fast", "--no-tests=pass"]);
+        command.args(["nextest", "run", "--workspace", "--no-fail-fast", "--no-tests=pass"]).args(FEATURES);
     } else {
-        command.args(["test", "--workspace", "--no-fail-fast", "--"]);
+        command.args(["test", "--workspace", "--no-fail-fast"]).args(FEATURES).arg("--");
     }
     command.args(&options.filter);
     let (mut good, lines) = cmd::tee(&mut command)?;
     counts.add(counted(&lines));
     if nextest && !options.quick && options.filter.is_none() {
-        let (doc, lines) = cmd::tee(cmd::cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
+        let (doc, lines) = cmd::tee(cmd::cargo().args(["test", "--workspace", "--doc", "--quiet"]).args(FEATURES))?;
         counts.add(counted(&lines));
         good &= doc;
     }

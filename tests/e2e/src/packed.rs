@@ -39,10 +39,13 @@ pub fn tests() -> Vec<Test> {
         Test::new("packed/live", live),
         Test::new("packed/lazy", |case| lazy(case, false)),
         Test::new("packed/lazy_and_damaged", |case| lazy(case, true)),
-        Test::new("packed/a_chain_that_is_compressed_in_parts", chain),
+        Test::new("packed/a_chain_that_is_compressed_in_parts", |case| chain(case, IN_PARTS)),
         Test::new("packed/over_other_images", over_others),
-        Test::new("packed/damage_is_told", damaged),
+        Test::new("packed/damage_is_told", |case| damaged(case, "lz4")),
         Test::new("packed/what_does_not_go_with_it", refused),
+        Test::new("packed/zstd", |case| with_zstd(case, smaller)),
+        Test::new("packed/zstd_in_a_chain", |case| with_zstd(case, |case| chain(case, BY_BOTH))),
+        Test::new("packed/zstd_damage_is_told", |case| with_zstd(case, |case| damaged(case, "zstd"))),
     ];
     programs.into_iter().chain(others).collect()
 }
@@ -69,11 +72,41 @@ fn round(case: &Case<'_>, name: &str, text: &str) -> Result<Outcome> {
 }
 
 /// Starts a program and dumps it compressed; the images.
-fn asleep(case: &Case<'_>, program: &str) -> Result<PathBuf> {
+fn asleep(case: &Case<'_>, program: &str, method: &str) -> Result<PathBuf> {
     let (pid, images) = (start(case, program)?, case.path("img"));
-    case.put_to_sleep(&case.args.bin, pid, &images, &words(&["--compress=lz4"]))?;
+    case.put_to_sleep(&case.args.bin, pid, &images, &[format!("--compress={method}")])?;
     is_packed(&images)?;
     Ok(images)
+}
+
+/// Whether the program under test was built with zstd, by what it says to who asks for it: there is nothing to dump, and nowhere.
+fn has_zstd(case: &Case<'_>) -> Result<bool> {
+    let mut command = case.command(&case.args.bin);
+    command.args(["dump", "-t", "2147483647", "--compress=zstd", "-D"]).arg(case.path("nowhere"));
+    let said = String::from_utf8_lossy(&command.output()?.stderr).into_owned();
+    let (without, with) = (said.contains("built without zstd"), said.contains("nowhere"));
+    ensure!(without != with, "is zstd there? {said}");
+    Ok(with)
+}
+
+/// Runs a test that needs zstd.
+fn with_zstd(case: &Case<'_>, test: impl Fn(&Case<'_>) -> Result<Outcome>) -> Result<Outcome> {
+    if has_zstd(case)? { test(case) } else { Ok(Outcome::needs("a dormouse that was built with zstd")) }
+}
+
+/// The same memory takes less room by zstd than by LZ4, and comes back.
+fn smaller(case: &Case<'_>) -> Result<Outcome> {
+    let (pid, by_lz4, by_zstd) = (start(case, "mem_churn")?, case.path("img.lz4"), case.path("img.zstd"));
+    let ran = case.dump(&case.args.bin, pid, &by_lz4, &words(&["--compress=lz4", "-R"]))?;
+    ensure!(ran.ok(), "dump: {}", ran.errors());
+    case.put_to_sleep(&case.args.bin, pid, &by_zstd, &words(&["--compress=zstd"]))?;
+    is_packed(&by_zstd)?;
+    let (lz4, zstd) = (bytes(&by_lz4, "dormouse-pages-")?, bytes(&by_zstd, "dormouse-pages-")?);
+    ensure!(zstd < lz4, "{zstd} bytes by zstd, {lz4} by lz4");
+    let ran = case.restore(&case.args.bin, &by_zstd, &[])?;
+    ensure!(ran.ok(), "restore: {}", ran.errors());
+    programs::ask(case, 1)?;
+    Ok(Outcome::Passed(format!("{zstd} bytes, {lz4} by lz4")))
 }
 
 /// Memory that is compressed when the tree runs again is that of the moment of the dump.
@@ -111,7 +144,7 @@ fn lazy(case: &Case<'_>, is_damaged: bool) -> Result<Outcome> {
     if !check.output()?.status.success() {
         return Ok(Outcome::needs("userfaultfd with events"));
     }
-    let images = asleep(case, "mem_churn")?;
+    let images = asleep(case, "mem_churn", "lz4")?;
     if is_damaged {
         spoil(&images)?;
     }
@@ -132,17 +165,22 @@ fn lazy(case: &Case<'_>, is_damaged: bool) -> Result<Outcome> {
     Ok(Outcome::PASSED)
 }
 
+/// How each dump of a chain is compressed, or that it is not.
+type Methods = [Option<&'static str>; 5];
+
+const IN_PARTS: Methods = [Some("lz4"), None, Some("lz4"), None, Some("lz4")];
+const BY_BOTH: Methods = [Some("zstd"), Some("lz4"), Some("zstd"), None, Some("lz4")];
+
 /// Plain pages upon compressed ones and the other way; what can be taken out of the former is, and nothing of the latter.
-fn chain(case: &Case<'_>) -> Result<Outcome> {
+fn chain(case: &Case<'_>, methods: Methods) -> Result<Outcome> {
     let mut check = case.command(&case.args.bin);
     check.args(["check", "--feature", "mem_dirty_track", "-D"]).arg(&case.dir);
     if !check.output()?.status.success() {
         return Ok(Outcome::needs("a kernel that tells which pages are written to"));
     }
     let pid = start(case, "mem_churn")?;
-    for (number, verb, compress) in
-        [(1, "pre-dump", true), (2, "pre-dump", false), (3, "dump", true), (4, "dump", false), (5, "dump", true)]
-    {
+    for (number, method) in (1..).zip(methods) {
+        let verb = if number < 3 { "pre-dump" } else { "dump" };
         let images = case.path(&format!("img.{number}"));
         fs::create_dir_all(&images)?;
         let mut command = case.command(&case.args.bin);
@@ -150,7 +188,7 @@ fn chain(case: &Case<'_>) -> Result<Outcome> {
         if number > 1 {
             command.args(["--prev-images-dir", &format!("../img.{}", number - 1)]);
         }
-        command.args(compress.then_some("--compress"));
+        command.args(method.map(|method| format!("--compress={method}")));
         // Of the last dump's pages some are in the fourth, which is plain, and some in the third.
         command.args((number == 5).then_some("--auto-dedup"));
         command.args((verb == "dump" && number < 5).then_some("--leave-running"));
@@ -193,8 +231,8 @@ fn over_others(case: &Case<'_>) -> Result<Outcome> {
 }
 
 /// A restore and `verify` name the file and the pages, nothing is left, and the undamaged copy wakes up.
-fn damaged(case: &Case<'_>) -> Result<Outcome> {
-    let images = asleep(case, "mem_churn")?;
+fn damaged(case: &Case<'_>, method: &str) -> Result<Outcome> {
+    let images = asleep(case, "mem_churn", method)?;
     let verify = || {
         let mut command = case.command(&case.args.bin);
         command.arg("verify").arg(&images).output()
@@ -239,8 +277,13 @@ fn programs_bytes(case: &Case<'_>) -> Result<String> {
 /// Each is refused by name with the next step, before anything is touched; the program goes on.
 fn refused(case: &Case<'_>) -> Result<Outcome> {
     let (pid, images) = (start(case, "mem_private")?, case.path("img"));
+    let zstd = if has_zstd(case)? {
+        (&["--compress=zstd", "--stream"][..], "pipe the stream through")
+    } else {
+        (&["--compress=zstd"][..], "--stream | zstd")
+    };
     for (options, want) in [
-        (&["--compress=zstd"][..], "--stream | zstd"),
+        zstd,
         (&["--compress=xz"], "lz4 is"),
         (&["--compress", "--stream"], "pipe the stream through"),
         (&["--compress", "--page-server", "--port", "9"], "--page-server is not there yet"),
