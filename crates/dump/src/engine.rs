@@ -72,7 +72,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let traced = trace(request, &images, (&page_ids, ids), (resident, whole), &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
     let Frozen { mut report, links, connections, later } =
-        save(request, &images, (&page_ids, away.is_some()), traced, tree.freezer())?;
+        save(request, &images, away.is_some(), traced, tree.freezer())?;
     cancel::check()?;
     let connected = !connections.is_empty();
     let mut held = Some((tree, connections));
@@ -81,6 +81,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
         report.frozen_us = frozen.elapsed().as_micros() as u64;
         write_later(&images, &mut page_ids, later, &mut report)?;
     }
+    page_ids.finish()?;
     let hook = |action: &str| {
         let run = || (request.hooks)(action, Some(request.pid.0));
         away.as_ref().map_or_else(|| Ok(run()), |away| away.at_home(run))?.map_err(DumpError::Hook)
@@ -222,9 +223,6 @@ fn together(request: &Request<'_>) -> Result<(), DumpError> {
                 .into(),
         ));
     }
-    if request.live && request.chain.server.is_some() {
-        return Err(DumpError::Impossible("--live with --page-server is not there yet; leave out one of them".into()));
-    }
     Ok(())
 }
 
@@ -333,7 +331,7 @@ struct Frozen {
 fn save(
     request: &Request<'_>,
     images: &ImageDir,
-    (page_ids, has_own_net): (&PageIds, bool),
+    has_own_net: bool,
     traced: Traced<'_>,
     freezer: Option<&Freezer>,
 ) -> Result<Frozen, DumpError> {
@@ -354,7 +352,6 @@ fn save(
         let what = format!("{pages} pages of shared memory were copied while the tree stood still: no copy keeps them");
         report.held.push(what);
     }
-    page_ids.finish()?;
     inventory::write_clocks(images)?;
     if request.options.cpu.image {
         cpu::dump(images)?;

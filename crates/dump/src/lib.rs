@@ -335,6 +335,6 @@ mod tests {
     #[test]
     fn only_a_missing_process_is_called_missing() {
         assert_eq!(DumpError::Target("there is no process 7".into()).errno(), Some(libc::ESRCH));
-        assert_eq!(DumpError::Impossible("--live with --page-server is not there yet".into()).errno(), None);
+        assert_eq!(DumpError::Impossible("--live with --track-mem is not there yet".into()).errno(), None);
     }
 }

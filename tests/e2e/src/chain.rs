@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -258,6 +259,38 @@ pub fn serving(case: &Case<'_>, images: &Path, more: &[String]) -> Result<(Child
     }
 }
 
+/// Brings the images of a dump whose pages went to a page server to these.
+pub fn bring(here: &Path, there: &Path) -> Result<()> {
+    ensure!(stored(here)? == 0, "pages are in the directory of the dump");
+    for entry in fs::read_dir(here)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            fs::copy(entry.path(), there.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A server that says yes to every question until it has read so many bytes of pages, and goes away; its port.
+pub fn short_lived(bytes: usize) -> Result<(JoinHandle<std::io::Result<()>>, u16)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        let mut read = 0;
+        let mut buffer = [0; 4096];
+        while read < bytes {
+            stream.write_all(&[1])?;
+            match stream.read(&mut buffer)? {
+                0 => break,
+                n => read += n,
+            }
+        }
+        Ok(())
+    });
+    Ok((server, port))
+}
+
 /// Two pre-dumps and a dump whose pages go to another directory by way of page servers; restored from there.
 fn page_server(case: &Case<'_>) -> Result<Outcome> {
     let Some(pid) = start(case)? else { return Ok(needs()) };
@@ -278,13 +311,7 @@ fn page_server(case: &Case<'_>) -> Result<Outcome> {
         let log = case.path(&format!("img.{number}/server.log"));
         let served = case.wait_tool(server, "server", &log, TOOL_LIMIT)?;
         ensure!(served.ok(), "page server {number}: {}", served.errors());
-        ensure!(stored(&here)? == 0, "pages are in the directory of the dump");
-        for entry in fs::read_dir(&here)? {
-            let entry = entry?;
-            if entry.file_type()?.is_file() {
-                fs::copy(entry.path(), case.path(&format!("img.{number}")).join(entry.file_name()))?;
-            }
-        }
+        bring(&here, &case.path(&format!("img.{number}")))?;
         std::thread::sleep(Duration::from_millis(30));
     }
     case.await_end(recorded(&case.path("here.3"))?)?;
@@ -298,23 +325,8 @@ fn page_server(case: &Case<'_>) -> Result<Outcome> {
 fn vanishing(case: &Case<'_>) -> Result<Outcome> {
     let Some(pid) = start(case)? else { return Ok(needs()) };
     for (number, bytes) in [(1, 0), (2, 100), (3, 1 << 20)] {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port().to_string();
-        let server = std::thread::spawn(move || -> std::io::Result<()> {
-            let (mut stream, _) = listener.accept()?;
-            let mut read = 0;
-            let mut buffer = [0; 4096];
-            while read < bytes {
-                // Every question is answered with yes.
-                stream.write_all(&[1])?;
-                match stream.read(&mut buffer)? {
-                    0 => break,
-                    n => read += n,
-                }
-            }
-            Ok(())
-        });
-        let more = ["--page-server", "--address", "127.0.0.1", "--port", &port];
+        let (server, port) = short_lived(bytes)?;
+        let more = ["--page-server", "--address", "127.0.0.1", "--port", &port.to_string()];
         let ran = link(case, "dump", number, &words(pid, 1, &more))?;
         ensure!(!ran.ok() && ran.said.contains("page server"), "dump {number} without its server: {}", ran.errors());
         ensure!(!case.path(&format!("img.{number}/inventory.img")).exists(), "it left an inventory");

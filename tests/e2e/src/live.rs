@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::case::{Case, TOOL_LIMIT};
+use crate::chain;
 use crate::proc;
 use crate::report::{Outcome, Test};
 use crate::rng::Rng;
@@ -29,6 +30,8 @@ pub fn tests() -> Vec<Test> {
         Test::new("live/copies_give_way_to_the_tree", gives_way),
         Test::new("live/copies_give_memory_back", gives_back),
         Test::new("live/locked_memory_is_copied_at_once", locked),
+        Test::new("live/page_server", page_server),
+        Test::new("live/page_server_that_vanishes", vanishing),
         Test::new("live/a_tree_that_is_to_end", needs_leave_running),
         Test::new("live/a_dump_that_others_build_on", needs_no_chain),
         Test::new(format!("live/{KILLED}_dumpers_killed"), killed),
@@ -179,6 +182,49 @@ fn locked(case: &Case<'_>) -> Result<Outcome> {
     case.wake_up(&case.args.bin, &images, &[], &target.tree)?;
     target.ask()?;
     Ok(Outcome::PASSED)
+}
+
+/// Copies go to a page server, as the memory of one instant.
+fn page_server(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, INSTANT, Session::Own, &[]));
+    let (here, there) = (case.path("here"), case.path("img"));
+    let (server, port) = chain::serving(case, &there, &[])?;
+    let ran = case.dump(&case.args.bin, target.pid, &here, &to_server(port))?;
+    ensure!(ran.ok() && ran.said.contains("copied as pid"), "dump: {}", ran.errors());
+    let served = case.wait_tool(server, "server", &there.join("server.log"), TOOL_LIMIT)?;
+    ensure!(served.ok(), "page server: {}", served.errors());
+    target.unharmed()?;
+    target.end();
+    if let Err(pid) = proc::wait_free(target.ids(), Duration::from_secs(10)) {
+        bail!("pid {pid} does not end");
+    }
+    chain::bring(&here, &there)?;
+    case.wake_up(&case.args.bin, &there, &[], &target.tree)?;
+    target.ask()?;
+    Ok(Outcome::PASSED)
+}
+
+/// When a page server goes away, the tree has gone on already, or does; there is no checkpoint, and no copy is left.
+fn vanishing(case: &Case<'_>) -> Result<Outcome> {
+    let mut target = ready!(Target::start(case, INSTANT, Session::Own, &[]));
+    for bytes in [0, 100, 64 << 10] {
+        let (server, port) = chain::short_lived(bytes)?;
+        let images = case.path("img");
+        let ran = case.dump(&case.args.bin, target.pid, &images, &to_server(port))?;
+        refused(case, &ran, &["page server", "start it again"])?;
+        ensure!(!images.join("inventory.img").exists(), "it left an inventory");
+        // The thread's own errors are those of a connection that the dump has closed.
+        let _ = server.join();
+        target.unharmed()?;
+        target.ask()?;
+        copies_end(case, &target)?;
+    }
+    Ok(Outcome::PASSED)
+}
+
+fn to_server(port: u16) -> Vec<String> {
+    let more = ["--page-server", "--address", "127.0.0.1", "--port", &port.to_string()].map(str::to_owned);
+    options().into_iter().chain(more).collect()
 }
 
 fn needs_leave_running(case: &Case<'_>) -> Result<Outcome> {

@@ -62,24 +62,23 @@ impl<'a, 'p> Out<'a, 'p> {
         ids: &'a PageIds,
         most: u64,
     ) -> Result<Self> {
-        let pid = mappings.pid();
+        // A copy of the process may stand for it.
+        let (pid, source) = (mappings.pid(), mappings.source());
+        let memory = || File::open(source.proc_path("mem")).map_err(call(format!("cannot open /proc/{source}/mem")));
         if let Some(client) = ids.server() {
-            return Ok(Self::Server(ToServer::open(client, pid)?));
+            return Ok(Self::Server(ToServer::of_memory(client, pid, memory()?)?));
         }
         let id = ids.next();
         let records = Records::new(images.writer(ImageKind::Pagemap, pid.0 as u64)?, id)?;
-        // A copy of the process may stand for it.
         if let Some(method) = ids.packed_by() {
-            let source = mappings.source();
             let haste = if source == pid { Haste::Waited } else { Haste::Beside };
-            let memory =
-                File::open(source.proc_path("mem")).map_err(call(format!("cannot open /proc/{source}/mem")))?;
+            let memory = memory()?;
             let from = (memory, format!("the memory of pid {source}"));
             let packer = Packer::new(images, id, method, from, haste)?;
             return Ok(Self::Packed { packer, records, images });
         }
-        let copier = Copier::new(parasite, mappings.source(), (images, ids, id), most)?;
-        let copier = if mappings.source() == pid { copier } else { copier.giving_back() };
+        let copier = Copier::new(parasite, source, (images, ids, id), most)?;
+        let copier = if source == pid { copier } else { copier.giving_back() };
         Ok(Self::Images { copier, records })
     }
 
@@ -171,16 +170,7 @@ pub(super) fn lost(client: &PageClient) -> impl FnOnce(std::io::Error) -> Resour
 }
 
 impl<'a> ToServer<'a> {
-    /// Begins the page map of a process.
-    ///
-    /// # Errors
-    /// The server is gone, or the process.
-    pub fn open(client: MutexGuard<'a, PageClient>, pid: HostPid) -> Result<Self> {
-        let memory = File::open(pid.proc_path("mem")).map_err(call(format!("cannot open /proc/{pid}/mem")))?;
-        Self::of_memory(client, pid, memory)
-    }
-
-    /// The same of a process that may have ended since its memory was opened.
+    /// Begins the page map of a process, which may have ended since its memory was opened.
     ///
     /// # Errors
     /// The server is gone.
