@@ -1,8 +1,8 @@
 // Memory that parent, child and grandchild share copy-on-write is still the same page frames; changed pages are not.
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 #include "test.h"
-#define PAGES 1024
 
+static int pages = 1024;
 static char *map;
 static size_t page;
 static pid_t *kin; // shared: child, grandchild
@@ -26,13 +26,13 @@ static int open_pagemap(pid_t pid)
 // Page i belongs to the child alone when i % 16 is 1, to the grandchild alone when it is 2, to the root when it is 3.
 static void change(int rest)
 {
-	for (int i = rest; i < PAGES; i += 16)
+	for (int i = rest; i < pages; i += 16)
 		test_fill(map + i * page, page, 100000 * rest + i);
 }
 
 static void check_contents(int first, int second)
 {
-	for (int i = 0; i < PAGES; i++) {
+	for (int i = 0; i < pages; i++) {
 		int rest = i % 16;
 		unsigned seed = rest && (rest == first || rest == second) ? 100000 * rest + i : i;
 		FILLED("a page", map + i * page, page, seed);
@@ -68,7 +68,7 @@ static void check(void)
 	int own = open_pagemap(getpid());
 	for (int k = 0; k < 2; k++) {
 		int others = open_pagemap(kin[k]), lost = 0, same = 0;
-		for (int i = 0; i < PAGES; i++) {
+		for (int i = 0; i < pages; i++) {
 			uint64_t mine = frame(own, i), his = frame(others, i);
 			if (!mine || !his)
 				test_fail("page %d is not in memory", i);
@@ -80,7 +80,7 @@ static void check(void)
 		if (same)
 			test_fail("%d changed pages share their frames", same);
 		if (lost)
-			test_fail("%d of %d pages no longer share their frames with the %s", lost, PAGES, k ? "grandchild" : "child");
+			test_fail("%d of %d pages no longer share their frames with the %s", lost, pages, k ? "grandchild" : "child");
 	}
 	close(own);
 }
@@ -88,10 +88,12 @@ static void check(void)
 static void setup(void)
 {
 	page = sysconf(_SC_PAGESIZE);
+	if (test_is_large())
+		pages *= 8;
 	kin = test_shared(4096);
-	map = mmap(NULL, PAGES * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	MUST(map != MAP_FAILED && !madvise(map, PAGES * page, MADV_NOHUGEPAGE));
-	for (int i = 0; i < PAGES; i++)
+	map = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	MUST(map != MAP_FAILED && !madvise(map, pages * page, MADV_NOHUGEPAGE));
+	for (int i = 0; i < pages; i++)
 		test_fill(map + i * page, page, i);
 	int own = open_pagemap(getpid());
 	if (!frame(own, 0))

@@ -2,11 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 #include "test.h"
 #define PAGES 16
+#define LARGE (128 << 20)
 
 static const int prots[] = { PROT_READ | PROT_WRITE, PROT_READ, PROT_NONE, PROT_WRITE, PROT_EXEC, PROT_READ | PROT_EXEC,
 	PROT_READ | PROT_WRITE | PROT_EXEC };
 enum { PROTS = sizeof prots / sizeof *prots };
-static char *areas[PROTS], *holes, *moved, *once;
+static char *areas[PROTS], *holes, *moved, *once, *large;
 static size_t page;
 static int pipes[2];
 
@@ -49,7 +50,7 @@ static void setup(void)
 {
 	page = sysconf(_SC_PAGESIZE);
 	MUST(!pipe(pipes));
-	test_large(128 << 20);
+	large = test_large(LARGE);
 	for (int i = 0; i < PROTS; i++) {
 		// An untouched page between the areas keeps them apart.
 		areas[i] = mmap(NULL, (PAGES + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -87,6 +88,8 @@ static void check(void)
 	MUST(!mprotect(once, 3 * page, PROT_READ | PROT_WRITE)); // one again
 	MUST(!mprotect(once + page, page, PROT_READ));
 	FILLED("moved memory", moved, 4 * page, 9);
+	if (large)
+		FILLED("large memory", large, LARGE, TEST_LARGE_SEED);
 	for (int i = 0; i < 256; i++) {
 		if (i % 3 == 0)
 			FILLED("a page between untouched ones", holes + i * page, page, i);

@@ -201,14 +201,23 @@ __attribute__((unused)) static size_t test_filled(const void *at, size_t size, u
 			test_fail("%s: byte %zu of %zu is not what it was", what, good_, size_); \
 	} while (0)
 
-// With a file "large" in its directory, the program has so many bytes more, none of them in a page of zeros.
-__attribute__((unused)) static void test_large(size_t bytes)
+// Whether there is a file "large" in the program's directory: then it is to have more memory.
+__attribute__((unused)) static int test_is_large(void)
 {
-	if (access(test_path("large"), F_OK))
-		return;
+	return !access(test_path("large"), F_OK);
+}
+
+#define TEST_LARGE_SEED 99
+
+// With that file, the program has so many bytes more, none of them in a page of zeros; where they are, or NULL.
+__attribute__((unused)) static char *test_large(size_t bytes)
+{
+	if (!test_is_large())
+		return NULL;
 	char *large = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	MUST(large != MAP_FAILED);
-	memset(large, 1, bytes);
+	test_fill(large, bytes, TEST_LARGE_SEED);
+	return large;
 }
 
 #include "baseline.h"

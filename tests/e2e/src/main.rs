@@ -18,6 +18,7 @@ mod frozen;
 mod gifts;
 mod inside;
 mod kill;
+mod large;
 mod lazy;
 mod lazy_dump;
 mod live;
@@ -112,7 +113,7 @@ fn collect(args: &Args) -> Vec<report::Test> {
             ),
             Group::Pages => {
                 let ways = packed::tests().into_iter().chain(direct::tests());
-                let ways = ways.chain(early::tests()).chain(working_set::tests());
+                let ways = ways.chain(early::tests()).chain(large::tests()).chain(working_set::tests());
                 tests.extend(ways.chain(lazy_dump::tests()).chain(stream::tests()).chain(tls::tests()));
             }
             Group::Real => tests.extend(real::tests()),

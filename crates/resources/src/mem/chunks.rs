@@ -26,6 +26,20 @@ impl Chunk {
             (*addr, *len, at)
         })
     }
+
+    /// The first `len` bytes, and the rest.
+    pub fn split(self, len: u64) -> (Self, Self) {
+        let mut first = Self { offset: self.offset, len: len.min(self.len), iovecs: Vec::new() };
+        let mut rest = Self { offset: self.offset + first.len, len: self.len - first.len, iovecs: Vec::new() };
+        let mut left = first.len;
+        for (addr, len, _) in self.pieces() {
+            let now = len.min(left);
+            left -= now;
+            first.iovecs.extend((now > 0).then_some([addr, now]).into_iter().flatten());
+            rest.iovecs.extend((now < len).then_some([addr + now, len - now]).into_iter().flatten());
+        }
+        (first, rest)
+    }
 }
 
 /// Collects pieces into chunks.
@@ -124,6 +138,23 @@ mod tests {
                 prop_assert_eq!(offset, pages.len() as u64 * 4096);
             }
             prop_assert_eq!(pages, wanted);
+        }
+
+        #[test]
+        fn parts_hold_what_the_chunk_did(lens in prop::collection::vec(1u64..9, 1..20), at in 0u64..200) {
+            let mut chunks = Chunks::new(MAX_IOVECS, MAX_BYTES);
+            chunks.skip(1 << 20);
+            for (i, len) in (0u64..).zip(&lens) {
+                chunks.add(i << 20, len << 12, |_| Err(())).expect("few");
+            }
+            let whole = chunks.take().expect("a chunk");
+            let pages = |c: &Chunk| -> Vec<(u64, u64)> {
+                c.pieces().flat_map(|(addr, len, to)| (0..len >> 12).map(move |i| (addr + (i << 12), to + (i << 12)))).collect()
+            };
+            let (first, rest) = whole.clone().split(at << 12);
+            prop_assert_eq!(first.len, whole.len.min(at << 12));
+            prop_assert_eq!((rest.offset, first.len + rest.len), (first.offset + first.len, whole.len));
+            prop_assert_eq!([pages(&first), pages(&rest)].concat(), pages(&whole));
         }
     }
 }

@@ -18,6 +18,7 @@ use dormouse_sys::nr;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, fstatfs};
 
+use super::beside;
 use super::chunks::{Chunk, Chunks, MAX_BYTES, MAX_IOVECS};
 use super::gather::Gather;
 use super::pages::{PageIds, PagesImage};
@@ -241,7 +242,21 @@ impl<'a, 'p> Copier<'a, 'p> {
         let Writer::Inside(fd) = self.writer else {
             return if chunk.len <= BUFFER as u64 { self.copy_at_once(&chunk) } else { self.copy_pieces(&chunk) };
         };
-        self.reserve(&chunk)?;
+        let reserved = self.reserve(&chunk)?;
+        let (chunk, rest) = if reserved && self.spent.is_none() { beside::divide(chunk) } else { (chunk, None) };
+        // Pages that others share stay shared.
+        let rest = match rest {
+            Some(rest) if !self.is_unshared(&rest).unwrap_or(false) => {
+                self.write_inside(fd, &rest, None)?;
+                None
+            }
+            rest => rest,
+        };
+        self.write_inside(fd, &chunk, rest.as_ref())
+    }
+
+    /// Has the target write a chunk, and meanwhile copies another, if there is one.
+    fn write_inside(&mut self, fd: TargetFd, chunk: &Chunk, beside: Option<&Chunk>) -> Result<()> {
         let mark = self.parasite.arena.mark();
         // The parasite consumes its iovecs; `chunk` keeps ours.
         let iovecs = self.parasite.arena.put_words(&chunk.iovecs);
@@ -254,7 +269,11 @@ impl<'a, 'p> Copier<'a, 'p> {
         let count = chunk.iovecs.len() as u64 / 2;
         let args = [fd.0 as u64, iovecs, count, chunk.offset, 0, 0];
         let op = batch.push("writing pages", OpKind::WriteAll, Policy::Try, 0, args);
-        let run = self.parasite.run(&mut batch);
+        let (pid, image, parasite) = (self.pid, self.image.made(), &mut *self.parasite);
+        let (copied, run) = match beside.zip(image) {
+            Some((rest, image)) => both(|| beside::copy(pid, image, rest), || parasite.run(&mut batch)),
+            None => (false, parasite.run(&mut batch)),
+        };
         self.parasite.arena.reset(mark);
         run?;
         match batch.result(op) {
@@ -262,25 +281,33 @@ impl<'a, 'p> Copier<'a, 'p> {
                 if let Some(spent) = &mut self.spent {
                     spent.extend(chunk.pieces().map(|(addr, len, _)| (addr, len)).filter(|(_, len)| *len >= WORTH));
                 }
-                Ok(())
             }
             Err(e) => {
-                let pid = self.pid;
                 tracing::debug!(
                     "pid {pid}: it cannot write {} bytes from {:#x} on: {e}; copying them",
                     chunk.len,
                     chunk.iovecs[0]
                 );
-                self.copy_pieces(&chunk)
+                self.copy_pieces(chunk)?;
             }
         }
+        match beside {
+            Some(rest) if copied => {
+                tracing::debug!("pid {pid}: {} bytes from {:#x} on are copied beside it", rest.len, rest.iovecs[0]);
+                self.outside += rest.len;
+            }
+            Some(rest) => self.copy_pieces(rest)?,
+            None => {}
+        }
+        Ok(())
     }
 
     /// Has the file system find room for a chunk at once, where that is known to be faster: ext4 else makes a reservation for each
-    /// page, which is a sixth of the time that writing to the page cache takes (Linux 6.18).
-    fn reserve(&mut self, chunk: &Chunk) -> Result<()> {
+    /// page, which is a sixth of the time that writing to the page cache takes (Linux 6.18). Whether it has; then the image reaches
+    /// to the end of the chunk.
+    fn reserve(&mut self, chunk: &Chunk) -> Result<bool> {
         if chunk.len < LARGE || self.direct.is_some() {
-            return Ok(());
+            return Ok(false);
         }
         let image = self.image.file(self.images, self.ids)?;
         let on_ext4 = match self.on_ext4 {
@@ -288,13 +315,12 @@ impl<'a, 'p> Copier<'a, 'p> {
             None => fstatfs(image).is_ok_and(|fs| fs.filesystem_type() == EXT4_SUPER_MAGIC),
         };
         self.on_ext4 = Some(on_ext4);
-        // What cannot be had is told when it is written.
-        if on_ext4 {
-            let (at, len) = (chunk.offset as i64, chunk.len as i64);
-            let reserved = fallocate(image, FallocateFlags::FALLOC_FL_KEEP_SIZE, at, len);
-            reserved.unwrap_or_else(|e| tracing::debug!("no room is reserved in the pages image: {e}"));
+        if !on_ext4 {
+            return Ok(false);
         }
-        Ok(())
+        // What cannot be had is told when it is written.
+        let reserved = fallocate(image, FallocateFlags::empty(), chunk.offset as i64, chunk.len as i64);
+        Ok(reserved.inspect_err(|e| tracing::debug!("no room is reserved in the pages image: {e}")).is_ok())
     }
 
     /// Holds a chunk until later; false if that cannot be.

@@ -5,6 +5,7 @@
 
 mod aio;
 mod behind;
+mod beside;
 mod blockers;
 mod chunks;
 mod copier;

@@ -170,7 +170,7 @@ impl PagesImage {
     }
 
     /// The file, if it is there.
-    fn made(&self) -> Option<&File> {
+    pub fn made(&self) -> Option<&File> {
         self.file.get()
     }
 }

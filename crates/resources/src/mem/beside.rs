@@ -1,0 +1,38 @@
+//! A large chunk goes into an image from two sides: while the target writes the first part of it, this program copies the rest into a
+//! mapping of the image. write(2) holds the inode's lock for as long as it copies, so two of them would take turns; faults do not.
+
+use std::fs::File;
+
+use dormouse_infect::host::process::read_pieces;
+use dormouse_kernel::{HostPid, processors};
+use memmap2::MmapOptions;
+
+use super::chunks::Chunk;
+
+/// Sixteenths of a chunk that this program copies: by faults, a byte takes about four times as long.
+const PART: u64 = 3;
+/// Bytes from which on a chunk is worth a thread.
+const WORTH: u64 = 16 << 20;
+
+/// What the target writes of a chunk, and what this program copies meanwhile, if anything.
+pub fn divide(chunk: Chunk) -> (Chunk, Option<Chunk>) {
+    if chunk.len < WORTH || processors() == 1 {
+        return (chunk, None);
+    }
+    let mine = (chunk.len / 16 * PART).next_multiple_of(WORTH / 8);
+    let theirs = chunk.len - mine;
+    let (first, rest) = chunk.split(theirs);
+    (first, Some(rest))
+}
+
+/// Copies a chunk of a stopped process into an image that reaches to its end at least; true if all of it was. Its pages must be the
+/// process's own: process_vm_readv(2) pins them, and would make copies of those that it shares (`FOLL_PIN`, Linux 5.19).
+pub fn copy(pid: HostPid, image: &File, chunk: &Chunk) -> bool {
+    let mut options = MmapOptions::new();
+    // SAFETY: nobody but this dump writes to the image, or makes it shorter; and only the kernel touches the mapping, in a system
+    // call, which fails where the file system has no room.
+    let mapped = unsafe { options.offset(chunk.offset).len(chunk.len as usize).map_mut(image) };
+    let copied = mapped
+        .and_then(|mut bytes| read_pieces(pid, chunk.pieces().map(|(addr, len, _)| (addr, len as usize)), &mut bytes));
+    copied.inspect_err(|e| tracing::debug!("pid {pid}: a part of its pages is not copied by a mapping: {e}")).is_ok()
+}
