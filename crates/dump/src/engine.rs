@@ -51,7 +51,8 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let images = tracking::empty_directory(&request.images_dir)?;
     request.chain.check_directory(&images)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
-    let preflight::Found { blockers, whole } = preflight::look(request.pid, &request.options, false)?;
+    // A live dump reads no flags while the tree stands still.
+    let preflight::Found { blockers, whole } = preflight::look(request.pid, &request.options, request.live)?;
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
     }

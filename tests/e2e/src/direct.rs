@@ -257,7 +257,9 @@ fn full(case: &Case<'_>) -> Result<Outcome> {
     let Some(disk) = Disk::of_size(case, 2)? else {
         return Ok(Outcome::needs("mkfs.ext4 and the right to mount a file"));
     };
-    let mut target = ready!(Target::start(case, "mem_churn", Session::Own, &[]));
+    // Its mappings stay as they are, whenever they are looked at.
+    fs::write(case.path("large"), "")?;
+    let mut target = ready!(Target::start(case, "mem_private", Session::Own, &[]));
     for options in [&["--direct-io"][..], &["--direct-io", "--live", "-R"]] {
         let ran = case.dump(&case.args.bin, target.pid, &disk.0, &words(options))?;
         ensure!(

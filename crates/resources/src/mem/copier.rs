@@ -63,7 +63,7 @@ pub struct Copier<'a, 'p> {
     most: u64,
     /// Empty until it is needed.
     buffer: Vec<u8>,
-    /// Bytes that this program has copied.
+    /// Bytes that this program has copied in place of the target.
     outside: u64,
     /// What is written is given back, and what waits for that: addresses and lengths.
     spent: Option<Vec<(u64, u64)>>,
@@ -294,7 +294,6 @@ impl<'a, 'p> Copier<'a, 'p> {
         match beside {
             Some(rest) if copied => {
                 tracing::debug!("pid {pid}: {} bytes from {:#x} on are copied beside it", rest.len, rest.iovecs[0]);
-                self.outside += rest.len;
             }
             Some(rest) => self.copy_pieces(rest)?,
             None => {}

@@ -190,7 +190,7 @@ pub struct PageStats {
     pub written: u64,
     /// Of these, pages that may be fetched later.
     pub lazy: u64,
-    /// Of these, pages that this program copied.
+    /// Of these, pages that this program copied in place of the target.
     pub outside: u64,
     /// Pages that are left to the checkpoint before.
     pub left: u64,
