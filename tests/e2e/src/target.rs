@@ -107,10 +107,16 @@ impl<'a> Target<'a> {
         Self::start(case, name, Session::Own, &[])
     }
 
-    /// Notes what the tree is and owns now.
+    /// Notes what the tree is and owns now. A program may change its mappings and change them back: what is seen twice counts.
     pub fn look(&mut self) {
-        self.tree = proc::tree(self.pid);
-        self.possessions = self.tree.keys().map(|pid| (*pid, proc::possessions(*pid))).collect();
+        for _ in 0..10 {
+            self.tree = proc::tree(self.pid);
+            self.possessions = self.tree.keys().map(|pid| (*pid, proc::possessions(*pid))).collect();
+            let is_other = |(pid, had): &(i32, Vec<String>)| lost(*pid, had, &proc::possessions(*pid)).is_some();
+            if !self.possessions.iter().any(is_other) {
+                return;
+            }
+        }
     }
 
     /// Waits until the tree is what it was: the same processes and threads, all running, with the same mappings and
