@@ -107,7 +107,8 @@ int main(int argc, char **argv)
 	MUST(argc == 6);
 	filled = atol(argv[2]), gap = atol(argv[5]);
 	setsid();
-	int fd = open(argv[1], O_RDWR | O_CREAT | O_TRUNC, 0600);
+	// It is there and as long as it will be: whoever watches it may read it at any moment.
+	int fd = open(argv[1], O_RDWR | O_CREAT, 0600);
 	MUST(fd >= 0 && !ftruncate(fd, 4096));
 	struct state *s = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	MUST(s != MAP_FAILED);
