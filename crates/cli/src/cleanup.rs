@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use dormouse_images::{ImageDir, ImageKind};
+use dormouse_images::{BESIDE, ImageDir, ImageKind};
 use dormouse_kernel::Session;
 use dormouse_resources::fd::links_in;
 use nix::errno::Errno;
@@ -71,8 +71,12 @@ fn unfinished(path: &Path) -> Result<Vec<String>> {
     let mut count = 0;
     for entry in fs::read_dir(path).with_context(|| format!("cannot read {}", path.display()))? {
         let entry = entry?;
-        if entry.file_name().to_str().and_then(ImageKind::from_file_name).is_some() {
-            fs::remove_file(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let Some(name) = name.to_str() else { continue };
+        if name.starts_with(BESIDE) {
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        } else if ImageKind::from_file_name(name).is_some() {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             count += 1;
         }
     }
@@ -126,8 +130,10 @@ mod tests {
         let images = ImageDir::open(dir.path()).expect("open");
         images.write_all::<dormouse_images::pb::PstreeEntry>(ImageKind::Pstree, 0, &[]).expect("write");
         fs::write(dir.path().join("notes.txt"), "mine").expect("write");
+        fs::create_dir_all(dir.path().join(format!("{BESIDE}1/1"))).expect("make");
         assert_eq!(unfinished(dir.path()).expect("clean").len(), 1);
         assert!(dir.path().join("notes.txt").exists() && !dir.path().join("core-1.img").exists());
+        assert!(!dir.path().join(format!("{BESIDE}1")).exists());
         images.write_all::<dormouse_images::pb::PstreeEntry>(ImageKind::Pstree, 0, &[]).expect("write");
         fs::write(dir.path().join("inventory.img"), "there").expect("write");
         assert!(unfinished(dir.path()).expect("clean").is_empty());

@@ -80,9 +80,12 @@ fn obstacle(mappings: &Mappings, reaps: bool) -> Result<Option<&'static str>, Du
     })
 }
 
-/// Has a copy give way to the tree that runs beside it.
-fn give_way(copy: &mut Parasite<'_>) -> Result<(), DumpError> {
+/// Has a copy give way to the process that it is one of, and to the tree that runs beside it.
+fn give_way(copy: &mut Parasite<'_>, process: HostPid) -> Result<(), DumpError> {
     let (mut batch, mark, pid) = (Batch::new(), copy.arena.mark(), copy.pid());
+    if let Err(e) = sched::session_gives_way(pid, process) {
+        tracing::debug!("the copy of pid {process} has as good a claim on a processor as a session of its own: {e}");
+    }
     sched::give_way_op(&mut batch, &mut copy.arena, pid)?;
     let ran = copy.run(&mut batch);
     copy.arena.reset(mark);
@@ -98,7 +101,7 @@ impl Later {
         let start = Instant::now();
         let Drafted { pid, mappings, draft } = self.drafted;
         mappings.read_ahead()?;
-        give_way(&mut self.copy)?;
+        give_way(&mut self.copy, pid)?;
         if mappings.are_wiped()? {
             return Err(DumpError::Impossible(format!(
                 "cannot dump pid {} while it runs: some of its memory was advised not to be copied (MADV_WIPEONFORK) after it \

@@ -17,6 +17,7 @@ use prost::{Message, Name};
 
 use crate::ghost::{Ghost, GhostReader};
 use crate::hold::Hold;
+use crate::nursery::Home;
 use crate::reader::{ImageReader, Records};
 use crate::writer::{ImageWriter, Place};
 use crate::{ImageError, ImageKind, pb};
@@ -25,7 +26,7 @@ use crate::{ImageError, ImageKind, pb};
 const PARENT: &str = "parent";
 
 /// CRIU's mode of image files, before the umask: the directory is what keeps strangers out.
-const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR).union(Mode::S_IRGRP).union(Mode::S_IROTH);
+pub(crate) const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR).union(Mode::S_IRGRP).union(Mode::S_IROTH);
 
 /// Makes a file in a directory, for reading and writing. Links are not followed, and a pipe or a device of this name would
 /// swallow the image. `path` is for messages.
@@ -43,7 +44,7 @@ fn regular(file: File, path: &Path) -> Result<File, ImageError> {
 /// The directory of a checkpoint.
 #[derive(Debug)]
 pub struct ImageDir {
-    fd: Arc<OwnedFd>,
+    fd: Arc<Home>,
     path: PathBuf,
     /// The version that the inventory tells, once somebody has asked.
     version: OnceLock<Option<u32>>,
@@ -72,7 +73,7 @@ impl ImageDir {
 
     /// Takes a directory that somebody else opened, e.g. the sender of a service request; `path` is for messages.
     pub fn from_fd(fd: OwnedFd, path: &Path) -> Self {
-        Self { fd: Arc::new(fd), path: path.to_owned(), version: OnceLock::new(), hold: Arc::default() }
+        Self { fd: Arc::new(Home::new(fd)), path: path.to_owned(), version: OnceLock::new(), hold: Arc::default() }
     }
 
     fn open_at(dir: impl AsFd, name: &Path, path: PathBuf) -> Result<Self, ImageError> {
@@ -105,7 +106,7 @@ impl ImageDir {
     /// It cannot be made, or is there and no regular file.
     pub fn create_file(&self, kind: ImageKind, id: u64) -> Result<File, ImageError> {
         let (name, path) = self.names(kind, id);
-        make(&*self.fd, &name, OFlag::O_TRUNC, &path)
+        self.fd.make(&name, &path)
     }
 
     /// From now on images that are complete are held in memory, as far as `bytes` suffice, until [`Self::write_held`]: they are no
@@ -207,7 +208,7 @@ impl ImageDir {
     pub fn writer(&self, kind: ImageKind, id: u64) -> Result<ImageWriter, ImageError> {
         let path = self.names(kind, id).1;
         if self.hold.has_room() {
-            let place = Place { dir: Arc::clone(&self.fd), id, hold: Arc::clone(&self.hold) };
+            let place = Place { home: Arc::clone(&self.fd), id, hold: Arc::clone(&self.hold) };
             return Ok(ImageWriter::later(kind, place, path));
         }
         Ok(ImageWriter::new(kind, self.create_file(kind, id)?, path))
@@ -331,6 +332,7 @@ impl ImageDir {
     /// # Errors
     /// It cannot be written; then an older one is still there.
     pub fn write_inventory(&self, inventory: &pb::InventoryEntry) -> Result<(), ImageError> {
+        self.fd.settle();
         // A name that no other run chooses: the keys of the hasher are random.
         let unique = format!("{:016x}", RandomState::new().build_hasher().finish());
         self.replace(ImageKind::Inventory, 0, &unique, std::slice::from_ref(inventory))

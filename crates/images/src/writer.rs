@@ -2,16 +2,14 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::fcntl::OFlag;
 use prost::{Message, Name};
 
-use crate::dir::make;
 use crate::hold::Hold;
 use crate::kind::Body;
+use crate::nursery::Home;
 use crate::reader::MAX_RECORD;
 use crate::{ImageError, ImageKind, pb};
 
@@ -42,7 +40,7 @@ enum Target {
 #[derive(Debug)]
 pub(crate) struct Place {
     /// The directory.
-    pub dir: Arc<OwnedFd>,
+    pub home: Arc<Home>,
     /// The image's number.
     pub id: u64,
     /// What is held of the directory.
@@ -62,7 +60,7 @@ impl ImageWriter {
 
     fn made(&mut self) -> Result<&mut File, ImageError> {
         if let Target::Later(place) = &self.file {
-            let file = make(&*place.dir, &self.kind.file_name(place.id), OFlag::O_TRUNC, &self.path)?;
+            let file = place.home.make(&self.kind.file_name(place.id), &self.path)?;
             self.file = Target::File(file);
         }
         match &mut self.file {

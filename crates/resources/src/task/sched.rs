@@ -1,10 +1,13 @@
 //! How a thread is scheduled: policy, nice value, real-time priority.
 
+use std::{fs, io};
+
 use dormouse_images::pb;
 use dormouse_infect::arena::{Arena, Batch};
 use dormouse_infect::host::task::{SchedAttr, sched_attr};
 use dormouse_kernel::HostPid;
 use dormouse_sys::nr;
+use nix::unistd::{Pid, getsid};
 
 use crate::{Result, call, invalid};
 
@@ -63,6 +66,28 @@ pub fn give_way_op(b: &mut Batch, arena: &mut Arena, pid: HostPid) -> Result<()>
     Ok(())
 }
 
+/// Has the session of `copy`, if it is one's leader, give way to that of the process it is a copy of. Where the kernel schedules by
+/// sessions, a nice value counts only among the processes of one (sched(7), "The autogroup feature", Linux 2.6.38).
+///
+/// # Errors
+/// The kernel does not let us, or one of them is gone.
+pub fn session_gives_way(copy: HostPid, process: HostPid) -> io::Result<()> {
+    let text = match fs::read_to_string(process.proc_path("autogroup")) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        read => read?,
+    };
+    let nice = autogroup_nice(&text);
+    if getsid(Some(Pid::from_raw(copy.0)))? != Pid::from_raw(copy.0) {
+        return Ok(());
+    }
+    fs::write(copy.proc_path("autogroup"), (nice + GIVES_WAY).min(19).to_string())
+}
+
+/// The nice value in the text of an autogroup file; empty where the process is in no session that the kernel schedules by.
+fn autogroup_nice(text: &str) -> i32 {
+    text.trim().rsplit_once("nice ").and_then(|(_, nice)| nice.parse().ok()).unwrap_or(0)
+}
+
 /// Sets what differs from how this process is scheduled, which every task of the tree inherits.
 ///
 /// # Errors
@@ -117,5 +142,24 @@ mod tests {
         assert_eq!((t.sched_policy, t.sched_prio, t.sched_nice), (Some(0x4000_0002), Some(7), Some(-3)));
         to_image(&SchedAttr { policy: 3, ..SchedAttr::default() }, &mut t);
         assert_eq!((t.sched_policy, t.sched_prio), (Some(3), None));
+    }
+
+    #[test]
+    fn a_session_of_its_own_gives_way_and_no_other() {
+        let this = HostPid(std::process::id() as i32);
+        let Ok(before) = fs::read_to_string(this.proc_path("autogroup")) else { return };
+        for (words, gives_way) in [(["setsid", "cat"], true), (["env", "cat"], false)] {
+            let mut command = std::process::Command::new(words[0]);
+            let mut child = command.arg(words[1]).stdin(std::process::Stdio::piped()).spawn().expect("a child");
+            let pid = HostPid(child.id() as i32);
+            // It is what it will be once it runs cat(1).
+            while fs::read_to_string(pid.proc_path("comm")).expect("comm") != "cat\n" {}
+            session_gives_way(pid, this).expect("root may");
+            let after = fs::read_to_string(pid.proc_path("autogroup")).expect("autogroup");
+            let nice = (autogroup_nice(&before), autogroup_nice(&after));
+            assert_eq!(nice.1, if gives_way { (nice.0 + GIVES_WAY).min(19) } else { nice.0 }, "{before} {after}");
+            drop(child.stdin.take());
+            child.wait().expect("it ends");
+        }
     }
 }
