@@ -5,7 +5,6 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,6 +17,7 @@ use crate::case::{Case, TOOL_LIMIT, named, words};
 use crate::programs::{self, start};
 use crate::report::{Outcome, Test};
 use crate::target::{Session, Target, ready};
+use crate::tmpfs::Disk;
 use crate::tmpfs::Tmpfs;
 
 /// Programs whose memory takes different ways into the images.
@@ -229,45 +229,23 @@ fn chain(case: &Case<'_>) -> Result<Outcome> {
     Ok(Outcome::PASSED)
 }
 
-/// A mounted ext4 in a file.
-struct Disk(PathBuf);
-
-impl Disk {
-    /// None where it cannot be made or mounted.
-    fn of_size(case: &Case<'_>, megabytes: u64) -> Result<Option<Self>> {
-        let (file, dir) = (case.path("disk"), case.path("disk.d"));
-        File::create(&file)?.set_len(megabytes << 20)?;
-        fs::create_dir(&dir)?;
-        let make = Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(&file).output();
-        let mount = || Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&dir).output();
-        let done = make.is_ok_and(|made| made.status.success()) && mount().is_ok_and(|m| m.status.success());
-        Ok(done.then_some(Self(dir)))
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).ok();
-    }
-}
-
 /// Where the images find no room the dump says so, and the program goes on.
 fn full(case: &Case<'_>) -> Result<Outcome> {
     fit!(case);
-    let Some(disk) = Disk::of_size(case, 2)? else {
-        return Ok(Outcome::needs("mkfs.ext4 and the right to mount a file"));
+    let Some(disk) = Disk::new(case, 2, &[])? else {
+        return Ok(Outcome::needs(Disk::NEEDS));
     };
     // Its mappings stay as they are, whenever they are looked at.
     fs::write(case.path("large"), "")?;
     let mut target = ready!(Target::start(case, "mem_private", Session::Own, &[]));
     for options in [&["--direct-io"][..], &["--direct-io", "--live", "-R"]] {
-        let ran = case.dump(&case.args.bin, target.pid, &disk.0, &words(options))?;
+        let ran = case.dump(&case.args.bin, target.pid, disk.path(), &words(options))?;
         ensure!(
             !ran.ok() && ran.said.contains("No space left on device"),
             "{options:?} without room: {}",
             ran.errors()
         );
-        ensure!(!disk.0.join("inventory.img").exists(), "it left an inventory");
+        ensure!(!disk.path().join("inventory.img").exists(), "it left an inventory");
         target.unharmed()?;
         target.ask()?;
     }

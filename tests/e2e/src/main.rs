@@ -5,6 +5,7 @@
 
 mod adversary;
 mod args;
+mod beside;
 mod caller;
 mod case;
 mod chain;
@@ -113,7 +114,8 @@ fn collect(args: &Args) -> Vec<report::Test> {
             ),
             Group::Pages => {
                 let ways = packed::tests().into_iter().chain(direct::tests());
-                let ways = ways.chain(early::tests()).chain(large::tests()).chain(working_set::tests());
+                let ways =
+                    ways.chain(beside::tests()).chain(early::tests()).chain(large::tests()).chain(working_set::tests());
                 tests.extend(ways.chain(lazy_dump::tests()).chain(stream::tests()).chain(tls::tests()));
             }
             Group::Real => tests.extend(real::tests()),

@@ -1,10 +1,13 @@
 //! Small file systems of a test's own, unmounted when the test is over.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::case::Case;
 
 /// A mounted tmpfs.
 pub struct Tmpfs(PathBuf);
@@ -42,6 +45,36 @@ impl Tmpfs {
 }
 
 impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).ok();
+    }
+}
+
+/// A mounted ext4 without a journal, in a file.
+pub struct Disk(PathBuf);
+
+impl Disk {
+    /// What it takes.
+    pub const NEEDS: &str = "mkfs.ext4 and the right to mount a file";
+
+    /// Makes one with these options of mkfs.ext4(8); none where it cannot be made or mounted.
+    pub fn new(case: &Case<'_>, megabytes: u64, options: &[&str]) -> Result<Option<Self>> {
+        let (file, dir) = (case.path("disk"), case.path("disk.d"));
+        File::create(&file)?.set_len(megabytes << 20)?;
+        fs::create_dir(&dir)?;
+        let make = Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).args(options).arg(&file).output();
+        let mount = || Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&dir).output();
+        let done = make.is_ok_and(|made| made.status.success()) && mount().is_ok_and(|m| m.status.success());
+        Ok(done.then_some(Self(dir)))
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Disk {
     fn drop(&mut self) {
         umount2(&self.0, MntFlags::MNT_DETACH).ok();
     }
