@@ -52,7 +52,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     request.chain.check_directory(&images)?;
     let mut tracking = Tracking::begin(&images, &request.chain, request.after != After::Kill)?;
     // A live dump reads no flags while the tree stands still.
-    let preflight::Found { blockers, whole } = preflight::look(request.pid, &request.options, request.live)?;
+    let preflight::Found { blockers, whole, processes } = preflight::look(request.pid, &request.options, request.live)?;
     if !blockers.is_empty() {
         return Err(DumpError::Refused(blockers));
     }
@@ -61,6 +61,11 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let resident = if request.after == After::Kill { 0 } else { mem::resident(request.pid) };
     let early = goes_on_early(request);
     let mut page_ids = page_ids(request, fetcher.as_ref(), streaming, resident)?;
+    // With fewer, the recorder has nothing to do meanwhile but to wait for the last of them.
+    let hands_over = !early && processes >= preflight::MANY_PROCESSES && page_ids.are_plain();
+    if hands_over {
+        page_ids = page_ids.handing_over();
+    }
     if early {
         images.hold(HELD);
     }
@@ -70,7 +75,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let away = Visit::to(request.pid)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
     let mut tree = None;
-    let traced = trace(request, &images, (&page_ids, ids), (resident, whole), &mut tracking, &mut tree)?;
+    let traced = trace(request, &images, (&page_ids, ids), (resident, whole, hands_over), &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
     let Frozen { mut report, links, connections, later } =
         save(request, &images, away.is_some(), traced, tree.freezer())?;
@@ -246,7 +251,7 @@ fn trace<'a>(
     request: &'a Request<'_>,
     images: &'a ImageDir,
     (page_ids, ids): (&'a PageIds, Ids),
-    (resident, whole): (u64, HashSet<HostPid>),
+    (resident, whole, hands_over): (u64, HashSet<HostPid>, bool),
     tracking: &mut Tracking,
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
@@ -262,6 +267,7 @@ fn trace<'a>(
             page_ids,
             tracking,
             steps,
+            hands_over,
             teller,
             filters: FilterTable::default(),
             live: request.live,

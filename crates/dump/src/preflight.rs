@@ -18,7 +18,7 @@ const PF_EXITING: u64 = 0x4;
 const MANY: u32 = 256;
 
 /// From so many processes on, one system call for each of them makes a difference.
-const MANY_PROCESSES: usize = 32;
+pub const MANY_PROCESSES: usize = 32;
 
 /// Resident kilobytes from which on the flags of mappings take long to read.
 const LARGE_KB: u64 = 256 << 10;
@@ -30,11 +30,13 @@ pub struct Found {
     /// Processes of which everything was looked at. Of others, the flags of mappings and the other threads are still to be looked
     /// at: in the stopped process, before it is entered. Both have to be read there in any case, and take long where there are many.
     pub whole: HashSet<HostPid>,
+    /// Processes that there were.
+    pub processes: usize,
 }
 
 impl Found {
     fn only(blockers: Vec<String>) -> Self {
-        Self { blockers, whole: HashSet::new() }
+        Self { blockers, whole: HashSet::new(), processes: 0 }
     }
 }
 
@@ -91,7 +93,7 @@ pub fn look(pid: HostPid, options: &DumpOptions, all: bool) -> Result<Found, Dum
     }
     found.extend(session_blocker(&root, options));
     let whole = leaders.iter().filter(|(_, leader)| !waits(leader.as_ref())).map(|(pid, _)| *pid).collect();
-    Ok(Found { blockers: found, whole })
+    Ok(Found { blockers: found, whole, processes: pids.len() })
 }
 
 /// Is a process of a tree of so many better looked at when it is stopped? See [`Found::whole`].

@@ -58,8 +58,8 @@ pub struct Told {
 /// Where the pages of a process are.
 #[derive(Debug)]
 pub enum Pages {
-    /// In the images, there.
-    Written(Spans),
+    /// In the images, there, or handed over with what is held of the images of pages.
+    Written(Spans, Option<ImageDir>),
     /// In a copy of the process.
     Later,
 }
@@ -310,7 +310,9 @@ impl<'a> Recorder<'a> {
         draft.told(pid, told);
         match pages {
             Pages::Later => self.drafted.push(Drafted { pid, mappings, draft }),
-            Pages::Written(spans) => {
+            Pages::Written(mut spans, held) => {
+                spans.write_held(self.images, self.page_ids)?;
+                held.map_or(Ok(()), |held| held.write_held())?;
                 spans.erase_droppable(&mappings, self.page_ids)?;
                 self.images.write_one(ImageKind::Mm, pid.0 as u64, &draft.finish(&mappings)?)?;
             }

@@ -18,7 +18,7 @@ use dormouse_kernel::proc::status::{self, Status};
 use dormouse_kernel::proc::task_dir::TaskDir;
 use dormouse_kernel::proc::timers;
 use dormouse_kernel::{HostPid, TargetFd};
-use dormouse_resources::mem::{self, FlagTeller, Increment, Mappings, MmAsk, MmTold, PageIds, Spans};
+use dormouse_resources::mem::{self, FlagTeller, Increment, Mappings, MmAsk, MmTold, PageIds};
 use dormouse_resources::task::seccomp::{self, Confined, FilterTable};
 use dormouse_resources::task::{self, ProcessAsk, ProcessView, ThreadAsk, ThreadView};
 
@@ -30,6 +30,9 @@ use crate::{DumpError, Report};
 /// From so many threads on, another thread is worth having.
 const MANY: usize = 32;
 
+/// Bytes of the record of a small process's pages.
+const HELD: usize = 64 << 10;
+
 /// What the tracer has for all tasks of a dump.
 pub struct Tracer<'a> {
     /// The directory.
@@ -40,6 +43,8 @@ pub struct Tracer<'a> {
     pub tracking: &'a mut Tracking,
     /// Who records what is found.
     pub steps: Steps,
+    /// The pages of small processes are handed to the recorder.
+    pub hands_over: bool,
     /// Tells flags of mappings without smaps, if that is worth it.
     pub teller: Option<Arc<FlagTeller>>,
     /// Seccomp filters.
@@ -190,8 +195,8 @@ impl Tracer<'_> {
         let answers = self.ask(threads, &stat, parasite, others)?;
         self.report.threads += threads.states.len();
         tracing::debug!("pid {pid}: {} threads asked, {} us", threads.states.len(), start.elapsed().as_micros());
-        if let Some((_, spans)) = written {
-            return Ok((answers, Pages::Written(spans)));
+        if let Some((_, pages)) = written {
+            return Ok((answers, pages));
         }
         if answers.subreaper || self.reapers.contains(&threads.parent) {
             self.reapers.insert(pid);
@@ -210,23 +215,25 @@ impl Tracer<'_> {
             }
             Err(why) => {
                 mappings.read_ahead()?;
-                let (pages, spans) = self.write_pages(parasite, mappings, Increment::default())?;
-                self.report.held.push(format!("pid {pid}: {pages} pages were copied while it stood still: {why}"));
-                Ok(Pages::Written(spans))
+                let (count, pages) = self.write_pages(parasite, mappings, Increment::default())?;
+                self.report.held.push(format!("pid {pid}: {count} pages were copied while it stood still: {why}"));
+                Ok(pages)
             }
         }
     }
 
-    /// Writes a process's own pages; how many, and where they lie.
+    /// Writes a process's own pages, or has the recorder do so; how many, and where they lie.
     fn write_pages(
         &mut self,
         parasite: &mut Parasite<'_>,
         mappings: &Mappings,
         increment: Increment,
-    ) -> Result<(u64, Spans), DumpError> {
+    ) -> Result<(u64, Pages), DumpError> {
         let start = Instant::now();
         let pid = mappings.pid();
-        let (pages, spans) = mem::dump_pages(parasite, mappings, self.images, self.page_ids, &increment)?;
+        let held = self.hands_over.then(|| self.images.holding(HELD));
+        let images = held.as_ref().unwrap_or(self.images);
+        let (pages, spans) = mem::dump_pages(parasite, mappings, images, self.page_ids, &increment)?;
         self.tracking.done(pid, increment);
         self.report.memory_us += start.elapsed().as_micros() as u64;
         let (written, us) = (pages.written, start.elapsed().as_micros());
@@ -235,7 +242,7 @@ impl Tracer<'_> {
         self.report.pages_written += pages.written;
         self.report.pages_left += pages.left;
         self.report.pages_behind += pages.behind;
-        Ok((pages.written, spans))
+        Ok((pages.written, Pages::Written(spans, held)))
     }
 
     /// Asks every thread, the leader about the process too, and has their records written, but for the last of them.

@@ -115,6 +115,19 @@ impl ImageDir {
         self.hold.make_room(bytes);
     }
 
+    /// The same directory for somebody whose images are held apart from others: up to `bytes`, until his [`Self::write_held`].
+    #[must_use]
+    pub fn holding(&self, bytes: usize) -> Self {
+        let other = Self {
+            fd: Arc::clone(&self.fd),
+            path: self.path.clone(),
+            version: self.version.clone(),
+            hold: Arc::default(),
+        };
+        other.hold(bytes);
+        other
+    }
+
     /// Writes the images that are held; from now on they are written at once.
     ///
     /// # Errors

@@ -44,6 +44,8 @@ pub struct PageIds {
     packed: Option<Method>,
     direct: bool,
     staging: Option<Mutex<Staging>>,
+    /// Room for pages of one process each, which are handed over with what is known of them.
+    spare: Option<Mutex<Vec<Staging>>>,
 }
 
 impl PageIds {
@@ -54,7 +56,15 @@ impl PageIds {
 
     /// The first number is this one.
     pub fn from(first: u32) -> Self {
-        Self { next: AtomicU32::new(first), server: None, behind: None, packed: None, direct: false, staging: None }
+        Self {
+            next: AtomicU32::new(first),
+            server: None,
+            behind: None,
+            packed: None,
+            direct: false,
+            staging: None,
+            spare: None,
+        }
     }
 
     /// Pages that may come later stay with their processes, to be fetched from there.
@@ -84,10 +94,34 @@ impl PageIds {
         self.direct
     }
 
+    /// Whether pages go into images here as they are, through the page cache.
+    pub fn are_plain(&self) -> bool {
+        self.server.is_none() && self.behind.is_none() && self.packed.is_none() && !self.direct
+    }
+
     /// The same, with pages that are held, as far as there is room, until [`Self::write_staged`].
     #[must_use]
     pub fn staged(self, staging: Option<Staging>) -> Self {
         Self { staging: staging.map(Mutex::new), ..self }
+    }
+
+    /// The same, with the pages of small processes handed over to whoever calls [`Spans::write_held`]: one that waits for each process
+    /// has less to do then.
+    #[must_use]
+    pub fn handing_over(self) -> Self {
+        Self { staging: Some(Mutex::new(Staging::for_one())), spare: Some(Mutex::default()), ..self }
+    }
+
+    /// What is held of the process that was dumped last, if it is handed over.
+    pub(super) fn hand_over(&self) -> Option<Staging> {
+        let spare = self.spare.as_ref()?;
+        let mut staging = self.staging()?;
+        if staging.is_empty() {
+            staging.clear();
+            return None;
+        }
+        let next = spare.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
+        Some(std::mem::replace(&mut *staging, next.unwrap_or_else(Staging::for_one)))
     }
 
     /// Where pages are held, if they are.
@@ -202,11 +236,27 @@ pub struct PageStats {
 #[derive(Debug, Default)]
 pub struct Spans {
     image: Option<Arc<PagesImage>>,
+    /// Pages that are still to be written.
+    held: Option<Staging>,
     /// The first address of a mapping, and the bytes.
     places: Vec<(u64, Range<u64>)>,
 }
 
 impl Spans {
+    /// Writes what was handed over ([`PageIds::handing_over`]).
+    ///
+    /// # Errors
+    /// The image cannot be made or written, or somebody asked us to stop.
+    pub fn write_held(&mut self, images: &ImageDir, ids: &PageIds) -> Result<()> {
+        let Some(mut held) = self.held.take() else { return Ok(()) };
+        held.write(images, ids)?;
+        held.clear();
+        if let Some(spare) = &ids.spare {
+            spare.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(held);
+        }
+        Ok(())
+    }
+
     /// Droppable memory is known from smaps only: what was saved of it becomes zeros, as if it had been dropped.
     ///
     /// # Errors
@@ -531,6 +581,7 @@ impl<'a, 'p> Dump<'a, 'p> {
             behind.add(self.mappings.pid(), stay);
         }
         (self.stats.outside, self.spans.image) = self.out.finish()?;
+        self.spans.held = self.ids.hand_over();
         Ok((self.stats, self.spans))
     }
 }

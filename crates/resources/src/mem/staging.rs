@@ -20,6 +20,8 @@ use crate::{Result, unwritten};
 
 /// Most bytes that are held.
 const MOST: u64 = 32 << 20;
+/// Most bytes of one process that are handed over.
+const HANDED: usize = 256 << 10;
 
 /// Bytes that the processes of a tree have in memory, as far as they can be asked. What they share counts for each.
 pub fn resident(root: HostPid) -> u64 {
@@ -53,6 +55,11 @@ impl Staging {
     /// before; none if what fits in would shorten the standstill by little.
     pub fn for_tree(bytes: u64, grows: bool) -> Option<Self> {
         (grows || bytes <= MOST).then(|| Self::new(bytes.min(MOST) as usize))
+    }
+
+    /// For one process after the other, whose pages another thread writes ([`PageIds::handing_over`]).
+    pub(super) fn for_one() -> Self {
+        Self::new(HANDED)
     }
 
     fn new(len: usize) -> Self {
@@ -90,6 +97,17 @@ impl Staging {
         self.pieces.last().is_some_and(|last| Arc::ptr_eq(&last.image, image))
     }
 
+    /// Is nothing held?
+    pub(super) fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// Nothing is held any more, and there is room again.
+    pub(super) fn clear(&mut self) {
+        (self.used, self.closed) = (0, false);
+        self.pieces.clear();
+    }
+
     /// Makes zeros of what is held of some bytes of a process's pages image.
     pub fn erase(&mut self, pid: HostPid, places: &Range<u64>) {
         for piece in self.pieces.iter().filter(|piece| piece.pid == pid) {
@@ -106,10 +124,10 @@ impl Staging {
     ///
     /// # Errors
     /// An image cannot be made or written, or somebody asked us to stop.
-    pub fn write(self, images: &ImageDir, ids: &PageIds) -> Result<u64> {
-        for Piece { image, offset, bytes, .. } in self.pieces {
+    pub fn write(&self, images: &ImageDir, ids: &PageIds) -> Result<u64> {
+        for Piece { image, offset, bytes, .. } in &self.pieces {
             cancel::check()?;
-            image.file(images, ids)?.write_all_at(&self.memory[bytes], offset).map_err(unwritten)?;
+            image.file(images, ids)?.write_all_at(&self.memory[bytes.clone()], *offset).map_err(unwritten)?;
         }
         Ok(self.used as u64)
     }
@@ -172,6 +190,31 @@ mod tests {
         let mut unread = Staging::for_tree(2 * P, false).expect("it fits");
         assert!(!unread.hold(HostPid(1), (&image, 0), P, |_| false));
         assert!(!unread.hold(HostPid(1), (&image, 0), P, pages(7)));
+    }
+
+    #[test]
+    fn pages_of_one_process_after_the_other_are_handed_over() {
+        let ((path, images), ids) = (dir("handed"), PageIds::new().handing_over());
+        let hold = |image: &Arc<PagesImage>, len: u64, value| {
+            ids.staging().expect("it has one").hold(HostPid(1), (image, 0), len, pages(value))
+        };
+        let image = |id| Arc::new(PagesImage::new(id));
+        assert!(ids.hand_over().is_none(), "nothing is held");
+        assert!(hold(&image(1), P, 1));
+        let one = ids.hand_over().expect("a page");
+        assert!(ids.hand_over().is_none());
+        // Too large for this, but the next one is not.
+        assert!(!hold(&image(2), HANDED as u64 + P, 2) && ids.hand_over().is_none());
+        assert!(hold(&image(3), HANDED as u64, 3));
+        let three = ids.hand_over().expect("pages");
+        assert_eq!(
+            (one.write(&images, &ids).expect("write"), three.write(&images, &ids).expect("write")),
+            (P, HANDED as u64)
+        );
+        assert_eq!(std::fs::read(path.join("pages-1.img")).expect("read"), [1; P as usize]);
+        assert_eq!(std::fs::read(path.join("pages-3.img")).expect("read"), [3; HANDED]);
+        assert!(!path.join("pages-2.img").exists());
+        std::fs::remove_dir_all(path).expect("clean up");
     }
 
     #[test]
