@@ -218,6 +218,11 @@ impl PageScanner {
 
     /// Is there a page like this? `ErrorKind::Unsupported` without the ioctl.
     pub(crate) fn any(&self, start: u64, end: u64, filter: Filter) -> io::Result<bool> {
+        Ok(self.first(start, end, filter)?.is_some())
+    }
+
+    /// The first page like this. `ErrorKind::Unsupported` without the ioctl.
+    pub(crate) fn first(&self, start: u64, end: u64, filter: Filter) -> io::Result<Option<u64>> {
         if !self.uses_ioctl() {
             return Err(io::ErrorKind::Unsupported.into());
         }
@@ -232,7 +237,7 @@ impl PageScanner {
             return_mask: filter.all,
             ..PmScanArg::default()
         };
-        Ok(call_scan(&self.pagemap, &mut arg, &mut runs)? > 0)
+        Ok((call_scan(&self.pagemap, &mut arg, &mut runs)? > 0).then_some(runs[0].start))
     }
 
     /// Whether the ioctl is used; otherwise large sparse ranges cost by size, 2 MiB of entries per GiB.

@@ -56,9 +56,13 @@ impl PageScanner {
         if !tells_unmarked() {
             return self.closely(start..end, protect, &mut each);
         }
+        // A call finds the next page, however far that is: of a terabyte there may be little in memory.
+        let there =
+            Filter { inverted: 0, all: 0, any: PRESENT | SWAPPED | if self.knows_guards() { GUARD } else { 0 } };
         let mut at = start;
         while at < end {
-            let window = at..end.min((at / WINDOW + 1) * WINDOW);
+            let Some(first) = self.first(at, end, there)? else { break };
+            let window = first..end.min((first / WINDOW + 1) * WINDOW);
             at = window.end;
             self.window(window, protect, &mut each)?;
         }

@@ -372,7 +372,7 @@ fn each_page(map: &Map, scan: impl FnOnce(&mut dyn FnMut(PageRun))) -> Vec<Optio
 #[test]
 fn watched_memory_is_told_as_by_a_look_at_every_page() {
     const TABLE: usize = 512;
-    const PAGES: usize = 70 * TABLE;
+    const PAGES: usize = 400 * TABLE;
     const MADV_GUARD_INSTALL: i32 = 102;
     if Features::probe().userfaultfd_wp_async != Support::Yes {
         return;
@@ -399,8 +399,8 @@ fn watched_memory_is_told_as_by_a_look_at_every_page() {
         })
     };
     let write = |pages: &mut dyn Iterator<Item = usize>| pages.for_each(|page| map.write(page));
-    // Tables 20 to 24 and the last are never there.
-    write(&mut (0..20 * TABLE).chain(25 * TABLE..69 * TABLE));
+    // Tables 20 to 24, most after the 69th and the last are never there.
+    write(&mut (0..20 * TABLE).chain(25 * TABLE..69 * TABLE).chain(390 * TABLE - 3..390 * TABLE + 3));
     watch.register(map.start(), map.end()).expect("register");
     assert_eq!(look(true), expected().iter().map(|p| p.map(|_| category::WRITTEN)).collect::<Vec<_>>());
     assert_eq!(look(false), expected(), "nothing was written to");
@@ -418,7 +418,9 @@ fn watched_memory_is_told_as_by_a_look_at_every_page() {
     map.read(50);
     map.write(22 * TABLE + 9);
     let guards = scanner.knows_guards() && map.advise(14 * TABLE + 3, 5, MADV_GUARD_INSTALL);
+    let alone = guards && map.advise(200 * TABLE + 1, 2, MADV_GUARD_INSTALL);
     let all = expected();
+    assert_eq!(all[200 * TABLE + 1], alone.then_some(category::GUARD));
     assert!(all[3] == Some(category::WRITTEN) && all[4] == Some(0) && all[5].is_none() && all[50].is_none());
     assert_eq!(all[14 * TABLE + 4], guards.then_some(category::GUARD).or(Some(0)));
     assert_eq!(look(false), all);

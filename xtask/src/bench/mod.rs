@@ -131,13 +131,28 @@ fn tools(options: &Options) -> Result<Vec<(Tool, PathBuf)>> {
     let mut tools = vec![(Tool::Own, own)];
     tools.extend(options.base.clone().map(|base| (Tool::Base, base)));
     if !options.no_peer {
-        let found = options.peer.clone().or_else(|| cmd::have("criu").then(|| "criu".into()));
-        if found.is_none() {
-            eprintln!("no CRIU was found to compare with; name one with --peer");
-        }
+        let found = options.peer.clone().or_else(installed);
         tools.extend(found.map(|peer| (Tool::Peer, peer)));
     }
     Ok(tools)
+}
+
+/// The CRIU in PATH, if it works here: one that is older than the kernel may not.
+fn installed() -> Option<PathBuf> {
+    if !cmd::have("criu") {
+        eprintln!("no CRIU was found to compare with; name one with --peer");
+        return None;
+    }
+    let checked = cmd::program("criu").arg("check").output().ok()?;
+    if !checked.status.success() {
+        let said = String::from_utf8_lossy(&checked.stderr);
+        let why = said.lines().last().unwrap_or("it says nothing");
+        eprintln!(
+            "the criu in PATH is not compared with, since `criu check` fails here ({why}); name another with --peer"
+        );
+        return None;
+    }
+    Some("criu".into())
 }
 
 /// The C programs.
