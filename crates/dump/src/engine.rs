@@ -62,8 +62,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let early = goes_on_early(request);
     let mut page_ids = page_ids(request, fetcher.as_ref(), streaming, resident)?;
     // With fewer, the recorder has nothing to do meanwhile but to wait for the last of them.
-    let hands_over = !early && processes >= preflight::MANY_PROCESSES && page_ids.are_plain();
-    if hands_over {
+    if !early && processes >= preflight::MANY_PROCESSES && page_ids.are_plain() {
         page_ids = page_ids.handing_over();
     }
     if early {
@@ -75,7 +74,7 @@ fn dump(request: &Request<'_>, streaming: &mut Option<Streaming>) -> Result<Repo
     let away = Visit::to(request.pid)?;
     // Out here so that the tree goes on, whatever happens, only when the recorder has let go of it.
     let mut tree = None;
-    let traced = trace(request, &images, (&page_ids, ids), (resident, whole, hands_over), &mut tracking, &mut tree)?;
+    let traced = trace(request, &images, (&page_ids, ids), (resident, whole), &mut tracking, &mut tree)?;
     let Some(Standstill { tree, since: frozen }) = tree else { unreachable!("a tree that was traced stands still") };
     let Frozen { mut report, links, connections, later } =
         save(request, &images, away.is_some(), traced, tree.freezer())?;
@@ -251,7 +250,7 @@ fn trace<'a>(
     request: &'a Request<'_>,
     images: &'a ImageDir,
     (page_ids, ids): (&'a PageIds, Ids),
-    (resident, whole, hands_over): (u64, HashSet<HostPid>, bool),
+    (resident, whole): (u64, HashSet<HostPid>),
     tracking: &mut Tracking,
     standstill: &mut Option<Standstill>,
 ) -> Result<Traced<'a>, DumpError> {
@@ -267,7 +266,6 @@ fn trace<'a>(
             page_ids,
             tracking,
             steps,
-            hands_over,
             teller,
             filters: FilterTable::default(),
             live: request.live,

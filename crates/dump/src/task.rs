@@ -43,8 +43,6 @@ pub struct Tracer<'a> {
     pub tracking: &'a mut Tracking,
     /// Who records what is found.
     pub steps: Steps,
-    /// The pages of small processes are handed to the recorder.
-    pub hands_over: bool,
     /// Tells flags of mappings without smaps, if that is worth it.
     pub teller: Option<Arc<FlagTeller>>,
     /// Seccomp filters.
@@ -231,7 +229,7 @@ impl Tracer<'_> {
     ) -> Result<(u64, Pages), DumpError> {
         let start = Instant::now();
         let pid = mappings.pid();
-        let held = self.hands_over.then(|| self.images.holding(HELD));
+        let held = self.page_ids.hands_over().then(|| self.images.holding(HELD));
         let images = held.as_ref().unwrap_or(self.images);
         let (pages, spans) = mem::dump_pages(parasite, mappings, images, self.page_ids, &increment)?;
         self.tracking.done(pid, increment);

@@ -28,6 +28,11 @@ const PARENT: &str = "parent";
 /// CRIU's mode of image files, before the umask: the directory is what keeps strangers out.
 pub(crate) const FILE_MODE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR).union(Mode::S_IRGRP).union(Mode::S_IROTH);
 
+/// A part of a name that no other run chooses: the keys of the hasher are random.
+pub(crate) fn unique() -> String {
+    format!("{:016x}", RandomState::new().build_hasher().finish())
+}
+
 /// Makes a file in a directory, for reading and writing. Links are not followed, and a pipe or a device of this name would
 /// swallow the image. `path` is for messages.
 pub(crate) fn make(dir: impl AsFd, name: &str, how: OFlag, path: &Path) -> Result<File, ImageError> {
@@ -346,9 +351,7 @@ impl ImageDir {
     /// It cannot be written; then an older one is still there.
     pub fn write_inventory(&self, inventory: &pb::InventoryEntry) -> Result<(), ImageError> {
         self.fd.settle();
-        // A name that no other run chooses: the keys of the hasher are random.
-        let unique = format!("{:016x}", RandomState::new().build_hasher().finish());
-        self.replace(ImageKind::Inventory, 0, &unique, std::slice::from_ref(inventory))
+        self.replace(ImageKind::Inventory, 0, &unique(), std::slice::from_ref(inventory))
     }
 
     /// Writes an image of these records, which appears complete and at once, by rename; an older one is replaced. `unique` is

@@ -5,9 +5,7 @@
 //! image takes half a millisecond or more. A directory below one that is marked as a "top directory" (ioctl_iflags(2),
 //! `FS_TOPDIR_FL`) lies elsewhere on the disk, and so do the files that are made in it, wherever they get their names.
 
-use std::collections::hash_map::RandomState;
 use std::fs::File;
-use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +18,7 @@ use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use crate::ImageError;
-use crate::dir::{FILE_MODE, make};
+use crate::dir::{FILE_MODE, make, unique};
 
 /// Files whose making is looked at together.
 const SOME: u32 = 16;
@@ -125,8 +123,7 @@ impl Nursery {
         if !fstatfs(home).is_ok_and(|fs| fs.filesystem_type() == EXT4_SUPER_MAGIC) {
             return None;
         }
-        // A name that no other run chooses: the keys of the hasher are random.
-        let unique = format!("{:016x}", RandomState::new().build_hasher().finish());
+        let unique = unique();
         let name = format!("{BESIDE}{unique}");
         let copy = home.try_clone().ok()?;
         mkdirat(home, &*name, Mode::S_IRWXU).ok()?;

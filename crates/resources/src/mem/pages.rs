@@ -112,6 +112,11 @@ impl PageIds {
         Self { staging: Some(Mutex::new(Staging::for_one())), spare: Some(Mutex::default()), ..self }
     }
 
+    /// Whether pages of small processes are handed over.
+    pub fn hands_over(&self) -> bool {
+        self.spare.is_some()
+    }
+
     /// What is held of the process that was dumped last, if it is handed over.
     pub(super) fn hand_over(&self) -> Option<Staging> {
         let spare = self.spare.as_ref()?;
